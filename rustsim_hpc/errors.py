@@ -1,0 +1,399 @@
+"""Every deliberate error of the package: one root, facts as fields, picklable.
+
+`str(error)` says in one line what is wrong; `error.details()` where, what else failed, and what to do. A
+family's variants are attributes of their root too: `PartitionPlanError.EmptyRange is errors.EmptyRange`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rustsim_hpc.facts import PartitionLike
+from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
+from rustsim_hpc.facts import nearest as nearest  # noqa: PLC0414
+
+if TYPE_CHECKING:
+    # Inside a root the name of a variant means its attribute; annotations reach the class through the module.
+    import rustsim_hpc.errors as here  # noqa: PLW0406
+
+
+class ColumnarRuntimeError(RustsimError, RuntimeError):
+    """A runtime phase failed; `message` is the text of what it raised."""
+
+    template = "phase {phase_index} ({phase}) failed: {message}"
+    phase_index: int
+    phase: str
+    message: str
+
+
+class DeviceSoaRestoreError(RustsimError, ValueError):
+    """A checkpoint's payload cannot become a store."""
+
+    exit_code = 5
+    message: str
+
+
+class PartitionPlanError(RustsimError, ValueError):
+    """A partition plan cannot be built, or does not fit the population."""
+
+    exit_code = 2
+    InvalidPartitionCount: ClassVar[type[here.InvalidPartitionCount]]
+    SingleProcessHasAssignments: ClassVar[type[here.SingleProcessHasAssignments]]
+    WorkerCountMismatch: ClassVar[type[here.WorkerCountMismatch]]
+    NonContiguousRange: ClassVar[type[here.NonContiguousRange]]
+    RangeOutOfBounds: ClassVar[type[here.RangeOutOfBounds]]
+    EmptyRange: ClassVar[type[here.EmptyRange]]
+    CoverageMismatch: ClassVar[type[here.CoverageMismatch]]
+    ReversedRange: ClassVar[type[here.ReversedRange]]
+
+
+class InvalidPartitionCount(PartitionPlanError):
+    """At least one partition is required."""
+
+    template = "partition_count must be greater than zero"
+
+
+class SingleProcessHasAssignments(PartitionPlanError):
+    """A single-process plan carries row assignments."""
+
+    template = "single-process partition plan must not contain row assignments"
+
+
+class WorkerCountMismatch(PartitionPlanError):
+    """There are more or fewer worker labels than assignments."""
+
+    template = "worker count {workers} does not match assignment count {assignments}"
+    assignments: int
+    workers: int
+
+
+class NonContiguousRange(PartitionPlanError):
+    """A row range does not start where the one before it ends."""
+
+    template = "partition {partition!r} starts at row {row_start}, expected {expected_start}"
+    partition: PartitionLike
+    row_start: int
+    expected_start: int
+
+
+class RangeOutOfBounds(PartitionPlanError):
+    """A row range ends beyond the population."""
+
+    template = "partition {partition!r} ends at row {row_end}, beyond agent count {agent_count}"
+    partition: PartitionLike
+    row_end: int
+    agent_count: int
+
+
+class EmptyRange(PartitionPlanError):
+    """A row range is empty though there are agents."""
+
+    template = "partition {partition!r} has an empty row range"
+    partition: PartitionLike
+
+
+class CoverageMismatch(PartitionPlanError):
+    """The row ranges do not cover the population exactly."""
+
+    template = "static partition plan covers {covered_rows} rows, expected {agent_count}"
+    covered_rows: int
+    agent_count: int
+
+
+class ReversedRange(PartitionPlanError):
+    """A row range ends before it starts."""
+
+    template = "partition {partition!r} ends at row {row_end}, before its start {row_start}"
+    partition: PartitionLike
+    row_start: int
+    row_end: int
+
+
+class PartitionExecutorError(RustsimError, RuntimeError):
+    """An executor could not run its partitions."""
+
+    Worker: ClassVar[type[here.Worker]]
+    Phase: ClassVar[type[here.Phase]]
+    MissingEndpoint: ClassVar[type[here.MissingEndpoint]]
+    ResultCountMismatch: ClassVar[type[here.ResultCountMismatch]]
+
+
+class Worker(PartitionExecutorError):
+    """A worker failed, or died, before a phase could be named."""
+
+    template = "partition {partition!r} worker failed: {message}"
+    partition: PartitionLike
+    message: str
+
+
+class Phase(PartitionExecutorError):
+    """A named phase failed on a worker."""
+
+    template = "partition {partition!r} phase {phase} failed: {message}"
+    partition: PartitionLike
+    phase: str
+    message: str
+
+
+class MissingEndpoint(PartitionExecutorError):
+    """An external worker has no endpoint."""
+
+    template = "partition {partition!r} has no external endpoint"
+    partition: PartitionLike
+
+
+class ResultCountMismatch(PartitionExecutorError):
+    """An executor returned more or fewer results than it got tasks."""
+
+    template = "partition executor returned {actual} results, expected {expected}"
+    expected: int
+    actual: int
+
+
+class EngineControlPlaneError(RustsimError):
+    """Root of what a control plane raises.
+
+    results: what a `run(n)` that failed had completed before, in order.
+    """
+
+    results: tuple[Any, ...] = field(default=(), kw_only=True)
+    InvalidConfig: ClassVar[type[here.InvalidConfig]]
+    Runtime: ClassVar[type[here.Runtime]]
+    RestoreError: ClassVar[type[here.RestoreError]]
+    ReplayDivergence: ClassVar[type[here.ReplayDivergence]]
+    ReplayStepMismatch: ClassVar[type[here.ReplayStepMismatch]]
+    ReplayExhausted: ClassVar[type[here.ReplayExhausted]]
+    PlanError: ClassVar[type[here.PlanError]]
+    PartitionCheckpointError: ClassVar[type[here.PartitionCheckpointError]]
+    MissingPartitionWorker: ClassVar[type[here.MissingPartitionWorker]]
+    PartitionExecution: ClassVar[type[here.PartitionExecution]]
+    ExecutorError: ClassVar[type[here.ExecutorError]]
+    TornState: ClassVar[type[here.TornState]]
+    CheckFailed: ClassVar[type[here.CheckFailed]]
+    CheckpointWriteFailed: ClassVar[type[here.CheckpointWriteFailed]]
+    TeamError: ClassVar[type[here.TeamError]]
+    Restore: ClassVar[type[here.RestoreError]]
+    Partition: ClassVar[type[here.PlanError]]
+    PartitionCheckpoint: ClassVar[type[here.PartitionCheckpointError]]
+    PartitionExecutor: ClassVar[type[here.ExecutorError]]
+
+
+class _Sourced(EngineControlPlaneError):
+    """A plane's error around another one, `source`, whose facts it takes over."""
+
+    source: RustsimError
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.add_facts(**self.source.all_facts())
+        self.__cause__ = self.source
+
+
+class InvalidConfig(EngineControlPlaneError, ValueError):
+    """The configuration, or what a plane is built on, cannot be right."""
+
+    exit_code = 2
+    template = "invalid control-plane configuration: {message}"
+    message: str
+
+
+class Runtime(_Sourced, RuntimeError):
+    """A runtime phase failed; `source` says which."""
+
+    template = "runtime error: {source}"
+    source: ColumnarRuntimeError
+
+
+class RestoreError(_Sourced, ValueError):
+    """A checkpoint failed validation on restore; nothing was changed."""
+
+    exit_code = 5
+    template = "checkpoint restore failed: {source}"
+    source: DeviceSoaRestoreError
+
+
+class ReplayDivergence(EngineControlPlaneError, RuntimeError):
+    """Verification found another value. `columns`: which ones differ, where the stream knows."""
+
+    exit_code = 4
+    template = "replay diverged at step {step_index}: expected {expected:#018x}, got {actual:#018x}"
+    step_index: int
+    expected: int
+    actual: int
+    columns: tuple[str, ...] = ()
+
+    def known_facts(self) -> list[tuple[str, str]]:
+        """Return the known facts, the columns that differ among them."""
+        return super().known_facts() + ([("columns", ", ".join(self.columns))] if self.columns else [])
+
+
+class ReplayStepMismatch(EngineControlPlaneError, RuntimeError):
+    """Verification expected another step index."""
+
+    exit_code = 4
+    template = "replay expected step {expected_step} but runtime produced step {actual_step}"
+    expected_step: int
+    actual_step: int
+
+
+class ReplayExhausted(EngineControlPlaneError, RuntimeError):
+    """Verification ran out of expected fingerprints."""
+
+    exit_code = 4
+    template = "replay has no expected fingerprint for step {step_index}"
+    step_index: int
+
+
+class PlanError(_Sourced, ValueError):
+    """The partition plan does not fit; `source` is the bare variant."""
+
+    exit_code = 2
+    template = "partition plan error: {source}"
+    source: PartitionPlanError
+
+
+class PartitionCheckpointError(EngineControlPlaneError, ValueError):
+    """Partition checkpoints cannot be assembled or restored; nothing was changed."""
+
+    exit_code = 5
+    template = "partition checkpoint error: {message}"
+    message: str
+
+
+class MissingPartitionWorker(EngineControlPlaneError, ValueError):
+    """A partition names a worker label that is not registered."""
+
+    exit_code = 2
+    template = "partition {partition!r} references missing worker {worker}"
+    partition: PartitionLike
+    worker: str
+
+
+class PartitionExecution(EngineControlPlaneError, RuntimeError):
+    """A partition phase failed; `message` is the text of what it raised."""
+
+    template = "partition {partition!r} phase {phase} failed: {message}"
+    partition: PartitionLike
+    phase: str
+    message: str
+
+
+class ExecutorError(_Sourced, RuntimeError):
+    """A partition executor failed; `source` is the bare variant."""
+
+    template = "partition executor error: {source}"
+    source: PartitionExecutorError
+
+
+class TornState(EngineControlPlaneError, RuntimeError):
+    """A step failed half way under the torn guard: only a restore is accepted."""
+
+    template = "state is torn: {message}"
+    message: str
+
+
+class CheckFailed(EngineControlPlaneError, RuntimeError):
+    """A model's check said no; the step was undone."""
+
+    template = "check {check} failed: {message}"
+    check: str
+    message: str
+
+
+class CheckpointWriteFailed(EngineControlPlaneError, RuntimeError):
+    """A checkpoint could not be written; the step before it stands."""
+
+    exit_code = 5
+    template = "checkpoint write failed: {message}"
+    message: str
+
+
+class TeamError(EngineControlPlaneError, RuntimeError):
+    """A rank was lost, or ranks disagree."""
+
+    template = "team error: {message}"
+    message: str
+
+
+class ModelError(RustsimError, ValueError):
+    """A model's definition or parameters cannot be right."""
+
+    exit_code = 2
+    message: str
+
+
+class KernelError(ModelError):
+    """A kernel cannot be compiled. kernel, argument: their names; file, line: where in the user's source."""
+
+    kernel: str | None = field(default=None, kw_only=True)
+    argument: str | None = field(default=None, kw_only=True)
+    file: str | None = field(default=None, kw_only=True)
+    line: int | None = field(default=None, kw_only=True)
+
+    def text(self) -> str:
+        """Return `FILE:LINE: kernel NAME, argument NAME: message`, without what is not known."""
+        where = "" if self.line is None else f":{self.line}"
+        file = [] if self.file is None else [f"{self.file}{where}"]
+        kernel = [] if self.kernel is None else [f"kernel {self.kernel}"]
+        argument = [] if self.argument is None else [f"argument {self.argument}"]
+        names = [", ".join(kernel + argument)] if kernel or argument else []
+        return ": ".join([*file, *names, self.message])
+
+
+class JobError(RustsimError, ValueError):
+    """A job file or a command line cannot be right."""
+
+    exit_code = 2
+    message: str
+
+
+class CheckpointFileError(RustsimError, ValueError):
+    """A checkpoint file does not prove itself, or is not this run's."""
+
+    exit_code = 5
+    message: str
+
+
+class RunFolderError(RustsimError, RuntimeError):
+    """A run's folder cannot be used."""
+
+    exit_code = 2
+    message: str
+
+
+class ReplayLogError(RustsimError, ValueError):
+    """A replay log cannot be read."""
+
+    exit_code = 2
+    message: str
+
+
+class LauncherError(RustsimError, RuntimeError):
+    """The launcher's environment and the MPI library do not agree."""
+
+    exit_code = 2
+    message: str
+
+
+class OutputError(RustsimError, RuntimeError):
+    """A model's output could not be made or written."""
+
+    message: str
+
+
+class SchemeMismatch(RustsimError, ValueError):
+    """Two fingerprints of different schemes were compared."""
+
+    exit_code = 2
+    message: str
+
+
+for _variant in [value for value in globals().values() if isinstance(value, type)]:
+    for _root in (PartitionPlanError, PartitionExecutorError, EngineControlPlaneError):
+        if issubclass(_variant, _root) and not _variant.__name__.startswith("_"):
+            setattr(_root, _variant.__name__, _variant)
+EngineControlPlaneError.Restore = RestoreError
+EngineControlPlaneError.Partition = PlanError
+EngineControlPlaneError.PartitionCheckpoint = PartitionCheckpointError
+EngineControlPlaneError.PartitionExecutor = ExecutorError
