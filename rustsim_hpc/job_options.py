@@ -1,0 +1,29 @@
+"""Which option of the command line sets which key of the job file.
+
+Data alone: the command line needs it before anything heavy is loaded, and docs/job_file.md shows it.
+"""
+
+from typing import Final
+
+OPTION_KEYS: Final[dict[str, tuple[str, str]]] = {
+    "--agents": ("run", "agents"),
+    "--steps": ("run", "steps"),
+    "--seed": ("run", "seed"),
+    "--executor": ("run", "executor"),
+    "--workers": ("run", "workers"),
+    "--partitions": ("run", "partitions"),
+    "--guard": ("run", "guard"),
+    "--backend": ("run", "backend"),
+    "--check": ("run", "check"),
+    "--time-limit": ("run", "time_limit"),
+    "--record": ("replay", "mode"),
+    "--verify": ("replay", "verify"),
+    "--fingerprint": ("replay", "fingerprint"),
+    "--checkpoint-every": ("checkpoint", "every"),
+    "--out": ("command", "out"),
+    "--force": ("command", "force"),
+    "--dry-run": ("command", "dry_run"),
+    "--no-progress": ("command", "no_progress"),
+    "--json": ("command", "json"),
+}
+"""Option → (table, key). Every other key is set with `--set TABLE.KEY=VALUE`."""
