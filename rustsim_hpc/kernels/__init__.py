@@ -1,0 +1,1 @@
+"""The only door to numba: compiled stages, reductions, random numbers, hashes."""

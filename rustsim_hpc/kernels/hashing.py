@@ -1,0 +1,177 @@
+"""Compiled bodies of the fingerprint: the FNV-1a chain and the digest's sums over rows.
+
+The definitions stand in docs/fingerprints.md, slow twins of every function in tests/reference_hash.py. All
+functions release the GIL, allocate nothing, and may be called from other compiled code, which inlines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_U = np.uint64
+_FNV_PRIME = _U(0x100000001B3)
+_GOLDEN = _U(0x9E3779B97F4A7C15)
+_MULTIPLIER_TAG = _U(0x6469676573743A4D)  # "digest:M", as in fingerprint.py
+_LOW_WORD = _U(0xFFFFFFFF)
+_BLOCK_BITS = _U(12)  # 4096 rows a block
+_BLOCK_MASK = _U(4095)
+
+
+def _loader(bits: int, alignment: int) -> Callable[..., Any]:
+    """Return the generator of a load of `bits` bits at an item of an array, zero-extended to 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        integer = ir.IntType(bits)
+        place = builder.bitcast(cgutils.gep_inbounds(builder, view.data, arguments[1]), integer.as_pointer())
+        value = builder.load(place, align=alignment)
+        return value if bits == 64 else builder.zext(value, ir.IntType(64))
+
+    return generate
+
+
+@intrinsic
+def item_bits(_context: Any, array: Any) -> Any:
+    """Return the width of an array's items in bits: a constant, unlike `itemsize`; branches on it vanish."""
+    bits = array.dtype.bitwidth
+    return types.uint64(array), lambda *_: ir.Constant(ir.IntType(64), bits)
+
+
+@intrinsic
+def load_item(_context: Any, array: Any, _index: Any) -> Any:
+    """Load the raw bits of an item of a contiguous array, by its flat index, zero-extended to uint64."""
+    bits = array.dtype.bitwidth
+    return types.uint64(array, types.uint64), _loader(bits, bits // 8)
+
+
+@intrinsic
+def load_pair(_context: Any, array: Any, _index: Any) -> Any:
+    """Load an item (in the low bits) and the next one as one uint64; of 8-byte items, one.
+
+    Only the alignment of an item is assumed, so that a pair may start at any row.
+    """
+    bits = array.dtype.bitwidth
+    return types.uint64(array, types.uint64), _loader(min(2 * bits, 64), bits // 8)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
+    """Return the FNV-1a state after the bytes `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
+    for byte in data:
+        state = (state ^ _U(byte)) * _FNV_PRIME
+    return state
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fnv1a_counting(state, start, stop):  # type: ignore[no-untyped-def]
+    """Return the FNV-1a state after the numbers in [start, stop), eight little-endian bytes each (uint64)."""
+    for number in range(start, stop):
+        for shift in range(_U(0), _U(64), _U(8)):
+            state = (state ^ ((number >> shift) & _U(0xFF))) * _FNV_PRIME
+    return state
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def mix(z):  # type: ignore[no-untyped-def]
+    """Return splitmix64's finaliser of z (uint64): a bijection in which every bit reaches every other.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; constants of
+    Stafford's variant 13.
+    """
+    z = (z ^ (z >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> _U(27))) * _U(0x94D049BB133111EB)
+    return z ^ (z >> _U(31))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def block_multiplier(block, key_index, word):  # type: ignore[no-untyped-def]
+    """Return M, the odd 64-bit multiplier of a block of 4096 rows for one word of one column (all uint64)."""
+    seed = mix(_MULTIPLIER_TAG + (_U(2) * key_index + word + _U(1)) * _GOLDEN)
+    return mix(seed + (block + _U(1)) * _GOLDEN) | _U(1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-def]
+    """Sum value * key over `count` rows of one block: at even and odd rows, or low and high words of 8 bytes.
+
+    index: first row in `values`; offset: its row in the block. Two values share a 64-bit lane, so that one
+    load, one shift and two 32 x 32 bit products serve both: half the time of widening each value by itself.
+    """
+    even = _U(0)
+    odd = _U(0)
+    if item_bits(values) == 64:
+        for row in range(count):
+            value = load_pair(values, index + row)
+            key = load_pair(keys, _U(2) * (offset + row))
+            even += (value & _LOW_WORD) * (key & _LOW_WORD)
+            odd += (value >> _U(32)) * (key >> _U(32))
+        return even, odd
+    if count > _U(0) and offset & _U(1):  # pairs start at an even row, where the keys' pairs do
+        odd = load_item(values, index) * load_item(keys, offset)
+        index += _U(1)
+        offset += _U(1)
+        count -= _U(1)
+    bits = item_bits(values)
+    low = (_U(1) << bits) - _U(1)
+    for pair in range(count >> _U(1)):
+        value = load_pair(values, index + _U(2) * pair)
+        key = load_pair(keys, offset + _U(2) * pair)
+        even += (value & low) * (key & _LOW_WORD)
+        odd += (value >> bits) * (key >> _U(32))
+    if count & _U(1):
+        last = count - _U(1)
+        even += load_item(values, index + last) * load_item(keys, offset + last)
+    return even, odd
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
+    """Return the digest's sum over a run of rows of one column, mod 2^64.
+
+    values: 1-D contiguous array of any column dtype; its raw bits count. first_row: global row of values[0].
+    keys: (4096, words) uint32, C order, of `fingerprint.digest_keys`. key_index: 0 for the ids, i + 1 for
+    column i.
+    """
+    total = _U(0)
+    index = _U(0)
+    rows = _U(values.size)
+    while index < rows:
+        row = _U(first_row) + index
+        offset = row & _BLOCK_MASK
+        count = min(_U(4096) - offset, rows - index)
+        even, odd = _block_sums(values, index, count, keys, offset)
+        block = row >> _BLOCK_BITS
+        first = block_multiplier(block, _U(key_index), _U(0))
+        if item_bits(values) == 64:
+            total += even * first + odd * block_multiplier(block, _U(key_index), _U(1))
+        else:
+            total += (even + odd) * first
+        index += count
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
+    """Return the digest's sum over the default ids (id i at row i) of rows [start, stop), with no array."""
+    total = _U(0)
+    row = start
+    while row < stop:
+        offset = row & _BLOCK_MASK
+        count = min(_U(4096) - offset, stop - row)
+        low = _U(0)
+        high = _U(0)
+        for place in range(count):
+            key = load_pair(keys, _U(2) * (offset + place))
+            low += ((row + place) & _LOW_WORD) * (key & _LOW_WORD)
+            high += ((row + place) >> _U(32)) * (key >> _U(32))
+        block = row >> _BLOCK_BITS
+        total += low * block_multiplier(block, _U(0), _U(0)) + high * block_multiplier(block, _U(0), _U(1))
+        row += count
+    return total
