@@ -1,0 +1,191 @@
+"""Files that are whole or not there: atomic replacement, and appending of whole records.
+
+Nothing of a run's folder is ever half written under its own name. What is replaced goes through a temporary
+name in the same folder, fsync, rename, and fsync of the folder. What grows (CSV, JSON lines, journals) is
+appended record by record; a record that does not fit on the disk is taken back, and one that a kill tore is
+cut at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+TEMPORARY_SUFFIX = ".rustsim-tmp"
+"""How the names of unfinished files end; nothing that ends so is ever read."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a fresh hidden name beside ``path`` for what will be renamed to it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def sweep_temporary(folder: Path) -> list[Path]:
+    """Remove what killed writers left under temporary names in ``folder``, and return it.
+
+    Only the folder's one writer may call this: a living writer's unfinished file would go too.
+    """
+    found = sorted(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` durable.
+
+    Raises:
+        OSError: the folder cannot be opened or synced. File systems that do not know fsync of a folder pass.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a finished temporary file durable and give it its name.
+
+    Raises:
+        OSError: it cannot be synced or renamed; the temporary file is then still there.
+    """
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the name ``path`` when the block ends well, and leaves nothing when it does not.
+
+    Raises:
+        OSError: it cannot be written; a file that had the name before is untouched.
+    """
+    temporary = temporary_path(path)
+    try:
+        # Not mkstemp: its mode 0600 would hide a run's files from the group that shares the folder.
+        with temporary.open("xb") as file:
+            yield file
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace the content of ``path`` by ``data`` (text as UTF-8), completely or not at all.
+
+    Raises:
+        OSError: it cannot be written; a file that had the name before is untouched.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+class AppendFile:
+    """A file that grows by whole records and is readable while it grows.
+
+    Every record goes to the operating system at once, so a killed process loses none that `append` returned
+    from; `sync` makes them survive the machine's end as well.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path`` for appending, and create it if it is not there.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def append(self, *parts: bytes | memoryview) -> None:
+        """Append the parts as one record; all of it, or on an error nothing.
+
+        Raises:
+            OSError: no room, or the disk fails. The file then ends where it ended before.
+        """
+        written = 0
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    count = os.write(self._descriptor, view)
+                    written += count
+                    view = view[count:]
+        except BaseException:
+            # A second failure has nothing to add: the torn end is cut again when the file is next opened.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self.size)
+            raise
+        self.size += written
+
+    def truncate(self, size: int) -> None:
+        """Cut the file back to ``size`` bytes.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        os.ftruncate(self._descriptor, size)
+        self.size = size
+
+    def sync(self) -> None:
+        """Make all records durable.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield the complete lines of a file without their newline; a torn last line is left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line[:-1]
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cut a file back to its first ``count`` lines, atomically; one that has no more is not touched.
+
+    Raises:
+        OSError: it cannot be read or written; it is then as before.
+    """
+    size = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number == count or not line.endswith(b"\n"):
+                break
+            size += len(line)
+        if size == os.fstat(file.fileno()).st_size:
+            return
+        file.seek(0)
+        with atomic_file(path) as copy:
+            left = size
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                copy.write(block)
+                left -= len(block)
