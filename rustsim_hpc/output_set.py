@@ -1,9 +1,9 @@
 """Writes a run's outputs, on rank 0.
 
-Rows and samples are with the operating system when `OutputSet.record` returns, so a killed process loses none.
-Call `OutputSet.flush` before a checkpoint is published: what a resume from it expects is then durable. A resume
-cuts every file back to the restored step, so that nothing is doubled, torn or left out. ``outputs.json`` says
-which outputs the folder has and from which step on.
+Rows and samples are with the operating system when `OutputSet.record` returns, so a killed process loses
+none. Call `OutputSet.flush` before a checkpoint is published: what a resume from it expects is then durable.
+A resume cuts every file back to the restored step, so that nothing is doubled, torn or left out.
+``outputs.json`` says which outputs the folder has and from which step on.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ _Recorder = _SeriesRecorder | _ArrayRecorder
 class OutputSet:
     """All outputs of one run.
 
-    The order of calls: `open`; `record` for the first state (a restored one, too) and after each committed step,
-    for what `due` names; `flush` before each checkpoint; `close`; `draw_pictures`.
+    The order of calls: `open`; `record` for the first state (a restored one, too) and after each committed
+    step, where `due` names something; `flush` before each checkpoint; `close`; `draw_pictures`.
     """
 
     def __init__(self, declarations: Sequence[Output], folder: Path, agents: int = 0) -> None:
@@ -143,7 +143,7 @@ class OutputSet:
         with failing(MANIFEST, resume_step, "open the outputs"):
             sweep_temporary(self.folder)
             if resume_step is not None and not self._has_begun():
-                resume_step, first_step = None, resume_step
+                first_step, resume_step = resume_step, None
             self.first_step = first_step if resume_step is None else self._check_manifest()
         self._open = [self._open_one(declaration, resume_step) for declaration in recorded]
         if resume_step is None:
@@ -190,8 +190,8 @@ class OutputSet:
         """Make everything durable, finish the HDF5 files and close all; closing twice is allowed.
 
         Raises:
-            OutputError: the disk failed. All files are closed; further failures are attached. What was recorded
-                is still there, and a resume finishes it.
+            OutputError: the disk failed. All files are closed; further failures are attached. What was
+                recorded is still there, and a resume finishes it.
         """
         failures: list[OutputError] = []
         for output in self._open:

@@ -1,8 +1,8 @@
 """What a model leaves behind besides its state: series, arrays, sampled columns, pictures.
 
-These are the declarations that a user writes in ``Model(outputs=[...])``; `rustsim_hpc.output_set` writes them.
-An output with ``every=k`` is due for each state whose step index is divisible by k: the first one, at step 0,
-and then after each such step.
+These are the declarations that a user writes in ``Model(outputs=[...])``; `rustsim_hpc.output_set` writes
+them. An output with ``every=k`` is due for each state whose step index is divisible by k: the first one, at
+step 0, and then after each such step.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Picture:
         _check_file("Picture", self.file, (".png", ".svg", ".pdf"))
         if not callable(self.draw):
             raise ModelError(f'Picture "{self.file}": draw must be a function, got {self.draw!r}')
-        if len(self.size) != 2 or min(*self.size, self.dpi) <= 0:
+        if np.shape(self.size) != (2,) or min(*self.size, self.dpi) <= 0:
             raise ModelError(f'Picture "{self.file}": size and dpi must be greater than zero')
 
 
@@ -214,8 +214,8 @@ def check_outputs(declarations: Sequence[Output], columns: Sequence[str]) -> Non
     """Check what the outputs of one model must be together.
 
     Raises:
-        ModelError: something that is not an output, two outputs of one file, or a sampled column that the model
-            does not have.
+        ModelError: something that is not an output, two outputs of one file, or a sampled column that the
+            model does not have.
     """
     files: set[str] = set()
     for declaration in declarations:
