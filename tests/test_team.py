@@ -1,0 +1,162 @@
+"""`SoloTeam`, and finding the launcher from the environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
+from rustsim_hpc.team import Launcher, SoloTeam, Team, agree, agree_hash, detect_launcher, open_team
+
+
+def test_solo_collectives_are_identities() -> None:
+    team = SoloTeam()
+    values = np.array([1, -2], np.int64)
+    assert isinstance(team, Team)
+    assert (team.rank, team.size, team.node_rank, team.node_size, team.native) == (0, 1, 0, 1, None)
+    assert team.sum_int64(values) is values
+    assert values.tolist() == [1, -2]
+    assert team.gather("a") == ["a"]
+    assert team.allgather("a") == ["a"]
+    assert team.bcast("a") == "a"
+    assert team.exscan_int(5) == 0
+    assert team.chain(3, lambda value: value * 7) == 21
+    team.barrier()
+    team.node_barrier()
+
+
+def test_solo_shared_table_is_read_only_and_no_copy() -> None:
+    table = np.arange(3.0)
+    shared = SoloTeam().node_shared_array(table)
+    assert np.shares_memory(shared, table)
+    assert not shared.flags.writeable
+    assert table.flags.writeable
+    with pytest.raises(TeamError, match="must bring"):
+        SoloTeam().node_shared_array(None)
+
+
+def test_solo_agreement_raises_the_error_itself() -> None:
+    agree(SoloTeam(), None)
+    agree_hash(SoloTeam(), "job file", "abc")
+    error = CheckpointFileError(message="no")
+    with pytest.raises(CheckpointFileError) as caught:
+        agree(SoloTeam(), error)
+    assert caught.value is error
+
+
+def test_abort_ends_the_process_with_its_code_and_one_line() -> None:
+    program = "from rustsim_hpc.team import SoloTeam\nSoloTeam().abort(3, 'stuck in\\na phase')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr == "stuck in a phase\n"
+
+
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        ({}, None),
+        ({"PATH": "/bin", "PMI_SIZE": "4"}, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, Launcher("mpirun (PMI)", 4, 2, "PMI_SIZE")),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"},
+            Launcher("mpirun (Open MPI)", 3, 0, "OMPI_COMM_WORLD_SIZE"),
+        ),
+        (
+            {"MV2_COMM_WORLD_SIZE": "3", "MV2_COMM_WORLD_RANK": "1"},
+            Launcher("mpirun (MVAPICH)", 3, 1, "MV2_COMM_WORLD_SIZE"),
+        ),
+        # A batch script: tasks are reserved, but this is not one of them.
+        (BATCH, None),
+        (BATCH | {"SLURM_STEP_ID": "4294967291", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        # The shell of a salloc is a step of its own kind.
+        (BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (
+            BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+            Launcher("srun", 2, 1, "SLURM_STEP_NUM_TASKS"),
+        ),
+        (BATCH | {"SLURM_STEPID": "3"}, Launcher("srun", 4, 0, "SLURM_NTASKS")),
+        # mpirun inside of a job starts its helpers with srun: its own ranks are what counts.
+        (
+            BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "8", "PMI_RANK": "5"},
+            Launcher("mpirun (PMI)", 8, 5, "PMI_SIZE"),
+        ),
+    ],
+)
+def test_launchers(environ: dict[str, str], launcher: Launcher | None) -> None:
+    assert detect_launcher(environ) == launcher
+
+
+@pytest.mark.parametrize("text", ["", "four", "-1", "4.0", "٤"])
+def test_a_launcher_variable_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(LauncherError, match="PMI_SIZE"):
+        detect_launcher({"PMI_SIZE": text, "PMI_RANK": "0"})
+
+
+def test_no_launcher_no_mpi() -> None:
+    program = (
+        "import sys\nfrom rustsim_hpc.team import open_team\nteam = open_team()\n"
+        "assert type(team).__name__ == 'SoloTeam'\n"
+        "assert not any(name.split('.')[0] == 'mpi4py' for name in sys.modules)"
+    )
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "SLURM"))
+    }
+    subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)
+
+
+def test_a_single_task_of_srun_is_solo() -> None:
+    team = open_team(BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})
+    assert isinstance(team, SoloTeam)
+
+
+LAUNCHED = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+def test_without_mpi4py_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(LauncherError, match=r"Open MPI\) started 2 ranks, but mpi4py") as caught:
+        open_team(LAUNCHED)
+    assert 'pip install "rustsim-hpc[mpi]"' in caught.value.details()
+    assert caught.value.rank == 1
+
+
+def test_without_an_mpi_library_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoLibrary:
+        rc = type("rc", (), {})
+
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: not found")
+
+    monkeypatch.setitem(sys.modules, "mpi4py", NoLibrary())  # type: ignore[arg-type]
+    with pytest.raises(LauncherError, match="there is no MPI library: cannot load MPI library libmpi"):
+        open_team(LAUNCHED)
+
+
+def test_another_mpis_mpirun_is_refused() -> None:
+    pytest.importorskip("mpi4py")
+    # What each rank sees that Open MPI's mpirun starts with MPICH's library: a world of its own.
+    program = (
+        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
+        f"try:\n    open_team({LAUNCHED!r})\nexcept LauncherError as error:\n    print(error)"
+    )
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "SLURM"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60, check=True
+    )
+    assert "(OMPI_COMM_WORLD_SIZE), but MPI here" in done.stdout
+    assert "sees 1: launcher and library are not of one MPI" in done.stdout
