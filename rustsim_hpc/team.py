@@ -38,7 +38,7 @@ _INSTALL_HINT = (
 
 @runtime_checkable
 class Team(Protocol):
-    """The ranks of a run: `rank` of `size` in the world, `node_rank` of `node_size` on this machine, `host`."""
+    """The ranks of a run: `rank` of `size` in all, `node_rank` of `node_size` on this machine, `host`."""
 
     rank: int
     size: int

@@ -1,4 +1,4 @@
-"""Starts tests/mpi under mpirun at 1 to 4 ranks, with a limit per test and one for all: a hang is a failure."""
+"""Starts tests/mpi under mpirun at 1 to 4 ranks, with a time limit per test: a hang is a failure."""
 
 from __future__ import annotations
 

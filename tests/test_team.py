@@ -13,6 +13,16 @@ from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
 from rustsim_hpc.team import Launcher, SoloTeam, Team, agree, agree_hash, detect_launcher, open_team
 
 
+def run(program: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `program` in a Python that no launcher has started."""
+    launchers = ("PMI", "OMPI", "SLURM")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ, timeout=60)
+    assert done.returncode == expected, done.stderr
+    return done
+
+
 def test_solo_collectives_are_identities() -> None:
     team = SoloTeam()
     values = np.array([1, -2], np.int64)
@@ -50,8 +60,7 @@ def test_solo_agreement_raises_the_error_itself() -> None:
 
 def test_abort_ends_the_process_with_its_code_and_one_line() -> None:
     program = "from rustsim_hpc.team import SoloTeam\nSoloTeam().abort(3, 'stuck in\\na phase')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3
+    done = run(program, expected=3)
     assert done.stderr == "stuck in a phase\n"
 
 
@@ -111,10 +120,7 @@ def test_no_launcher_no_mpi() -> None:
         "assert type(team).__name__ == 'SoloTeam'\n"
         "assert not any(name.split('.')[0] == 'mpi4py' for name in sys.modules)"
     )
-    environ = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "SLURM"))
-    }
-    subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)
+    run(program)
 
 
 def test_a_single_task_of_srun_is_solo() -> None:
@@ -152,11 +158,6 @@ def test_another_mpis_mpirun_is_refused() -> None:
         "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
         f"try:\n    open_team({LAUNCHED!r})\nexcept LauncherError as error:\n    print(error)"
     )
-    environ = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "SLURM"))
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60, check=True
-    )
+    done = run(program)
     assert "(OMPI_COMM_WORLD_SIZE), but MPI here" in done.stdout
     assert "sees 1: launcher and library are not of one MPI" in done.stdout
