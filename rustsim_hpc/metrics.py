@@ -1,0 +1,279 @@
+"""Counters of a controlled runtime: snapshots that never change, and the meter that makes them.
+
+Durations are whole microseconds, sizes bytes. A snapshot goes out as JSON or as Prometheus text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple, Self
+
+
+@dataclass(frozen=True)
+class ColumnarPhaseBackend:
+    """Where a phase runs: `cpu` or `cuda_resident`."""
+
+    kind: Literal["Cpu", "CudaResident"] = "Cpu"
+
+    @classmethod
+    def cpu(cls) -> Self:
+        """Return the backend of phases over columns in host memory."""
+        return cls("Cpu")
+
+    @classmethod
+    def cuda_resident(cls) -> Self:
+        """Return the backend of phases over columns that stay on a CUDA device."""
+        return cls("CudaResident")
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True)
+class EnginePhaseMetric:
+    """Cumulative counters of one phase.
+
+    Attributes:
+        phase_index: its place in the combined list: runtime, then partition, then executor phases.
+        name: its name.
+        backend: where it runs.
+        executions: how often it ran, once a partition.
+        last_elapsed_us: duration of its newest execution, in microseconds.
+        total_elapsed_us: of all together.
+    """
+
+    phase_index: int
+    name: str
+    backend: ColumnarPhaseBackend
+    executions: int
+    last_elapsed_us: int
+    total_elapsed_us: int
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """Cumulative counters of a controlled runtime at one moment.
+
+    Attributes:
+        current_step: the runtime's step index.
+        agent_count: rows.
+        phase_count: configured phases of all kinds.
+        resident_bytes: of ids and columns, approximately.
+        steps_completed: committed steps of every kind.
+        last_step_us: duration of the newest step, in microseconds.
+        total_step_us: of all together.
+        checkpoints_created: how many.
+        replay_fingerprints: captured for a recorded or verified replay.
+        partition_count: partitions of the plan.
+        partition_steps_completed: committed partition steps.
+        partition_rows_processed: rows times phases of these.
+        phases: one entry a phase that ran, by phase index.
+    """
+
+    current_step: int = 0
+    agent_count: int = 0
+    phase_count: int = 0
+    resident_bytes: int = 0
+    steps_completed: int = 0
+    last_step_us: int = 0
+    total_step_us: int = 0
+    checkpoints_created: int = 0
+    replay_fingerprints: int = 0
+    partition_count: int = 0
+    partition_steps_completed: int = 0
+    partition_rows_processed: int = 0
+    phases: tuple[EnginePhaseMetric, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counters as JSON types; a backend is its name."""
+        counters = asdict(self)
+        counters["phases"] = [{**asdict(phase), "backend": phase.backend.kind} for phase in self.phases]
+        return counters
+
+    @classmethod
+    def from_dict(cls, counters: Mapping[str, Any]) -> Self:
+        """Make a snapshot from what `to_dict` gave; unknown keys are left out.
+
+        Raises:
+            TypeError, KeyError: a phase's entry lacks a counter.
+        """
+        known = {entry.name for entry in fields(cls)} - {"phases"}
+        phases = tuple(
+            EnginePhaseMetric(**{**phase, "backend": ColumnarPhaseBackend(phase["backend"])})
+            for phase in counters.get("phases", ())
+        )
+        return cls(**{name: int(counters[name]) for name in known if name in counters}, phases=phases)
+
+    def to_json(self) -> str:
+        """Return the counters as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    def to_prometheus(self, labels: Mapping[str, str] | None = None) -> str:
+        """Return the counters in Prometheus' text exposition format, version 0.0.4, durations in seconds.
+
+        ``labels`` go on every sample, a run's name or a rank, say.
+        """
+        lines: list[str] = []
+        for kind, name, help_text, samples in _families(self):
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{_labels({**(labels or {}), **own})} {value}" for own, value in samples]
+        return "\n".join(lines) + "\n"
+
+
+_Family = tuple[str, str, str, list[tuple[dict[str, str], str]]]
+
+
+def _families(metrics: EngineMetrics) -> Iterable[_Family]:
+    """Yield Prometheus' metric families: type, name, help, samples."""
+    for kind, name, help_text, value in (
+        ("gauge", "current_step", "Step index.", str(metrics.current_step)),
+        ("gauge", "agents", "Agents.", str(metrics.agent_count)),
+        ("gauge", "phases", "Configured phases.", str(metrics.phase_count)),
+        ("gauge", "resident_bytes", "Bytes of ids and columns.", str(metrics.resident_bytes)),
+        ("gauge", "partitions", "Partitions of the plan.", str(metrics.partition_count)),
+        ("counter", "steps_total", "Committed steps.", str(metrics.steps_completed)),
+        ("gauge", "last_step_seconds", "Duration of the newest step.", _seconds(metrics.last_step_us)),
+        ("counter", "step_seconds_total", "Duration of all steps.", _seconds(metrics.total_step_us)),
+        ("counter", "checkpoints_total", "Checkpoints created.", str(metrics.checkpoints_created)),
+        ("counter", "replay_fingerprints_total", "Fingerprints captured.", str(metrics.replay_fingerprints)),
+        ("counter", "partition_steps_total", "Partition steps.", str(metrics.partition_steps_completed)),
+        ("counter", "partition_rows_total", "Rows times phases.", str(metrics.partition_rows_processed)),
+    ):
+        yield kind, f"rustsim_{name}", help_text, [({}, value)]
+    if not metrics.phases:
+        return
+    own = [
+        {"phase": phase.name, "phase_index": str(phase.phase_index), "backend": phase.backend.kind}
+        for phase in metrics.phases
+    ]
+    for kind, name, help_text, values in (
+        ("counter", "executions_total", "Executions.", [str(p.executions) for p in metrics.phases]),
+        ("gauge", "last_seconds", "Newest duration.", [_seconds(p.last_elapsed_us) for p in metrics.phases]),
+        ("counter", "seconds_total", "Duration.", [_seconds(p.total_elapsed_us) for p in metrics.phases]),
+    ):
+        yield kind, f"rustsim_phase_{name}", help_text, list(zip(own, values, strict=True))
+
+
+def _seconds(microseconds: int) -> str:
+    # Exact: a float would lose microseconds in a run of years.
+    return f"{microseconds // 1_000_000}.{microseconds % 1_000_000:06d}"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    escaped = {
+        name: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for name, value in labels.items()
+    }
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if labels else ""
+
+
+class PhaseKind(IntEnum):
+    """The three lists of phases of a plane, in the order in which the combined list has them."""
+
+    RUNTIME = 0
+    PARTITION = 1
+    EXECUTOR = 2
+
+
+class PhaseRun(NamedTuple):
+    """One execution of one phase: ``position`` is its place in the list of its kind."""
+
+    kind: PhaseKind
+    position: int
+    name: str
+    backend: ColumnarPhaseBackend
+    elapsed_us: int
+    rows: int = 0
+
+
+class Meter:
+    """Accumulates the counters of a plane; `snapshot` freezes them.
+
+    Phases are kept by their kind and position, so that a phase added later to an earlier list changes the
+    phase indices that snapshots report and mixes up no counters. Only committed steps are counted: nothing
+    here needs to be undone.
+    """
+
+    def __init__(self) -> None:
+        self._live = (0, 0, 0, 0, 0)
+        self._kinds = (0, 0, 0)
+        self._steps = self._last_us = self._total_us = 0
+        self._partition_steps = self._partition_rows = 0
+        self._checkpoints = self._fingerprints = 0
+        self._runs: dict[tuple[PhaseKind, int], list[int]] = {}
+        self._facts: dict[tuple[PhaseKind, int], tuple[str, ColumnarPhaseBackend]] = {}
+
+    def refresh(
+        self,
+        *,
+        current_step: int,
+        agent_count: int,
+        resident_bytes: int,
+        partition_count: int,
+        phases: tuple[int, int, int],
+    ) -> None:
+        """Set what is not cumulative; ``phases``: how many there are of each `PhaseKind`."""
+        # A tuple, not a snapshot: this runs once a step.
+        self._live = (current_step, agent_count, sum(phases), resident_bytes, partition_count)
+        self._kinds = phases
+
+    def step_completed(self, total_us: int, runs: Iterable[PhaseRun], *, partitioned: bool = False) -> None:
+        """Count one committed step and its phases' executions."""
+        self._steps += 1
+        self._last_us = total_us
+        self._total_us += total_us
+        self._partition_steps += partitioned
+        for run in runs:
+            key = (run.kind, run.position)
+            totals = self._runs.get(key)
+            if totals is None:
+                totals = self._runs[key] = [0, 0, 0]
+                self._facts[key] = (run.name, run.backend)
+            totals[0] += 1
+            totals[1] = run.elapsed_us
+            totals[2] += run.elapsed_us
+            if partitioned:
+                self._partition_rows += run.rows
+
+    def checkpoint_created(self) -> int:
+        """Count one checkpoint, and return its sequence number; the first one is 1."""
+        self._checkpoints += 1
+        return self._checkpoints
+
+    @property
+    def checkpoints_created(self) -> int:
+        """How many checkpoints were counted."""
+        return self._checkpoints
+
+    def fingerprint_captured(self) -> None:
+        """Count one fingerprint of a recorded or verified replay."""
+        self._fingerprints += 1
+
+    def snapshot(self) -> EngineMetrics:
+        """Return the counters as they are now."""
+        bases = (0, self._kinds[0], self._kinds[0] + self._kinds[1])
+        phases = []
+        for key in sorted(self._runs):
+            executions, last_us, total_us = self._runs[key]
+            name, backend = self._facts[key]
+            index = bases[key[0]] + key[1]
+            phases.append(EnginePhaseMetric(index, name, backend, executions, last_us, total_us))
+        current_step, agent_count, phase_count, resident_bytes, partition_count = self._live
+        return EngineMetrics(
+            current_step=current_step,
+            agent_count=agent_count,
+            phase_count=phase_count,
+            resident_bytes=resident_bytes,
+            partition_count=partition_count,
+            steps_completed=self._steps,
+            last_step_us=self._last_us,
+            total_step_us=self._total_us,
+            checkpoints_created=self._checkpoints,
+            replay_fingerprints=self._fingerprints,
+            partition_steps_completed=self._partition_steps,
+            partition_rows_processed=self._partition_rows,
+            phases=tuple(phases),
+        )
