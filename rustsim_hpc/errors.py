@@ -14,7 +14,7 @@ from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
 from rustsim_hpc.facts import nearest as nearest  # noqa: PLC0414
 
 if TYPE_CHECKING:
-    # Inside a root the name of a variant means its attribute; annotations reach the class through the module.
+    # In a root a variant's name means the attribute; annotations reach the class through the module.
     import rustsim_hpc.errors as here  # noqa: PLW0406
 
 
@@ -31,6 +31,12 @@ class DeviceSoaRestoreError(RustsimError, ValueError):
     """A checkpoint's payload cannot become a store."""
 
     exit_code = 5
+    message: str
+
+
+class ColumnMemoryError(RustsimError, MemoryError):
+    """Memory for columns cannot be had, or not be reached."""
+
     message: str
 
 
@@ -223,10 +229,6 @@ class ReplayDivergence(EngineControlPlaneError, RuntimeError):
     actual: int
     columns: tuple[str, ...] = ()
 
-    def known_facts(self) -> list[tuple[str, str]]:
-        """Return the known facts, the columns that differ among them."""
-        return super().known_facts() + ([("columns", ", ".join(self.columns))] if self.columns else [])
-
 
 class ReplayStepMismatch(EngineControlPlaneError, RuntimeError):
     """Verification expected another step index."""
@@ -393,7 +395,6 @@ for _variant in [value for value in globals().values() if isinstance(value, type
     for _root in (PartitionPlanError, PartitionExecutorError, EngineControlPlaneError):
         if issubclass(_variant, _root) and not _variant.__name__.startswith("_"):
             setattr(_root, _variant.__name__, _variant)
-EngineControlPlaneError.Restore = RestoreError
-EngineControlPlaneError.Partition = PlanError
+EngineControlPlaneError.Restore, EngineControlPlaneError.Partition = RestoreError, PlanError
 EngineControlPlaneError.PartitionCheckpoint = PartitionCheckpointError
 EngineControlPlaneError.PartitionExecutor = ExecutorError

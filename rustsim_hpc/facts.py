@@ -80,8 +80,13 @@ class RustsimError(_Declared, kw_only=True):
 
     def known_facts(self) -> list[tuple[str, str]]:
         """Return the facts that are known as (label, text), in the order in which `details` prints them."""
-        names = ("rank", "host", "partition", "phase", "step")
-        return [(name, str(getattr(self, name))) for name in names if getattr(self, name) is not None]
+        names = ("rank", "host", "partition", "phase", "step", "columns")
+        known = [(name, getattr(self, name, None)) for name in names]
+        return [
+            (name, ", ".join(value) if isinstance(value, tuple) else str(value))
+            for name, value in known
+            if value not in (None, ())
+        ]
 
     def details(self) -> str:
         """Return the known facts one a line, then the other failures of the same step, then the hint."""
