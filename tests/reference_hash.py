@@ -1,5 +1,7 @@
 """Slow plain-Python twins of the fingerprint's hashes, written from docs/fingerprints.md alone."""
 
+from functools import cache
+
 import numpy as np
 
 U64 = (1 << 64) - 1
@@ -31,6 +33,7 @@ def mix(z):
     return z ^ (z >> 31)
 
 
+@cache
 def keys(key_index, word):
     seed = mix(int.from_bytes(b"digest:K", "big") + GOLDEN * (2 * key_index + word + 1))
     found = []
