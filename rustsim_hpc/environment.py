@@ -1,0 +1,111 @@
+"""What a run's results can depend on beside its job: versions, hosts, CPU models, the math library."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rustsim_hpc.version import __version__
+
+PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "mpi4py")
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("rustsim-hpc", __version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the package, Python and the libraries that results depend on, by name."""
+    return dict(_versions())
+
+
+def cpu_model() -> str:
+    """Return the CPU's model name, or the architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in {"model name", "Model", "cpu model"}:
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _libm() -> tuple[tuple[str, str], ...]:
+    name, version = platform.libc_ver()
+    facts = [("library", f"{name} {version}".strip() or "unknown")]
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        maps = []
+    for line in maps:
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith(("libm.", "libm-", "ld-musl")):
+            facts.append(("path", path))
+            # The version says too little: distributions patch, and CPU-specific variants live in one file.
+            facts.append(("blake2b", hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()))
+            break
+    return tuple(facts)
+
+
+def libm() -> dict[str, str]:
+    """Return what math library this process uses: ``library``, and where known ``path`` and ``blake2b``."""
+    return dict(_libm())
+
+
+def host_facts() -> dict[str, Any]:
+    """Return this machine's host name, CPU model, number of cores that may be used, system and libm."""
+    return {
+        "host": socket.gethostname(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libm": libm(),
+    }
+
+
+def by_host(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the facts of ranks 0, 1, … as one entry a host, with the ``ranks`` on it."""
+    hosts: dict[str, dict[str, Any]] = {}
+    for rank, own in enumerate(facts):
+        hosts.setdefault(str(own["host"]), {**own, "ranks": []})["ranks"].append(rank)
+    return list(hosts.values())
+
+
+def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines that say in what the hosts of two runs differ so that exp or cos may give other bits.
+
+    ``then`` and ``now`` are lists that `by_host` or `host_facts` made. The engine's own random numbers and
+    reductions do not depend on these.
+    """
+    lines = []
+    for label, of in (("CPU model", _cpu_of), ("math library", _libm_of)):
+        before, after = {of(host) for host in then}, {of(host) for host in now}
+        if before != after:
+            lines.append(f"{label}: {', '.join(sorted(before))} then, {', '.join(sorted(after))} now")
+    return lines
+
+
+def _cpu_of(host: Mapping[str, Any]) -> str:
+    return str(host.get("cpu", "unknown"))
+
+
+def _libm_of(host: Mapping[str, Any]) -> str:
+    facts = host.get("libm", {})
+    return f"{facts.get('library', 'unknown')} ({facts.get('blake2b', 'unknown')})"
