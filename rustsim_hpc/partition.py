@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _U32_MAX = 2**32 - 1
 
 
-def _whole(label: str, value: Any, limit: int | None = None) -> int:
-    """Return a whole number from 0 to `limit` as an int, whatever integer type it has."""
+def _whole(label: str, value: Any, limit: int | None = None, *, signed: bool = False) -> int:
+    """Return a whole number from 0 (or any, if signed) to `limit` as an int, whatever integer type it has."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidConfig(f"{label} must be a whole number, got {value!r}")
     number = int(value.__index__())
-    if number < 0 or (limit is not None and number > limit):
+    if (number < 0 and not signed) or (limit is not None and number > limit):
         raise InvalidConfig(f"{label} must lie in 0..{'' if limit is None else limit}, got {number}")
     return number
 
@@ -124,11 +124,14 @@ class PartitionPlan:
         Fewer rows than partitions give one partition a row, no rows give one empty partition.
 
         Raises:
-            InvalidPartitionCount: `partition_count` is zero.
-            InvalidConfig: a count is negative, or there are more ranges than a PartitionId can number.
+            InvalidPartitionCount: `partition_count` is zero or less.
+            InvalidConfig: no whole numbers, negative rows, or more ranges than a PartitionId can number.
         """
-        rows, parts = _whole("agent_count", agent_count), _whole("partition_count", partition_count)
-        if parts == 0:
+        rows, parts = (
+            _whole("agent_count", agent_count),
+            _whole("partition_count", partition_count, signed=True),
+        )
+        if parts <= 0:
             raise InvalidPartitionCount
         if rows == 0:
             return cls.static([PartitionAssignment(PartitionId(0), 0, 0)])

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-from rustsim_hpc.partition import PartitionId
 
 from rustsim_hpc import errors
 from rustsim_hpc.errors import (
@@ -16,6 +15,7 @@ from rustsim_hpc.errors import (
     PartitionPlanError,
     RustsimError,
 )
+from rustsim_hpc.partition import PartitionId
 
 GOLDEN = {
     entry["id"]: entry["display"]
@@ -156,7 +156,7 @@ def test_details_print_the_facts_one_a_line_and_the_hint_last():
 
 
 def pickled(error):
-    return pickle.loads(pickle.dumps(error))  # noqa: S301
+    return pickle.loads(pickle.dumps(error))
 
 
 @pytest.mark.parametrize(
