@@ -250,7 +250,7 @@ def digest_sums(view: StateView) -> list[int]:
     return [ids, *(digest_column(column, view.row_offset, 1 + i) for i, column in enumerate(view.columns))]
 
 
-def digest_value(  # noqa: PLR0917
+def digest_value(
     step_index: int,
     rows: int,
     names: Sequence[str],
