@@ -2,7 +2,7 @@
 
 Pure values and decisions; `replay_log` keeps a stream in a file. The order in a step: `is_due`; compute the
 fingerprint of the state that is about to be committed; `check` it, which changes nothing, so that a step that
-does not verify can be undone; `commit` it with the step.
+does not verify can be undone; `accept` it with the step's commit.
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ class ReplayRecorder:
         self._cursor = VerifyCursor(mode.expected, step_index) if mode.kind == "verify" else None
 
     @property
+    def is_on(self) -> bool:
+        """Whether fingerprints are taken at all."""
+        return self.mode.kind != "off"
+
+    @property
     def recorded(self) -> tuple[ReplayFingerprint, ...]:
         """Fingerprints of committed steps, in step order."""
         return tuple(self._entries)
@@ -180,13 +185,13 @@ class ReplayRecorder:
         if self._cursor is not None:
             self._cursor.check(fingerprint, columns)
 
-    def commit(self, fingerprint: ReplayFingerprint) -> None:
+    def accept(self, fingerprint: ReplayFingerprint) -> None:
         """Record the fingerprint of a step that is committed."""
         self._entries.append(fingerprint)
         if self._cursor is not None:
             self._cursor.advance()
 
-    def restore(self, step_index: int) -> None:
+    def restored(self, step_index: int) -> None:
         """Follow a restore that the caller asked for: drop what is after its step, verify from there on."""
         self._entries = [entry for entry in self._entries if entry.step_index <= step_index]
         if self._cursor is not None:
