@@ -351,10 +351,14 @@ class JobError(RustsimError, ValueError):
 
 
 class CheckpointFileError(RustsimError, ValueError):
-    """A checkpoint file does not prove itself, or is not this run's."""
+    """A checkpoint file does not prove itself, is not this run's, or cannot be written.
+
+    damaged: the file's content is wrong; False where it could not be reached or written.
+    """
 
     exit_code = 5
     message: str
+    damaged: bool = field(default=True, kw_only=True)
 
 
 class RunFolderError(RustsimError, RuntimeError):
