@@ -29,12 +29,12 @@ BACKEND_VARIABLE: Final = "RUSTSIM_BACKEND"
 _INT64_MAX: Final = 2**63 - 1
 _CLOCK: Final = re.compile(r"(?:(?P<d>\d+)-)?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d+)?)")
 _UNITS: Final = re.compile(
-    r"(?=.)(?:(?P<d>\d+)d)?\s*(?:(?P<h>\d+)h)?\s*(?:(?P<m>\d+)m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)s)?"
+    r"(?=\d)(?:(?P<d>\d+)d)?\s*(?:(?P<h>\d+)h)?\s*(?:(?P<m>\d+)m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)s?)?"
 )
 
 
 def parse_duration(value: object) -> object:
-    """Turn "90s", "1h30m", "01:30:00" or "1-00:00:00" into seconds; give anything else back as it is."""
+    """Turn "90", "90s", "1h30m", "01:30:00" or "1-00:00:00" into seconds; leave anything else as it is."""
     if not isinstance(value, str):
         return value
     match = _CLOCK.fullmatch(value) or _UNITS.fullmatch(value)
@@ -115,7 +115,7 @@ class RunTable(_Table):
         "else `heap`",
         "auto",
     )
-    tile_rows: Positive | None = _key(
+    tile_rows: Annotated[int, Field(ge=4096)] | None = _key(
         "rows of a tile, a power of two", None, shown="by the size of the cache"
     )
     check: bool = _key(

@@ -39,10 +39,10 @@ every = 50
 ```
 
 Where the list names an option, the command line sets the key with it; `--set TABLE.KEY=VALUE` sets any key,
-with the value as TOML writes it: `--set params.dt=0.1 --set checkpoint.keep=5`. Paths given on the command line
-are relative to the working directory. The run's folder keeps the job as resolved in `job.toml`, without the table
-`[command]`, which belongs to one start. The model, `[params]`, `agents` and `seed` decide the bits of a run;
-everything else decides how it is computed and what is kept.
+with the value as TOML writes it: `--set params.dt=0.1 --set checkpoint.keep=5`. Paths given on the command
+line are relative to the working directory. The run's folder keeps the job as resolved in `job.toml`, without
+the table `[command]`, which belongs to one start. The model, `[params]`, `agents` and `seed` decide the bits
+of a run; everything else decides how it is computed and what is kept.
 
 | key | type | default | meaning | option |
 | --- | --- | --- | --- | --- |

@@ -50,7 +50,11 @@ def kind_of(schema: Mapping[str, Any]) -> str:
 
 def describe(error: ValidationError, path: Path, sources: Origin, tables: Mapping[str, Any]) -> list[str]:
     """Return one line for each mistake, without repetition, in the order in which pydantic found them."""
-    lines = [_line(mistake, path, sources, tables, error.title) for mistake in error.errors()]
+    mistakes = error.errors()
+    if any(mistake["type"] == "extra_forbidden" for mistake in mistakes):
+        # A misspelt key is also a missing one: the one line that helps is the first.
+        mistakes = [mistake for mistake in mistakes if mistake["type"] != "missing"]
+    lines = [_line(mistake, path, sources, tables, error.title) for mistake in mistakes]
     return list(dict.fromkeys(lines))
 
 

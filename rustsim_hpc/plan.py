@@ -1,0 +1,164 @@
+"""What each rank of a run will hold: rows, memory and checkpoint bytes, computed and not tried out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.job import JobSpec
+from rustsim_hpc.schema import Schema
+
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Ranks first to last (both included) that hold the same; bytes are those of one of them.
+
+    state_bytes: the columns. undo_bytes: second buffers of columns that a step overwrites.
+    checkpoint_bytes: what it writes to a checkpoint (ids and columns).
+    """
+
+    first: int
+    last: int
+    partitions: int
+    rows: int
+    state_bytes: int
+    undo_bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A job over `ranks` ranks. step_bytes: what a rank brings to the collectives of one step."""
+
+    job: str
+    agents: int
+    ranks: int
+    partitions: int
+    executor: str
+    workers: int
+    guard: str
+    row_bytes: int
+    undo_row_bytes: int
+    step_bytes: int
+    shares: tuple[RankShare, ...]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a whole checkpoint, its headers apart."""
+        return self.agents * (self.row_bytes + _ID_BYTES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan in JSON's types."""
+        return {**asdict(self), "checkpoint_bytes": self.checkpoint_bytes}
+
+    def text(self) -> str:
+        """Return the plan as a table for a reader."""
+        head = ("ranks", "partitions", "rows", "state", "undo", "checkpoint")
+        rows = [
+            (
+                f"{share.first}" if share.first == share.last else f"{share.first}-{share.last}",
+                f"{share.partitions:,}",
+                f"{share.rows:,}",
+                size(share.state_bytes),
+                size(share.undo_bytes),
+                size(share.checkpoint_bytes),
+            )
+            for share in self.shares
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        table = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (head, *rows)
+        ]
+        return "\n".join(
+            [
+                f"job           {self.job}, {self.agents:,} rows, guard {self.guard}",
+                f"cut           {self.ranks:,} ranks, {self.partitions:,} partitions in all",
+                f"executor      {self.executor}, {self.workers} workers a rank",
+                f"a row         {self.row_bytes} bytes, and {self.undo_row_bytes} to undo a step",
+                f"a checkpoint  {size(self.checkpoint_bytes)}",
+                f"a step        {size(self.step_bytes)} from each rank to the others",
+                "",
+                *table,
+            ]
+        )
+
+
+def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes: int, ranks: int) -> RunPlan:
+    """Return what each of `ranks` ranks will hold.
+
+    swapped: indices of the columns that have a second buffer. step_bytes: what a rank brings to the
+    collectives of one step (results of reductions, the digest, the status).
+    """
+    sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
+    row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
+    workers = worker_count(spec)
+    wanted = max(spec.run.partitions or workers * ranks, ranks)
+    shares = []
+    for number, (partitions, rows) in enumerate(_cut(spec.run.agents, wanted, ranks)):
+        shares.append(
+            RankShare(
+                number,
+                number,
+                partitions,
+                rows,
+                rows * row_bytes,
+                rows * undo_bytes,
+                rows * (row_bytes + _ID_BYTES),
+            )
+        )
+    return RunPlan(
+        job=spec.run.name,
+        agents=spec.run.agents,
+        ranks=ranks,
+        partitions=sum(share.partitions for share in shares),
+        executor=spec.run.executor,
+        workers=workers,
+        guard=spec.run.guard,
+        row_bytes=row_bytes,
+        undo_row_bytes=undo_bytes,
+        step_bytes=step_bytes,
+        shares=tuple(_joined(shares)),
+    )
+
+
+def worker_count(spec: JobSpec) -> int:
+    """Return the workers of a rank: what the job says, else one inline and this process's cores otherwise."""
+    if spec.run.executor == "inline":
+        return 1
+    return spec.run.workers or len(os.sched_getaffinity(0))
+
+
+def _cut(rows: int, partitions: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """Yield (partitions, rows) of each rank: contiguous runs of partitions that differ by one row at most."""
+    # Partitions without a row are not made; without any row there is one, which is empty.
+    made = min(partitions, max(rows, 1))
+    each, left = divmod(rows, made)
+    stop = 0
+    for rank in range(ranks):
+        start, stop = stop, made * (rank + 1) // ranks
+        yield stop - start, (stop - start) * each + min(stop, left) - min(start, left)
+
+
+def _joined(shares: list[RankShare]) -> Iterator[RankShare]:
+    """Join neighbouring ranks that hold the same."""
+    for _, equal in groupby(shares, key=lambda share: (share.partitions, share.rows)):
+        members = list(equal)
+        yield RankShare(**{**asdict(members[0]), "last": members[-1].last})
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the unit that fits: 5.2 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

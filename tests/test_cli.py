@@ -1,0 +1,331 @@
+"""The command line: what it hands to the engine, exit codes, and what goes to which stream."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import pytest
+
+from rustsim_hpc import cli
+from rustsim_hpc.errors import (
+    CheckpointFileError,
+    JobError,
+    PartitionExecution,
+    ReplayDivergence,
+    RustsimError,
+)
+from rustsim_hpc.job import JobSpec, RunOptions
+from rustsim_hpc.job_options import OPTION_KEYS
+from rustsim_hpc.partition import PartitionId
+from rustsim_hpc.summary import RunSummary
+
+Result = tuple[int, str, str]
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    (tmp_path / "flock.py").write_text("def model(): ...\n")
+    path = tmp_path / "flock.toml"
+    path.write_text('[model]\nmodule = "flock.py"\n[run]\nagents = 10\nsteps = 5\n')
+    return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Return a function that runs a command line in this process: (exit code, stdout, stderr)."""
+    for name in ("PMI_RANK", "PMI_SIZE", "RUSTSIM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, printed.out, printed.err
+
+    return run
+
+
+class Engine(ModuleType):
+    """Stands for `rustsim_hpc.launch`: keeps what it is called with, and ends as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("rustsim_hpc.launch")
+        self.calls: list[tuple[Any, ...]] = []
+        self.failure: BaseException | None = None
+        self.stopped: str | None = None
+
+    def _end(self, *call: Any) -> RunSummary:
+        self.calls.append(call)
+        if self.failure is not None:
+            raise self.failure
+        return summary(self.stopped)
+
+    def run_job(self, spec: JobSpec, options: RunOptions, team: Any) -> RunSummary:
+        return self._end("run", spec, options, team.size)
+
+    def resume_run(self, folder: Path, spec: JobSpec, options: RunOptions, team: Any) -> RunSummary:
+        return self._end("resume", folder, spec, options, team.size)
+
+
+def summary(stopped: str | None = None) -> RunSummary:
+    return RunSummary(
+        job="flock",
+        folder=Path("runs/flock"),
+        steps=5,
+        step_index=5,
+        agents=10,
+        ranks=1,
+        executor="inline",
+        workers=1,
+        partitions=1,
+        fingerprint=0xAB,
+        fingerprint_scheme="digest",
+        seconds=0.5,
+        checkpoints=(Path("runs/flock/checkpoints/step_0000000005.h5"),),
+        outputs={"curve.csv": Path("runs/flock/curve.csv")},
+        stopped=stopped,
+    )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made = Engine()
+    monkeypatch.setitem(sys.modules, "rustsim_hpc.launch", made)
+    return made
+
+
+def test_run_hands_over_the_job(call: Call, engine: Engine, job: Path) -> None:
+    code, out, err = call("run", job)
+    assert code == 0
+    assert err == ""
+    assert "0x00000000000000ab" in out
+    [(_, spec, options, ranks)] = engine.calls
+    assert spec.run.agents == 10
+    assert options == RunOptions()
+    assert ranks == 1
+
+
+def test_every_option_sets_its_key(
+    call: Call, engine: Engine, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(job.parent)
+    given = {
+        "--agents": "20",
+        "--steps": "7",
+        "--seed": "9",
+        "--executor": "threads",
+        "--workers": "2",
+        "--partitions": "3",
+        "--guard": "torn",
+        "--backend": "cpu",
+        "--check": None,
+        "--time-limit": "90",
+        "--record": None,
+        "--verify": "log.jsonl",
+        "--fingerprint": "fnv1a",
+        "--checkpoint-every": "4",
+        "--out": "out",
+        "--force": None,
+        "--no-progress": None,
+        "--json": None,
+    }
+    assert {*given, "--dry-run"} == set(OPTION_KEYS)
+    words = [word for pair in given.items() for word in pair if word is not None]
+    code, _, err = call(
+        "run", "flock.toml", *words, "--set", "params.dt=0.1", "--set", "checkpoint.keep=9", "--debug"
+    )
+    assert (code, err) == (0, "")
+    [(_, spec, options, _)] = engine.calls
+    run = spec.run
+    assert (run.agents, run.steps, run.seed) == (20, 7, 9)
+    assert (run.executor, run.workers, run.partitions) == ("threads", 2, 3)
+    assert (run.guard, run.backend, run.check, run.time_limit) == ("torn", "cpu", True, 90.0)
+    assert (spec.replay.mode, spec.replay.fingerprint) == ("record", "fnv1a")
+    assert spec.replay.verify == str(job.parent / "log.jsonl")
+    assert (spec.checkpoint.every, spec.checkpoint.keep) == (4, 9)
+    assert spec.params == {"dt": 0.1}
+    assert options == RunOptions(
+        out=job.parent / "out", force=True, dry_run=False, progress=False, json=True, debug=True
+    )
+
+
+def test_json_is_the_last_line(call: Call, engine: Engine, job: Path) -> None:
+    code, out, _ = call("run", job, "--json")
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])
+    assert found == summary().to_dict()
+    assert set(found) >= {
+        "job", "steps", "step_index", "agents", "ranks", "executor", "workers", "partitions", "fingerprint",
+        "fingerprint_scheme", "seconds", "agent_steps_per_second", "checkpoints", "resumed_from", "outputs",
+    }  # fmt: skip
+    assert (found["fingerprint"], found["agent_steps_per_second"]) == ("0x00000000000000ab", 100.0)
+
+
+def test_stopped_run_ends_with_75(call: Call, engine: Engine, job: Path) -> None:
+    engine.stopped = "SIGINT"
+    code, out, _ = call("run", job)
+    assert code == 75
+    assert "rustsim-hpc resume runs/flock" in out
+
+
+def test_resume_reads_the_folder(call: Call, engine: Engine, job: Path) -> None:
+    folder = job.parent / "run"
+    folder.mkdir()
+    (folder / "job.toml").write_text(job.read_text().replace("flock.py", str(job.parent / "flock.py")))
+    assert call("resume", folder, "--steps", 9, "--partitions", 3)[0] == 0
+    [(_, given, spec, _, _)] = engine.calls
+    assert given == folder
+    assert (spec.run.steps, spec.run.partitions) == (9, 3)
+    code, _, err = call("resume", job.parent)
+    assert code == 2
+    assert "no job.toml" in err
+
+
+FAILURES: list[tuple[RustsimError, int]] = [
+    (JobError("no"), 2),
+    (PartitionExecution(PartitionId(1), "move", "no luck", rank=2, step=7), 3),
+    (ReplayDivergence(3, 1, 2), 4),
+    (CheckpointFileError("torn"), 5),
+]
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES)
+def test_error_is_a_message_and_a_code(
+    call: Call, engine: Engine, job: Path, failure: RustsimError, code: int
+) -> None:
+    engine.failure = failure
+    found, out, err = call("run", job)
+    assert found == code
+    assert out == ""
+    assert err == "\n".join([f"Error: {failure}", *failure.details().splitlines()]) + "\n"
+
+
+def test_same_error_of_other_ranks_is_told_once(call: Call, engine: Engine, job: Path) -> None:
+    engine.failure = JobError("no", rank=0, others=(JobError("no"), JobError("never")))
+    assert call("run", job)[2].splitlines() == ["Error: no", "rank: 0", "also failed: never"]
+
+
+def test_traceback_only_with_debug(call: Call, engine: Engine, job: Path) -> None:
+    engine.failure = ZeroDivisionError("by zero")
+    code, _, err = call("run", job)
+    assert code == 3
+    assert err.startswith("Error: ZeroDivisionError: by zero\n")
+    assert "Traceback" not in err
+    engine.failure = JobError("no")
+    assert "Traceback" in call("run", job, "--debug")[2]
+
+
+def test_interrupt(call: Call, engine: Engine, job: Path) -> None:
+    engine.failure = KeyboardInterrupt()
+    assert call("run", job)[0] == 130
+
+
+def test_mistakes_end_with_2(call: Call, engine: Engine, job: Path) -> None:
+    for words, said in [
+        (["run", job, "--agnets", "3"], "No such option"),
+        (["run"], "Missing argument"),
+        (["rn", job], "No such command"),
+        (["run", job, "--agents", "many"], "not a valid integer"),
+        (["run", job, "--agents", "-3"], "--agents: must be an integer ≥ 0, not -3"),
+        (["run", job, "--set", "run.agnets=3"], 'did you mean "agents"?'),
+        (["run", job.with_name("none.toml")], "No such file"),
+    ]:
+        code, out, err = call(*words)
+        assert code == 2
+        assert out == ""
+        assert said in err
+    assert engine.calls == []
+
+
+def test_only_rank_0_speaks(call: Call, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", "1")
+    assert call("run", job, "--agnets", "3") == (2, "", "")
+
+
+def test_rank_that_fails_alone_ends_all(
+    capsys: pytest.CaptureFixture[str], engine: Engine, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Aborted(BaseException):
+        pass
+
+    class TwoRanks:
+        rank, size = 1, 2
+
+        def sum_int64(self, array: Any) -> Any:
+            return array
+
+        def abort(self, code: int, message: str) -> NoReturn:
+            raise Aborted(code, message)
+
+    monkeypatch.setattr("rustsim_hpc.team.open_team", TwoRanks)
+    engine.failure = ZeroDivisionError("by zero")
+    with pytest.raises(Aborted) as stop:
+        cli.main(["run", str(job)])
+    assert stop.value.args == (3, "rank 1: ZeroDivisionError: by zero")
+
+
+def test_doctor(call: Call) -> None:
+    code, out, _ = call("doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert set(report) == {"python", "packages", "machine", "disk", "mpi", "hdf5", "numba", "gpu", "problems"}
+    assert "rustsim-hpc" in call("doctor")[1]
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    root = Path(cli.__file__).parents[1]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=60, env=environ
+    )
+
+
+def test_help_is_quick_and_teaches() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = command("-m", "rustsim_hpc", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert "rustsim-hpc run jobs/us_flights.toml" in done.stdout
+    assert "75  stopped" in done.stdout
+    assert min(seconds) < 0.5
+    assert "--checkpoint-every K" in command("-m", "rustsim_hpc", "run", "--help").stdout
+
+
+IMPORT_PROBE = """
+import sys, time
+import numpy
+start = time.perf_counter()
+import rustsim_hpc
+print(time.perf_counter() - start)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_import_is_quick_and_starts_nothing() -> None:
+    seconds = []
+    for _ in range(3):
+        done = command("-c", IMPORT_PROBE)
+        assert done.returncode == 0, done.stderr
+        took, loaded = done.stdout.splitlines()
+        seconds.append(float(took))
+    assert min(seconds) < 0.2
+    heavy = {"numba", "llvmlite", "h5py", "mpi4py", "pydantic", "matplotlib", "cupy", "tqdm", "click"}
+    assert heavy & set(loaded.split()) == set()
+
+
+def test_closed_pipe_is_no_error() -> None:
+    root = Path(cli.__file__).parents[1]
+    line = f"cd {root} && {sys.executable} -m rustsim_hpc doctor | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
