@@ -88,11 +88,10 @@ class FolderLock:
             OSError: the lock's files cannot be opened.
         """
         descriptor = _wait(folder, RANKS, fcntl.LOCK_SH, time.monotonic() + wait_seconds)
-        holder = read_holder(folder)
-        if holder.get("token") != token:
+        if read_holder(folder).get("token") != token:
             os.close(descriptor)
             raise RunFolderError(
-                f"the folder {folder} is not the one that rank 0 locked: {_who(holder)}",
+                f"the folder {folder} is not the one that rank 0 locked: {holder_text(folder)} has it",
                 hint="all ranks must see the run's folder on one file system",
             )
         return cls(token, descriptor)
@@ -111,6 +110,14 @@ def read_holder(folder: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def holder_text(folder: Path) -> str:
+    """Return who has, or last had, the folder, for an error's text."""
+    holder = read_holder(folder)
+    if "pid" not in holder:
+        return "another run"
+    return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"
 
 
 def is_locked(folder: Path) -> bool:
@@ -152,7 +159,7 @@ def _wait(folder: Path, name: str, kind: int, deadline: float) -> int:
             os.close(descriptor)
         if time.monotonic() >= deadline:
             raise RunFolderError(
-                f"the folder {folder} is in use by {_who(read_holder(folder))}",
+                f"the folder {folder} is in use by {holder_text(folder)}",
                 hint="wait until that run has ended, or give another folder with --out",
             )
         time.sleep(_POLL_SECONDS)
@@ -177,9 +184,3 @@ def _is_file(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
-
-
-def _who(holder: dict[str, object]) -> str:
-    if "pid" not in holder:
-        return "another run"
-    return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"
