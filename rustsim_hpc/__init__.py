@@ -1,1 +1,132 @@
-"""Placeholder."""
+"""rustsim-hpc: a deterministic engine for very large agent and particle simulations.
+
+State is a set of columns, a model is a list of phases over them, and every step can be proved: recorded,
+verified, checkpointed and restored onto any number of partitions, threads, processes or MPI ranks with the
+same bits. Importing the package starts nothing: no MPI, no compiler, no signal handler, no log.
+"""
+
+from rustsim_hpc import errors as errors
+from rustsim_hpc import random as random
+from rustsim_hpc.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
+from rustsim_hpc.columns import DeviceSoaCheckpoint, DeviceSoaStore
+from rustsim_hpc.config import ControlPlaneConfig, StepGuard
+from rustsim_hpc.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
+from rustsim_hpc.errors import (
+    ColumnarRuntimeError,
+    DeviceSoaRestoreError,
+    EngineControlPlaneError,
+    PartitionExecutorError,
+    PartitionPlanError,
+    RustsimError,
+)
+from rustsim_hpc.executors.base import (
+    PartitionExecutablePhase,
+    PartitionExecutor,
+    PartitionTask,
+    PartitionTaskResult,
+)
+from rustsim_hpc.executors.endpoint import EndpointPartitionExecutor, ExternalPartitionClient
+from rustsim_hpc.executors.inline import InlinePartitionExecutor
+from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
+from rustsim_hpc.model import (
+    Check,
+    ColumnPhase,
+    Derive,
+    Model,
+    Reduction,
+    RowKernel,
+    check,
+    column_phase,
+    derive,
+    function,
+    reduction,
+    row_kernel,
+)
+from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
+from rustsim_hpc.params import Param, Params
+from rustsim_hpc.partition import (
+    PartitionAssignment,
+    PartitionExecutionBackend,
+    PartitionExecutionContext,
+    PartitionId,
+    PartitionMode,
+    PartitionPhaseReport,
+    PartitionPlan,
+    PartitionWorker,
+)
+from rustsim_hpc.random import philox4x32_10
+from rustsim_hpc.replay import ReplayMode
+# OPENRUN
+from rustsim_hpc.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
+from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.version import __version__ as __version__
+
+__all__ = [
+    "Arrays",
+    "Check",
+    "CheckpointPolicy",
+    "Column",
+    "ColumnPhase",
+    "ColumnarPhaseBackend",
+    "ColumnarPhaseTiming",
+    "ColumnarRuntime",
+    "ColumnarRuntimeError",
+    "ColumnarStepTiming",
+    "ControlPlaneConfig",
+    "ControlledStep",
+    "Derive",
+    "DeviceSoaCheckpoint",
+    "DeviceSoaRestoreError",
+    "DeviceSoaStore",
+    "EndpointPartitionExecutor",
+    "EngineCheckpoint",
+    "EngineControlPlane",
+    "EngineControlPlaneError",
+    "EngineMetrics",
+    "EnginePhaseMetric",
+    "ExternalPartitionClient",
+    "InlinePartitionExecutor",
+    "LocalThreadedPartitionExecutor",
+    "Model",
+    "Param",
+    "Params",
+    "PartitionAssignment",
+    "PartitionCheckpoint",
+    "PartitionExecutablePhase",
+    "PartitionExecutionBackend",
+    "PartitionExecutionContext",
+    "PartitionExecutor",
+    "PartitionExecutorError",
+    "PartitionId",
+    "PartitionMode",
+    "PartitionPhaseReport",
+    "PartitionPlan",
+    "PartitionPlanError",
+    "PartitionTask",
+    "PartitionTaskResult",
+    "PartitionWorker",
+    "PartitionedStep",
+    "Picture",
+    "Reduction",
+    "ReplayFingerprint",
+    "ReplayMode",
+    "RowKernel",
+    "RustsimError",
+    "Sample",
+    "Schema",
+    "Series",
+    "StepGuard",
+    "check",
+    "column_phase",
+    "derive",
+    "errors",
+    "fingerprint_checkpoint",
+    "function",
+    "open_run",
+    "philox4x32_10",
+    "random",
+    "reduction",
+    "row_kernel",
+]

@@ -179,13 +179,18 @@ class PhaseKind(IntEnum):
 
 
 class PhaseRun(NamedTuple):
-    """One execution of one phase: ``position`` is its place in the list of its kind."""
+    """Executions of one phase in one step, one a partition: ``position`` is its place in the list of its kind.
+
+    ``elapsed_us`` is the last one's duration, ``total_us`` that of all together, ``rows`` what they processed.
+    """
 
     kind: PhaseKind
     position: int
     name: str
     backend: ColumnarPhaseBackend
     elapsed_us: int
+    total_us: int
+    executions: int = 1
     rows: int = 0
 
 
@@ -232,9 +237,9 @@ class Meter:
             if totals is None:
                 totals = self._runs[key] = [0, 0, 0]
                 self._facts[key] = (run.name, run.backend)
-            totals[0] += 1
+            totals[0] += run.executions
             totals[1] = run.elapsed_us
-            totals[2] += run.elapsed_us
+            totals[2] += run.total_us
             if partitioned:
                 self._partition_rows += run.rows
 

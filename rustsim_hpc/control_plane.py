@@ -1,0 +1,368 @@
+"""The control plane around a columnar runtime: replay, checkpoints, metrics, partitions, typed failures.
+
+It runs on every rank of a team in the same way and knows the ranks only through the team.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rustsim_hpc.assembly import assemble_partitions, checked_store, require_fingerprint
+from rustsim_hpc.checkpoint import EngineCheckpoint, PartitionCheckpoint
+from rustsim_hpc.config import ControlPlaneConfig, validate_config, validate_plan
+from rustsim_hpc.errors import CheckpointWriteFailed, EngineControlPlaneError, InvalidConfig
+from rustsim_hpc.executors.inline import InlinePartitionExecutor
+from rustsim_hpc.failures import StepKind
+from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, Meter, PhaseRun
+from rustsim_hpc.model import ColumnPhase, Phase
+from rustsim_hpc.partition import PartitionPlan
+from rustsim_hpc.replay import ReplayRecorder
+from rustsim_hpc.reports import PhaseReports
+from rustsim_hpc.runtime import ColumnarRuntime, ColumnarStepTiming, closure_phase
+from rustsim_hpc.state_proof import StateProof
+from rustsim_hpc.stepper import Stepper, StepReport
+from rustsim_hpc.stepping import Executor, Stepping
+
+_INLINE = InlinePartitionExecutor()
+_CPU = ColumnarPhaseBackend.cpu()
+Step = TypeVar("Step")
+
+
+@dataclass(frozen=True)
+class ControlledStep:
+    """A committed step: timing, fingerprint if replay is on, checkpoint if one was due."""
+
+    timing: ColumnarStepTiming
+    fingerprint: ReplayFingerprint | None
+    checkpoint: EngineCheckpoint | None
+
+
+@dataclass(frozen=True)
+class PartitionedStep:
+    """A committed partition step.
+
+    Attributes:
+        step_index: index before the step (its fingerprint carries the one after).
+        agent_count: rows of the whole population.
+        phases: one report for each of this rank's partitions and each phase, partitions in order.
+        fingerprint: if replay is on.
+        checkpoint: if one was due.
+        total_us: wall-clock time in microseconds.
+    """
+
+    step_index: int
+    agent_count: int
+    phases: Sequence[Any]
+    fingerprint: ReplayFingerprint | None
+    checkpoint: EngineCheckpoint | None
+    total_us: int
+
+
+class EngineControlPlane:
+    """Production surface around a :class:`~rustsim_hpc.runtime.ColumnarRuntime`.
+
+    Args:
+        runtime: the engine; its phases are what :meth:`step` runs.
+        config: how to run; the defaults if None.
+
+    Raises:
+        EngineControlPlaneError: the configuration does not fit (``InvalidConfig``, ``PlanError``,
+            ``MissingPartitionWorker``).
+    """
+
+    def __init__(self, runtime: ColumnarRuntime, config: ControlPlaneConfig | None = None) -> None:
+        self._runtime = runtime
+        self._config = config or ControlPlaneConfig()
+        self._team = runtime.team
+        validate_config(self._config, runtime.device_store().total_rows)
+        self._partition_phases: list[ColumnPhase] = []
+        self._executor_phases: list[ColumnPhase] = []
+        self._meter = Meter()
+        self._retained: deque[EngineCheckpoint] = deque(maxlen=self._config.max_retained_checkpoints)
+        self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
+        self._proof = StateProof(runtime.device_store(), self._team, self._config.fingerprint)
+        self._stepping = Stepping(runtime, self._config, self._replay, self._proof)
+        self._late_error: CheckpointWriteFailed | None = None
+
+    @classmethod
+    def new(cls, runtime: ColumnarRuntime) -> EngineControlPlane:
+        """Build a plane with the default configuration."""
+        return cls(runtime)
+
+    @classmethod
+    def with_config(cls, runtime: ColumnarRuntime, config: ControlPlaneConfig) -> EngineControlPlane:
+        """Build a plane with a configuration (see the class)."""
+        return cls(runtime, config)
+
+    # -- what it holds -------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> ColumnarRuntime:
+        """The wrapped runtime."""
+        return self._runtime
+
+    def runtime_mut(self) -> ColumnarRuntime:
+        """Return the wrapped runtime, to be changed: sums remembered of its state are forgotten."""
+        self._proof.forget()
+        return self._runtime
+
+    @property
+    def config(self) -> ControlPlaneConfig:
+        """The active configuration."""
+        return self._config
+
+    @property
+    def partition_plan(self) -> PartitionPlan:
+        """The active partition plan."""
+        return self._config.partition_plan
+
+    @property
+    def partition_phase_count(self) -> int:
+        """Number of partition phases, those for executors included."""
+        return len(self._partition_phases) + len(self._executor_phases)
+
+    def metrics(self) -> EngineMetrics:
+        """Return a snapshot of the cumulative metrics."""
+        store = self._runtime.device_store()
+        self._meter.refresh(
+            current_step=self._runtime.step_index,
+            agent_count=store.total_rows,
+            resident_bytes=store.resident_bytes,
+            partition_count=self._config.partition_plan.partition_count,
+            phases=(self._runtime.phase_count, len(self._partition_phases), len(self._executor_phases)),
+        )
+        return self._meter.snapshot()
+
+    def checkpoints(self) -> tuple[EngineCheckpoint, ...]:
+        """Return the retained checkpoints, oldest first."""
+        return tuple(self._retained)
+
+    def latest_checkpoint(self) -> EngineCheckpoint | None:
+        """Return the newest retained checkpoint, or None."""
+        return self._retained[-1] if self._retained else None
+
+    def recorded_replay(self) -> tuple[ReplayFingerprint, ...]:
+        """Return the fingerprints recorded (or verified) so far, in step order."""
+        return self._replay.recorded
+
+    # -- phases --------------------------------------------------------------------------------------
+
+    def add_partition_cpu_phase(self, name: str, function: Any) -> None:
+        """Add a phase ``fn(context, columns, rows)`` that :meth:`step_partitions` runs on each partition."""
+        self._partition_phases.append(closure_phase(name, function))
+        self._stepping.drop(StepKind.PARTITION)
+
+    def add_partition_executor_phase(self, name: str, function: Any) -> None:
+        """Add a phase for :meth:`step_partitions_with_executor`; it may run on several threads at once."""
+        self._executor_phases.append(closure_phase(name, function))
+        self._stepping.drop(StepKind.EXECUTOR)
+
+    # -- stepping ------------------------------------------------------------------------------------
+
+    def step(self) -> ControlledStep:
+        """Run the runtime phases once over all rows, completely or not at all.
+
+        Raises:
+            EngineControlPlaneError: a phase failed, a fingerprint did not verify, or an earlier automatic
+                checkpoint could not be made.
+        """
+        self._raise_late_error()
+        start = time.perf_counter_ns()
+        stepper = self._runtime.stepper(two_sided=self._config.guard.two_sided)
+        report, fingerprint = self._stepping.step(StepKind.RUNTIME, stepper, 0)
+        timing = self._runtime.timing(report, start)
+        self._count(StepKind.RUNTIME, stepper, report, timing.total_us, captured=fingerprint is not None)
+        return ControlledStep(timing, fingerprint, self._checkpoint_if_due())
+
+    def step_partitions(self) -> PartitionedStep:
+        """Run the partition phases on each partition, one after the other in this thread.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`; also when there are no partition phases.
+        """
+        if not self._partition_phases:
+            raise InvalidConfig("at least one partition phase must be registered")
+        return self._step_partitioned(StepKind.PARTITION, self._partition_phases, _INLINE)
+
+    def step_partitions_with_executor(self, executor: Executor) -> PartitionedStep:
+        """Run the executor phases on each partition through an executor.
+
+        An executor of this package works in place where the columns live; any other gets tasks whose
+        payloads are copies, and its results are checked against the request.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`; also when there are no executor phases.
+        """
+        if not self._executor_phases:
+            raise InvalidConfig("at least one executor partition phase must be registered")
+        return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor)
+
+    def run(self, steps: int) -> list[ControlledStep]:
+        """Make ``steps`` steps; an error carries the results of those before it as ``results``."""
+        return self._collect(self.iter_steps(steps))
+
+    def run_partitions(self, steps: int) -> list[PartitionedStep]:
+        """Make ``steps`` partition steps (see :meth:`run`)."""
+        return self._collect(self.iter_partition_steps(steps))
+
+    def run_partitions_with_executor(self, steps: int, executor: Executor) -> list[PartitionedStep]:
+        """Make ``steps`` partition steps through an executor (see :meth:`run`)."""
+        return self._collect(self.iter_partition_steps(steps, executor))
+
+    def iter_steps(self, steps: int) -> Iterator[ControlledStep]:
+        """Make ``steps`` steps, yielding each result and keeping none."""
+        for _ in range(steps):
+            yield self.step()
+
+    def iter_partition_steps(self, steps: int, executor: Executor | None = None) -> Iterator[PartitionedStep]:
+        """Make ``steps`` partition steps, yielding each result and keeping none."""
+        for _ in range(steps):
+            yield self.step_partitions() if executor is None else self.step_partitions_with_executor(executor)
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def checkpoint(self, label: str | None = None) -> EngineCheckpoint:
+        """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it."""
+        self._runtime.sync_to_host()
+        step = self._runtime.step_index
+        fingerprint = self._proof.of_current(step)
+        state = self._runtime.device_store().checkpoint()
+        sequence = self._meter.checkpoint_created()
+        made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
+        self._retained.append(made)
+        return made
+
+    def restore(self, checkpoint: EngineCheckpoint) -> None:
+        """Replace the state by a checkpoint's, once it has proved itself; phases and counters stay.
+
+        Raises:
+            RestoreError: it does not prove itself, or is of another schema; nothing has changed.
+            PlanError: its population does not fit the partition plan; nothing has changed.
+        """
+        store = checked_store(checkpoint.state, self._runtime.schema, self._total_rows(checkpoint))
+        validate_plan(self._config.partition_plan, store.total_rows)
+        proof = StateProof(store, self._team, checkpoint.fingerprint.scheme)
+        require_fingerprint(checkpoint, proof.of_current(checkpoint.step_index).value)
+        self._stepping.replace(store, checkpoint.step_index)
+
+    def partition_checkpoints(self) -> list[PartitionCheckpoint]:
+        """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
+
+        Raises:
+            PlanError: the plan does not fit the population.
+        """
+        self._runtime.sync_to_host()
+        store, step = self._runtime.device_store(), self._runtime.step_index
+        validate_plan(self._config.partition_plan, store.total_rows)
+        whole = store.checkpoint()
+        made = []
+        for assignment in self._config.partition_plan.materialized_assignments(store.total_rows):
+            start, stop = assignment.row_start - store.row_offset, assignment.row_end - store.row_offset
+            if stop < 0 or start > store.agent_count or (start == stop and len(assignment)):
+                continue
+            state = whole.slice_rows(start, stop)
+            fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
+            made.append(PartitionCheckpoint(assignment, step, fingerprint, state.resident_bytes, state))
+        return made
+
+    def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
+        """Replace the state by partition checkpoints put together, once all have proved themselves.
+
+        Raises:
+            PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
+            RestoreError: they are of another schema; nothing has changed.
+            PlanError: their population does not fit the plan; nothing has changed.
+        """
+        state = assemble_partitions(partitions, self._config.partition_plan)
+        store = checked_store(state, self._runtime.schema, None)
+        validate_plan(self._config.partition_plan, store.total_rows)
+        self._stepping.replace(store, partitions[0].step_index)
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _step_partitioned(
+        self, kind: StepKind, phases: Sequence[Phase], executor: Executor
+    ) -> PartitionedStep:
+        self._raise_late_error()
+        start = time.perf_counter_ns()
+        base = self._phase_base(kind)
+        stepper = self._stepping.stepper(kind, executor, phases, base)
+        before = self._runtime.step_index
+        report, fingerprint = self._stepping.step(kind, stepper, base)
+        total_us = (time.perf_counter_ns() - start) // 1000
+        self._count(kind, stepper, report, total_us, captured=fingerprint is not None)
+        work = stepper.work
+        names = work.program.phase_names[: work.program.phase_count]
+        reports = PhaseReports(work.tasks, names, base, report.times)
+        checkpoint = self._checkpoint_if_due()
+        return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us)
+
+    def _phase_base(self, kind: StepKind) -> int:
+        bases = (0, self._runtime.phase_count, self._runtime.phase_count + len(self._partition_phases))
+        return bases[kind]
+
+    def _count(
+        self, kind: StepKind, stepper: Stepper, report: StepReport, total_us: int, *, captured: bool
+    ) -> None:
+        """Count a committed step: each phase once a partition."""
+        tasks, program = stepper.work.tasks, stepper.work.program
+        rows = sum(task.stop - task.start for task in tasks)
+        micros = report.times // 1000
+        totals = micros.sum(axis=0)
+        runs = [
+            PhaseRun(
+                kind, k, program.phase_names[k], _CPU, int(micros[-1, k]), int(totals[k]), len(tasks), rows
+            )
+            for k in range(program.phase_count)
+        ]
+        self._meter.step_completed(total_us, runs, partitioned=kind is not StepKind.RUNTIME)
+        if captured:
+            self._meter.fingerprint_captured()
+
+    def _checkpoint_if_due(self) -> EngineCheckpoint | None:
+        """Make the automatic checkpoint of this step; a failure is kept for the next step's start."""
+        if not self._config.checkpoint_policy.is_due(self._runtime.step_index):
+            return None
+        try:
+            return self.checkpoint()
+        except Exception as error:
+            step = self._runtime.step_index
+            late = CheckpointWriteFailed(f"step {step}: {error}", step=step)
+            late.__cause__ = error
+            self._late_error = late
+            return None
+
+    def _raise_late_error(self) -> None:
+        if self._late_error is not None:
+            late, self._late_error = self._late_error, None
+            raise late
+
+    def _total_rows(self, checkpoint: EngineCheckpoint) -> int | None:
+        """Return the population that a checkpoint belongs to: its own rows, or under a team the team's."""
+        return None if self._team.size == 1 else self._runtime.device_store().total_rows
+
+    def _collect(self, steps: Iterator[Step]) -> list[Step]:
+        done: list[Step] = []
+        try:
+            for step in steps:
+                done.append(step)  # noqa: PERF402 (what was done must survive the error)
+        except EngineControlPlaneError as error:
+            error.results = tuple(done)
+            raise
+        return done
+
+    def close(self) -> None:
+        """Release what executors hold (threads, processes); the plane stays usable."""
+        for kind in StepKind:
+            self._stepping.drop(kind)
+
+    def __enter__(self) -> EngineControlPlane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,214 @@
+"""Two faces of an executor: the public task boundary, and the resident one that works in place.
+
+The public face is the protocol :class:`PartitionExecutor`: self-contained tasks whose payloads are copies, as
+executors that ship state need it. Executors of ours that run where the rows live also have the resident face,
+:class:`ResidentExecutor`; a control plane uses it where there is one, and then nothing is copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from rustsim_hpc.checkpoint import PartitionCheckpoint
+from rustsim_hpc.columns import DeviceSoaCheckpoint
+from rustsim_hpc.errors import ExecutorError, Phase, Worker
+from rustsim_hpc.fingerprint import fingerprint_checkpoint
+from rustsim_hpc.partition import PartitionExecutionBackend, PartitionExecutionContext, PartitionPhaseReport
+from rustsim_hpc.phase_columns import PhaseColumns
+from rustsim_hpc.work import Board, Frame, PhaseFailure, Work
+
+PhaseFunction = Callable[[PartitionExecutionContext, PhaseColumns, int], None]
+
+OBSERVE = -1
+"""Segment index of the reductions that checks and outputs make from the new state."""
+
+
+class PartitionExecutablePhase:
+    """A phase that can be shipped to an executor: a name and ``fn(context, columns, rows)``."""
+
+    def __init__(self, name: str, function: PhaseFunction) -> None:
+        self._name = name
+        self._function = function
+
+    def name(self) -> str:
+        """Return the phase's name."""
+        return self._name
+
+    def run(self, context: PartitionExecutionContext, columns: Any, rows: int) -> None:
+        """Run the phase in place on one partition's columns; whatever it raises is its failure."""
+        self._function(context, columns, rows)
+
+
+class PartitionTask:
+    """A self-contained unit of partition work: routing, payload (a copy) and the phases to run."""
+
+    def __init__(
+        self,
+        context: PartitionExecutionContext,
+        checkpoint: PartitionCheckpoint,
+        phase_base: int,
+        phases: Sequence[PartitionExecutablePhase],
+    ) -> None:
+        self._context = context
+        self._checkpoint = checkpoint
+        self._phase_base = phase_base
+        self._phases = tuple(phases)
+
+    def context(self) -> PartitionExecutionContext:
+        """Return where and when the task runs."""
+        return self._context
+
+    def checkpoint(self) -> PartitionCheckpoint:
+        """Return the payload, which the task owns."""
+        return self._checkpoint
+
+    def phase_base(self) -> int:
+        """Return the index of the task's first phase in the control plane's combined phase list."""
+        return self._phase_base
+
+    def phases(self) -> tuple[PartitionExecutablePhase, ...]:
+        """Return the phases to run, in order."""
+        return self._phases
+
+    def into_parts(
+        self,
+    ) -> tuple[PartitionExecutionContext, PartitionCheckpoint, int, tuple[PartitionExecutablePhase, ...]]:
+        """Return context, checkpoint, phase base and phases."""
+        return self._context, self._checkpoint, self._phase_base, self._phases
+
+
+@dataclass(frozen=True)
+class PartitionTaskResult:
+    """A completed partition: its new payload and one report a phase."""
+
+    checkpoint: PartitionCheckpoint
+    phases: tuple[PartitionPhaseReport, ...]
+
+    @classmethod
+    def completed(
+        cls,
+        context: PartitionExecutionContext,
+        checkpoint: PartitionCheckpoint,
+        phases: Sequence[PartitionPhaseReport],
+    ) -> PartitionTaskResult:
+        """Build a result, its step index, fingerprint and resident bytes brought up to date."""
+        step = context.step_index + 1
+        state = checkpoint.state
+        fresh = replace(
+            checkpoint,
+            step_index=step,
+            fingerprint=fingerprint_checkpoint(step, state, checkpoint.fingerprint.scheme),
+            resident_bytes=state.resident_bytes,
+        )
+        return cls(fresh, tuple(phases))
+
+
+@runtime_checkable
+class PartitionExecutor(Protocol):
+    """What runs partition tasks: one result for each task, in the same order."""
+
+    def execute(self, tasks: Sequence[PartitionTask]) -> Sequence[PartitionTaskResult]:
+        """Run all tasks.
+
+        Raises:
+            PartitionExecutorError: a variant that names the partition (and phase) that failed.
+        """
+        ...
+
+
+class ResidentSession(Protocol):
+    """An executor bound to one rank's work; runs segments on the resident columns."""
+
+    board: Board
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling or loading kernels so far."""
+        ...
+
+    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
+        """Run one segment (or :data:`OBSERVE`) on every partition; return failures in partition order."""
+        ...
+
+    def close(self) -> None:
+        """Release threads, processes and memory; calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class ResidentExecutor(Protocol):
+    """An executor that can work in place on the columns where they live."""
+
+    name: str
+
+    def attach(self, work: Work) -> ResidentSession:
+        """Bind to a rank's work.
+
+        Raises:
+            ExecutorError: a partition's backend is not one that this executor serves.
+        """
+        ...
+
+
+def require_local(work: Work, executor: str) -> None:
+    """Raise ExecutorError if a partition's backend is not the local CPU."""
+    for task in work.tasks:
+        if not isinstance(task.backend, PartitionExecutionBackend.LocalCpu):
+            source = Worker(
+                task.assignment.partition_id,
+                f"the {executor} executor runs on the local CPU only, not on {describe(task.backend)}",
+                hint="give the partition a local_cpu worker, or use an executor that serves its backend",
+            )
+            raise ExecutorError(source)
+
+
+def describe(backend: PartitionExecutionBackend) -> str:
+    """Return a backend in words."""
+    if isinstance(backend, PartitionExecutionBackend.CudaDevice):
+        return f"CUDA device {backend.device_ordinal}"
+    if isinstance(backend, PartitionExecutionBackend.External):
+        return f"the external endpoint {backend.endpoint}"
+    return "the local CPU"
+
+
+def execute_partition_task(task: PartitionTask) -> PartitionTaskResult:
+    """Run one task's phases on its own payload.
+
+    Raises:
+        PartitionExecutorError: ``Phase`` with the text of what a phase raised, ``Worker`` where it was not
+            an ``Exception``.
+    """
+    context, checkpoint, base, phases = task.into_parts()
+    state = _own_copy(checkpoint.state)
+    rows = state.agent_count
+    columns = PhaseColumns(state.schema, state.columns, [True] * state.num_columns)
+    reports = []
+    for offset, phase in enumerate(phases):
+        start = time.perf_counter_ns()
+        try:
+            phase.run(context, columns, rows)
+            columns.verify_unchanged_shape(rows)
+        except Exception as error:
+            raise Phase(context.partition_id, phase.name(), str(error) or type(error).__name__) from error
+        except BaseException as error:
+            raise Worker(context.partition_id, "partition worker thread panicked", phase=phase.name()) from error
+        reports.append(
+            PartitionPhaseReport(
+                partition_id=context.partition_id,
+                worker=context.worker,
+                phase_index=base + offset,
+                name=phase.name(),
+                backend=context.backend,
+                rows=rows,
+                elapsed_us=(time.perf_counter_ns() - start) // 1000,
+            )
+        )
+    return PartitionTaskResult.completed(context, replace(checkpoint, state=state), reports)
+
+
+def _own_copy(state: DeviceSoaCheckpoint) -> DeviceSoaCheckpoint:
+    columns: list[Any] = [column.copy() for column in state.columns]
+    return replace(state, columns=columns)

@@ -1,0 +1,64 @@
+"""Partitions behind external endpoints: the dispatch; how a task travels is the client's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+from rustsim_hpc.errors import MissingEndpoint, PartitionExecutorError, Worker
+from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult
+from rustsim_hpc.partition import PartitionExecutionBackend
+
+
+class ExternalPartitionClient(Protocol):
+    """The transport that :class:`EndpointPartitionExecutor` calls."""
+
+    def execute_partition(self, endpoint: str, task: PartitionTask) -> PartitionTaskResult:
+        """Run ``task`` at ``endpoint``; the text of whatever it raises is the worker's failure."""
+        ...
+
+
+Client = TypeVar("Client", bound=ExternalPartitionClient)
+
+
+class EndpointPartitionExecutor(Generic[Client]):
+    """Runs partitions whose backend is External through a client.
+
+    Args:
+        client: the transport.
+    """
+
+    name = "endpoint"
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def client(self) -> Client:
+        """Return the transport."""
+        return self._client
+
+    def client_mut(self) -> Client:
+        """Return the transport, to be changed (in Python the same object as :meth:`client`)."""
+        return self._client
+
+    def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
+        """Run the tasks one after the other at their endpoints.
+
+        Raises:
+            PartitionExecutorError: ``Worker`` for another backend or a client's failure,
+                ``MissingEndpoint`` where the endpoint is empty.
+        """
+        return [self._execute(task) for task in tasks]
+
+    def _execute(self, task: PartitionTask) -> PartitionTaskResult:
+        partition, backend = task.context().partition_id, task.context().backend
+        if not isinstance(backend, PartitionExecutionBackend.External):
+            raise Worker(partition, "endpoint executor can only run External partition backends")
+        if not backend.endpoint:
+            raise MissingEndpoint(partition)
+        try:
+            return self._client.execute_partition(backend.endpoint, task)
+        except PartitionExecutorError:
+            raise
+        except Exception as error:
+            raise Worker(partition, str(error) or type(error).__name__) from error

@@ -1,0 +1,64 @@
+"""Partitions one after the other, in the calling thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rustsim_hpc.executors.base import (
+    OBSERVE,
+    PartitionTask,
+    PartitionTaskResult,
+    execute_partition_task,
+    require_local,
+)
+from rustsim_hpc.partition_run import PartitionRun, StageCache
+from rustsim_hpc.reductions import new_board
+from rustsim_hpc.work import Frame, PhaseFailure, Work
+
+
+class LocalSession:
+    """A rank's partitions in this process; :meth:`run_places` is also what a pool's threads call."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.board = new_board(work)
+        self._stages = StageCache(work)
+        self.runs = [
+            PartitionRun(work, task, self.board, place, self._stages) for place, task in enumerate(work.tasks)
+        ]
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling or loading kernels so far."""
+        return self._stages.compile_seconds
+
+    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
+        """Run one segment on every partition, in order."""
+        return self.run_places(segment, frame, range(len(self.runs)))
+
+    def run_places(self, segment: int, frame: Frame, places: range) -> list[PhaseFailure]:
+        """Run one segment on some of the partitions; return failures in partition order."""
+        program = self.work.program
+        items = program.observe if segment == OBSERVE else program.segments[segment]
+        assert items is not None
+        failures = (self.runs[place].run(items, frame) for place in places)
+        return [failure for failure in failures if failure is not None]
+
+    def close(self) -> None:
+        """Drop the views of the columns."""
+        self.runs = []
+
+
+class InlinePartitionExecutor:
+    """Runs partitions in order in the calling thread."""
+
+    name = "inline"
+
+    def attach(self, work: Work) -> LocalSession:
+        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`)."""
+        require_local(work, self.name)
+        return LocalSession(work)
+
+    def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
+        """Run self-contained tasks in order (see :class:`~rustsim_hpc.executors.base.PartitionExecutor`)."""
+        return [execute_partition_task(task) for task in tasks]

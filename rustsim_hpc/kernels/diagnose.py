@@ -1,0 +1,158 @@
+"""Say what is wrong with a row function before it is compiled into a stage, in the user's own terms."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numba import types
+from numba.core.errors import NumbaError
+
+from rustsim_hpc.errors import KernelError
+from rustsim_hpc.kernels.compiling import compile_row_function
+from rustsim_hpc.model import DeviceFunction, Reduction, where
+from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
+
+_LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool) -> None:
+    """Compile each row function of a stage alone and check what it returns.
+
+    Args:
+        stage: the stage.
+        types_by_name: Numba types of the stage function's arguments, by their names there.
+        checked: compile with bounds checks.
+
+    Raises:
+        KernelError: names the phase, the argument and the line of the user's file.
+    """
+    for op in stage.ops:
+        if isinstance(op, KernelOp):
+            result = return_type(op.kernel.name, op.kernel.fn, op.reads, types_by_name, checked)
+            _check_kernel(op, result)
+        else:
+            result = return_type(op.reduction.name, op.reduction.fn, op.reads, types_by_name, checked)
+            _check_reduction(op, result)
+            _check_key(op, types_by_name, checked)
+
+
+def return_type(
+    phase: str,
+    fn: Callable[..., Any],
+    reads: Sequence[Binding],
+    types_by_name: Mapping[str, Any],
+    checked: bool = False,
+) -> Any:
+    """Return the Numba type that a row function returns for these arguments.
+
+    Raises:
+        KernelError: it does not compile.
+    """
+    signature = tuple(_type_of(read, types_by_name) for read in reads)
+    compiled = compile_row_function(fn, checked=checked)
+    try:
+        compiled.compile(signature)
+    except NumbaError as error:
+        raise _kernel_error(phase, fn, reads, signature, str(error)) from error
+    return compiled.overloads[signature].signature.return_type
+
+
+def _type_of(read: Binding, types_by_name: Mapping[str, Any]) -> Any:
+    if read.source == "column":
+        return types_by_name[f"c{read.index}_{read.side}"].dtype
+    if read.source in ("step", "row"):
+        return types.int64
+    if read.source == "id":
+        return types.uint64
+    if read.source == "rng":
+        return types.UniTuple(types.uint64, 3)
+    return types_by_name[f"{read.source}_{read.argument}"]
+
+
+def _check_kernel(op: KernelOp, result: Any) -> None:
+    kernel = op.kernel
+    parts = tuple(result) if isinstance(result, types.BaseTuple) else (result,)
+    if isinstance(result, types.BaseTuple) != (len(kernel.writes) > 1) or len(parts) != len(kernel.writes):
+        what = f"{len(parts)} values" if isinstance(result, types.BaseTuple) else f"one value ({result})"
+        raise KernelError(
+            f"row kernel {kernel.name} ({where(kernel.fn)}) declares writes={', '.join(kernel.writes)} "
+            f"but returns {what}",
+            phase=kernel.name,
+            hint="return one value for each column that it writes, on every path",
+        )
+    for name, part in zip(kernel.writes, parts, strict=True):
+        if not isinstance(part, types.Integer | types.Float | types.Boolean):
+            raise KernelError(
+                f'row kernel {kernel.name} ({where(kernel.fn)}) returns {part} for column "{name}", not a number',
+                phase=kernel.name,
+                hint="return a number on every path",
+            )
+
+
+def _check_reduction(op: ReduceOp, result: Any) -> None:
+    reduction = op.reduction
+    wanted: tuple[type, ...] = (types.Integer, types.Float, types.Boolean)
+    what = "a number"
+    if reduction.kind == "histogram":
+        wanted, what = (types.Integer, types.Boolean), "an integer key"
+    elif reduction.kind == "count":
+        wanted, what = (types.Integer, types.Boolean), "true or false"
+    if not isinstance(result, wanted):
+        raise _returns(reduction, "returns", result, what)
+
+
+def _check_key(op: ReduceOp, types_by_name: Mapping[str, Any], checked: bool) -> None:
+    key = op.reduction.key
+    if key is None:
+        return
+    if isinstance(key, str):
+        result = _type_of(op.key_reads[0], types_by_name)
+    else:
+        fn = key.fn if isinstance(key, DeviceFunction) else key
+        result = return_type(op.reduction.name, fn, op.key_reads, types_by_name, checked)
+    if not isinstance(result, types.Integer | types.Boolean):
+        raise _returns(op.reduction, "has a key that is", result, "an integer")
+
+
+def _returns(reduction: Reduction, verb: str, result: Any, what: str) -> KernelError:
+    return KernelError(
+        f"reduction {reduction.name} ({where(reduction.fn)}) {verb} {result}, but a {reduction.kind} needs {what}",
+        phase=reduction.name,
+    )
+
+
+def _kernel_error(
+    phase: str, fn: Callable[..., Any], reads: Sequence[Binding], signature: Sequence[Any], text: str
+) -> KernelError:
+    """Build the error for a function that Numba refuses: its line, the arguments there, Numba's reason."""
+    own = inspect.unwrap(fn).__code__.co_filename
+    locations = [(path, int(line)) for path, line in _LOCATION.findall(text)]
+    matching = [(p, n) for p, n in locations if Path(p).name == Path(own).name]
+    path, line = (matching or locations or [(own, inspect.unwrap(fn).__code__.co_firstlineno)])[-1]
+    source = linecache.getline(own if matching else path, line).strip()
+    used = [
+        f"{read.argument} ({kind})"
+        for read, kind in zip(reads, signature, strict=True)
+        if re.search(rf"\b{re.escape(read.argument)}\b", source)
+    ]
+    arguments = f"; arguments there: {', '.join(used)}" if used else ""
+    return KernelError(
+        f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: {_reason(text)}",
+        phase=phase,
+    )
+
+
+def _reason(text: str) -> str:
+    """Return the one line of Numba's report that says why."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
+    telling = ("No implementation", "Unknown attribute", "NameError", "Cannot unify", "Untyped global", "Use of")
+    for line in lines:
+        if any(word in line for word in telling):
+            return line
+    skip = ("Failed in", "File ", "During:", "def ", "This error")
+    return next((line for line in lines if line and not line.startswith(skip)), "it cannot be compiled")

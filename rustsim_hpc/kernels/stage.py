@@ -1,0 +1,261 @@
+"""Make one compiled function of a stage: all its row kernels and reductions, tile by tile.
+
+The source of the function is generated (and can be read in the cache folder). For each tile of rows that
+fits in the cache it runs one loop for each row kernel and reduction, then adds the digests of the columns
+that got their last write of the step here, while the tile is still in cache. A loop indexes slices taken for
+the tile, from 0: Numba and LLVM vectorise that, and not a loop over signed positions in whole columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.schema import Schema
+from rustsim_hpc.errors import KernelError
+from rustsim_hpc.kernels import clock, hashing, reduce
+from rustsim_hpc.kernels.compiling import STAGE_OPTIONS, compile_row_function, load_generated, one_compiler
+from rustsim_hpc.kernels.diagnose import explain
+from rustsim_hpc.source_identity import function_identity
+from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
+from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
+
+STATUS_FIELDS = 5
+"""int64 fields of a stage's status: code, current phase, failed phase, global row, offending value."""
+
+OK, KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 0, 1, 2
+
+FIXED = ("start", "stop", "first_row", "tile", "want_digest", "status", "times", "ticks", "digests", "step", "ids")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What one argument of a stage function, after the fixed ones, is bound to."""
+
+    name: str
+    source: str
+    key: Any
+
+
+@dataclass
+class StageFunction:
+    """A stage ready to be called: ``function(*FIXED, *arguments)``."""
+
+    stage: KernelStage
+    arguments: tuple[Argument, ...]
+    function: Any
+    path: Any
+    checked: bool
+
+    def compile_for(self, values: Sequence[Any]) -> None:
+        """Compile, or load from the disk cache, for the types of these arguments.
+
+        Raises:
+            KernelError: a row function does not compile; names phase, argument and line.
+        """
+        from numba import typeof
+        from numba.core.errors import NumbaError
+
+        signature = tuple(typeof(value) for value in values)
+        if signature in self.function.overloads:
+            return
+        with one_compiler(self.path) as compiled_before:
+            by_name = dict(zip((*FIXED, *(a.name for a in self.arguments)), signature, strict=True))
+            if not compiled_before:
+                explain(self.stage, by_name, self.checked)
+            try:
+                self.function.compile(signature)
+            except NumbaError as error:
+                explain(self.stage, by_name, self.checked)
+                names = ", ".join(op_name(op) for op in self.stage.ops)
+                raise KernelError(f"phases {names} do not compile together: {error}") from error
+
+
+def op_name(op: KernelOp | ReduceOp) -> str:
+    """Return the name of the phase that an op stands for."""
+    return op.kernel.name if isinstance(op, KernelOp) else op.reduction.name
+
+
+def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checked: bool) -> StageFunction:
+    """Generate and load the function of a stage (it is compiled at its first use)."""
+    writer = _Writer(stage, schema, default_ids, checked)
+    source = writer.source()
+    identity = "\n".join(function_identity(fn) for fn in writer.functions.values())
+    names: dict[str, Any] = {
+        name: compile_row_function(fn, checked=checked) for name, fn in writer.functions.items()
+    }
+    module, path = load_generated(source, f"{identity}\n{checked}", names)
+    return StageFunction(stage, tuple(writer.arguments.values()), module.stage, path, checked)
+
+
+class _Writer:
+    """Writes the source of one stage function."""
+
+    def __init__(self, stage: KernelStage, schema: Schema, default_ids: bool, checked: bool) -> None:
+        self.stage = stage
+        self.schema = schema
+        self.default_ids = default_ids
+        self.checked = checked
+        self.arguments: dict[tuple[str, Any], Argument] = {}
+        self.functions: dict[str, Any] = {}
+        self.slices: list[tuple[int, int]] = []
+
+    def source(self) -> str:
+        body: list[str] = []
+        for op in self.stage.ops:
+            body += self._kernel(op) if isinstance(op, KernelOp) else self._reduction(op)
+        if self.stage.digests:
+            body += self._digests()
+        head = [f"{_slice(c, s)} = {self._column(c, s)}[lo:hi]" for c, s in self.slices]
+        if self._uses_explicit_ids():
+            head.append("tile_ids = ids[lo:hi]")
+        options = ", ".join(f"{k}={v!r}" for k, v in (STAGE_OPTIONS | {"boundscheck": self.checked}).items())
+        names = (*FIXED, *(a.name for a in self.arguments.values()))
+        lines = [
+            f'"""Stage of {", ".join(op_name(op) for op in self.stage.ops)} (generated by rustsim-hpc)."""',
+            "import numpy as np",
+            "from numba import njit",
+            "from rustsim_hpc.kernels import reduce",
+            "from rustsim_hpc.kernels.clock import now",
+            "from rustsim_hpc.kernels.hashing import digest_range",
+            "",
+            f"@njit({options})",
+            f"def stage({', '.join(names)}):",
+            "    ustep = np.uint64(step)",
+            "    clock = now(ticks)",
+            "    lo = start",
+            "    while lo < stop:",
+            "        hi = min(stop, lo + tile - (first_row + lo) % tile)",
+            "        base = first_row + lo",
+            *(f"        {line}" for line in head),
+            *(f"        {line}" for line in body),
+            "        lo = hi",
+            "",
+        ]
+        return "\n".join(lines)
+
+    # -- one loop an op ------------------------------------------------------------------------------
+
+    def _kernel(self, op: KernelOp) -> list[str]:
+        kernel = op.kernel
+        call = self._call(op.phase, kernel, kernel.stream, op.reads)
+        targets = [self._sliced(c, s) for c, s in op.writes]
+        lines = [f"# {kernel.name}", f"status[1] = {op.phase}", "for j in range(hi - lo):"]
+        if len(targets) == 1:
+            lines.append(f"    v0 = {call}")
+        else:
+            lines.append(f"    {', '.join(f'v{i}' for i in range(len(targets)))} = {call}")
+        for i, (target, (column, _)) in enumerate(zip(targets, op.writes, strict=True)):
+            lines += [f"    {line}" for line in self._store(target, f"v{i}", column, op.phase)]
+        return [*lines, *_clock(op.phase)]
+
+    def _store(self, target: str, value: str, column: int, phase: int) -> list[str]:
+        dtype = np.dtype(self.schema.columns[column].dtype)
+        if dtype.kind == "b":
+            return [f"{target}[j] = {value} != 0"]
+        store = f"{target}[j] = {value}"
+        if not self.checked or dtype.kind == "f":
+            return [store]
+        info = np.iinfo(dtype)
+        fits = f"{value} >= {info.min} and {value} <= {info.max}"
+        if dtype.itemsize == 8:
+            # As floats both bounds are powers of two; as integers of 64 bits every value fits.
+            fits = f"float({value}) >= {float(info.min)!r} and float({value}) <= {float(info.max)!r}"
+        report = f"if status[0] == 0: status[0] = {NOT_REPRESENTABLE}; status[2] = {phase}; status[3] = base + j"
+        return [f"if {fits}:", f"    {store}", "else:", f"    {report}"]
+
+    def _reduction(self, op: ReduceOp) -> list[str]:
+        reduction = op.reduction
+        value = self._call(op.phase, reduction, reduction.stream, op.reads)
+        state = self._argument("state", op.slot, f"s{op.slot}")
+        lines = [f"# {reduction.name}", f"status[1] = {op.phase}", "for j in range(hi - lo):"]
+        inner: list[str]
+        if reduction.kind == "histogram":
+            inner = [f"key = np.int64({value})", *self._in_range(op, f"reduce.add_count({state}, key)")]
+        elif reduction.key is not None:
+            key = self._key_call(op)
+            add = f"reduce.add_keyed_{reduction.kind}({state}, key, {value})"
+            inner = [f"key = np.int64({key})", *self._in_range(op, add)]
+        else:
+            inner = [f"reduce.add_{reduction.kind}({state}, {value})"]
+        return [*lines, *(f"    {line}" for line in inner), *_clock(op.phase)]
+
+    def _in_range(self, op: ReduceOp, add: str) -> list[str]:
+        bins = self._argument("bins", op.slot, f"bins{op.slot}")
+        report = (
+            f"if status[0] == 0: status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}; "
+            "status[3] = base + j; status[4] = key"
+        )
+        return [f"if key >= 0 and key < {bins}:", f"    {add}", "else:", f"    {report}"]
+
+    def _digests(self) -> list[str]:
+        lines = ["if want_digest:"]
+        for column, side in self.stage.digests:
+            keys = self._argument("digest_keys", column, f"dk{column}")
+            lines.append(
+                f"    digests[{column}] += digest_range({self._sliced(column, side)}, base, {keys}, {column + 1})"
+            )
+        return lines
+
+    # -- arguments -----------------------------------------------------------------------------------
+
+    def _call(self, phase: int, described: RowKernel | Reduction, stream: str, reads: Sequence[Binding]) -> str:
+        name = f"f{phase}"
+        self.functions[name] = described.fn
+        return f"{name}({', '.join(self._value(read, stream) for read in reads)})"
+
+    def _key_call(self, op: ReduceOp) -> str:
+        key = op.reduction.key
+        if isinstance(key, str):
+            return self._value(op.key_reads[0], op.reduction.stream)
+        name = f"f{op.phase}_key"
+        self.functions[name] = key.fn if isinstance(key, DeviceFunction) else key
+        return f"{name}({', '.join(self._value(read, op.reduction.stream) for read in op.key_reads)})"
+
+    def _value(self, read: Binding, stream: str) -> str:
+        if read.source == "column":
+            return f"{self._sliced(read.index, read.side)}[j]"
+        if read.source == "step":
+            return "step"
+        if read.source == "row":
+            return "(base + j)"
+        if read.source == "id":
+            return self._id()
+        if read.source == "rng":
+            key = self._argument("key", stream, f"key{sum(k[0] == 'key' for k in self.arguments)}")
+            return f"({key}, {self._id()}, ustep)"
+        return self._argument(read.source, read.argument, f"{read.source}_{read.argument}")
+
+    def _id(self) -> str:
+        return "np.uint64(base + j)" if self.default_ids else "tile_ids[j]"
+
+    def _uses_explicit_ids(self) -> bool:
+        reads = [r for op in self.stage.ops for r in (*op.reads, *getattr(op, "key_reads", ()))]
+        return not self.default_ids and any(read.source in ("id", "rng") for read in reads)
+
+    def _sliced(self, column: int, side: int) -> str:
+        if (column, side) not in self.slices:
+            self.slices.append((column, side))
+            self._column(column, side)
+        return _slice(column, side)
+
+    def _column(self, column: int, side: int) -> str:
+        return self._argument("column", (column, side), f"c{column}_{side}")
+
+    def _argument(self, source: str, key: Any, name: str) -> str:
+        return self.arguments.setdefault((source, key), Argument(name, source, key)).name
+
+
+def _slice(column: int, side: int) -> str:
+    return f"a{column}_{side}"
+
+
+def _clock(phase: int) -> list[str]:
+    return ["tock = now(ticks)", f"times[{phase}] += tock - clock", "clock = tock"]
+
+
+__all__ = ["FIXED", "KEY_OUT_OF_RANGE", "NOT_REPRESENTABLE", "OK", "Argument", "StageFunction", "build_stage"]
+_ = (clock, hashing, reduce)

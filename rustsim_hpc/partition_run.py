@@ -1,0 +1,238 @@
+"""Run one partition's share of a segment, wherever its rows live: in this thread, a pool's, or a worker process.
+
+The one place where user code of a phase is called. It raises nothing: a failure is returned as data, so that
+every executor reports it in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rustsim_hpc.errors import KernelError
+from rustsim_hpc.fingerprint import digest_column, digest_keys
+from rustsim_hpc.partition import PartitionExecutionContext
+from rustsim_hpc.phase_columns import PhaseColumns
+from rustsim_hpc.program import ColumnCall, Item, KernelStage, Segment
+from rustsim_hpc.random import RowRandom
+from rustsim_hpc.work import Board, Frame, PhaseFailure, Task, Work
+
+if TYPE_CHECKING:
+    from rustsim_hpc.kernels.stage import Argument, StageFunction
+
+_NO_IDS = np.zeros(0, np.uint64)
+
+
+class StageCache:
+    """The compiled stages of a program, shared by the partitions of one process."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._stages: dict[int, StageFunction] = {}
+        self._lock = threading.Lock()
+        self.compile_seconds = 0.0
+
+    def get(self, stage: KernelStage) -> StageFunction:
+        """Return the function of a stage, generated at the first call."""
+        with self._lock:
+            if id(stage) not in self._stages:
+                from rustsim_hpc.kernels.stage import build_stage
+
+                start = time.perf_counter()
+                schema, default_ids = self._work.memory.schema, self._work.ids is None
+                self._stages[id(stage)] = build_stage(
+                    stage, schema, default_ids=default_ids, checked=self._work.checked
+                )
+                self.compile_seconds += time.perf_counter() - start
+            return self._stages[id(stage)]
+
+    def compile(self, function: StageFunction, values: list[Any]) -> None:
+        """Compile a stage for these arguments unless it is; keeps count of the seconds."""
+        with self._lock:
+            start = time.perf_counter()
+            function.compile_for(values)
+            self.compile_seconds += time.perf_counter() - start
+
+
+class PartitionRun:
+    """Runs segments of a program on one partition.
+
+    Args:
+        work: the bound program.
+        task: the partition.
+        board, place: where it reports: row ``place`` of the board.
+        stages: compiled stages of this process.
+    """
+
+    def __init__(self, work: Work, task: Task, board: Board, place: int, stages: StageCache) -> None:
+        self.work = work
+        self.task = task
+        self._board = board
+        self._place = place
+        self._stages = stages
+        self._ticks = np.zeros(2, np.int64)
+        self._calls: dict[tuple[int, bytes], tuple[Any, list[Any], list[tuple[int, str]]]] = {}
+        self._compiled: set[tuple[int, bytes]] = set()
+        self._phase = 0
+
+    def run(self, segment: Segment, frame: Frame) -> PhaseFailure | None:
+        """Run one segment's items in order; return what failed, or None."""
+        status = self._board.status[self._place]
+        status[:] = 0
+        try:
+            for item in segment.items:
+                if isinstance(item, ColumnCall):
+                    self._phase = item.phase
+                    self._run_column_phase(item, frame)
+                else:
+                    self._phase = item.ops[0].phase
+                    self._run_stage(item, frame, status)
+        except Exception as error:  # whatever a phase raises becomes a typed failure
+            return self._failure(error, "phase")
+        except BaseException as error:  # SystemExit, KeyboardInterrupt: the worker would have died of it
+            return self._failure(error, "worker")
+        return None
+
+    # -- column phases -------------------------------------------------------------------------------
+
+    def _run_column_phase(self, call: ColumnCall, frame: Frame) -> None:
+        start = time.perf_counter_ns()
+        memory, task = self.work.memory, self.task
+        rows = slice(task.start, task.stop)
+        for column in call.fill:
+            np.copyto(memory.other(column)[rows], memory.current(column)[rows])
+        arrays = [
+            (memory.other(column) if side else memory.current(column))[rows]
+            for column, side in enumerate(call.sides)
+        ]
+        columns = PhaseColumns(memory.schema, arrays, call.writable)
+        call.column_phase.fn(self._context(call, frame), columns, task.stop - task.start)
+        columns.verify_unchanged_shape(task.stop - task.start)
+        self._board.times[self._place, call.phase] += time.perf_counter_ns() - start
+        if frame.want_digest:
+            self._digest(call)
+
+    def _context(self, call: ColumnCall, frame: Frame) -> PartitionExecutionContext:
+        work, task = self.work, self.task
+        assignment = task.assignment
+        ids = assignment.row_start if work.ids is None else work.ids[task.start : task.stop]
+        return PartitionExecutionContext(
+            partition_id=assignment.partition_id,
+            row_start=assignment.row_start,
+            row_end=assignment.row_end,
+            worker=assignment.worker,
+            backend=task.backend,
+            step_index=frame.step_index,
+            params=work.params,
+            reductions=frame.values,
+            random=RowRandom(
+                work.stream_key(call.column_phase.stream), ids, task.stop - task.start, frame.step_index
+            ),
+        )
+
+    def _digest(self, item: Item) -> None:
+        memory, task = self.work.memory, self.task
+        for column, side in item.digests:
+            array = memory.other(column) if side else memory.current(column)
+            value = digest_column(
+                array[task.start : task.stop], self.work.first_row + task.start, column + 1
+            )
+            self._board.digests[self._place, column] = value
+
+    # -- stages --------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
+        key = (id(stage), self.work.memory.parity.tobytes())
+        if key not in self._calls:
+            function = self._stages.get(stage)
+            self._calls[key] = (function, *self._arguments(function, status))
+        function, values, dynamic = self._calls[key]
+        values[4] = frame.want_digest
+        values[9] = frame.step_index
+        for position, name in dynamic:
+            values[position] = frame.values[name]
+        if key not in self._compiled:
+            self._stages.compile(function, values)
+            self._compiled.add(key)
+        status[1] = stage.ops[0].phase
+        try:
+            function.function(*values)
+        finally:
+            self._phase = int(status[1])
+        if status[0]:
+            self._phase = int(status[2])
+            raise ValueError(_status_text(self.work, frame.step_index, status))
+
+    def _arguments(self, function: StageFunction, status: Any) -> tuple[list[Any], list[tuple[int, str]]]:
+        """Return a stage's arguments and the positions of those that change from step to step."""
+        work, board, place = self.work, self._board, self._place
+        ids = _NO_IDS if work.ids is None else work.ids
+        values: list[Any] = [
+            self.task.start, self.task.stop, work.first_row, work.tile, False, status,
+            board.times[place], self._ticks, board.digests[place], 0, ids,
+        ]  # fmt: skip
+        dynamic = []
+        for argument in function.arguments:
+            if argument.source == "value":
+                dynamic.append((len(values), argument.key))
+                values.append(None)
+            else:
+                values.append(self._fixed_argument(argument))
+        return values, dynamic
+
+    def _fixed_argument(self, argument: Argument) -> Any:
+        work, key = self.work, argument.key
+        match argument.source:
+            case "column":
+                column, side = key
+                return work.memory.other(column) if side else work.memory.current(column)
+            case "param":
+                return work.params[key]
+            case "table":
+                return work.tables[key]
+            case "key":
+                return np.uint64(work.stream_key(key))
+            case "state":
+                return self._board.states[key][self._place]
+            case "bins":
+                return work.bins[key]
+            case "digest_keys":
+                return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)
+        raise AssertionError(argument.source)
+
+    # -- failures ------------------------------------------------------------------------------------
+
+    def _failure(self, error: BaseException, kind: str) -> PhaseFailure:
+        assignment = self.task.assignment
+        message = str(error) or type(error).__name__
+        if kind == "worker":
+            message = "partition worker thread panicked"
+        return PhaseFailure(
+            partition=assignment.partition_id,
+            worker=assignment.worker,
+            phase_index=self._phase,
+            phase=self.work.program.phase_names[self._phase],
+            message=message,
+            kind=kind,
+            trace="".join(traceback.format_exception(error)),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            error=error if isinstance(error, KernelError) else None,
+        )
+
+
+def _status_text(work: Work, step: int, status: Any) -> str:
+    from rustsim_hpc.kernels.stage import KEY_OUT_OF_RANGE
+
+    phase, row, value = int(status[2]), int(status[3]), int(status[4])
+    name = work.program.phase_names[phase]
+    if int(status[0]) == KEY_OUT_OF_RANGE:
+        slot = next(i for i, r in enumerate(work.program.reductions) if r.name == name)
+        return f"key {value} of row {row} is outside [0, {work.bins[slot]}) in step {step}"
+    return f"the value of row {row} does not fit its integer column (or is NaN) in step {step}"

@@ -1,0 +1,416 @@
+"""From a list of phases to a plan of one step: segments, stages, and which buffer each one reads and writes.
+
+A *stage* is a run of row kernels and reductions that can share one visit of each tile of rows. A *segment*
+is what a partition can do without knowing the rest of the world; it ends where a reduction's result or a
+derived value is needed. Everything here is decided once, from names; nothing is compiled or run.
+
+Buffers: under the rollback guard every column has two sides. The first phase of a step that writes a column
+reads the *current* side (0) and fills the *other* (1); later phases of the step read and write the other
+side; committing the step swaps them. Under the torn guard everything happens on the current side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rustsim_hpc.schema import Schema
+from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.model import (
+    RESERVED,
+    Check,
+    ColumnPhase,
+    Derive,
+    Output,
+    Phase,
+    Reduction,
+    RowKernel,
+    where,
+)
+
+Source = Literal["column", "param", "table", "value", "step", "row", "id", "rng"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where one argument of a row function comes from; ``index`` and ``side`` are a column's."""
+
+    argument: str
+    source: Source
+    index: int = -1
+    side: int = 0
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """One row kernel of a stage; ``writes`` are (column, side)."""
+
+    phase: int
+    kernel: RowKernel
+    reads: tuple[Binding, ...]
+    writes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ReduceOp:
+    """One reduction of a stage; ``slot`` numbers the program's reductions."""
+
+    phase: int
+    reduction: Reduction
+    slot: int
+    reads: tuple[Binding, ...]
+    key_reads: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class KernelStage:
+    """Row kernels and reductions that share one visit of each tile.
+
+    ``digests`` are the columns, with their side, whose last write of the step is in this stage.
+    """
+
+    ops: tuple[KernelOp | ReduceOp, ...]
+    digests: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class ColumnCall:
+    """One column phase: ``sides`` says for each column which side it sees, ``fill`` which columns must
+    first be copied from the current side to the other, ``writable`` which it may change."""
+
+    phase: int
+    column_phase: ColumnPhase
+    sides: tuple[int, ...]
+    fill: tuple[int, ...]
+    writable: tuple[bool, ...]
+    digests: tuple[tuple[int, int], ...] = ()
+
+
+Item = KernelStage | ColumnCall
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a partition does between two meetings of the world, and what the meeting then makes.
+
+    Attributes:
+        items: stages and column phases, in order.
+        reductions: slots whose results are complete after this segment.
+        derives: phases (index, Derive) computed from them, in order.
+    """
+
+    items: tuple[Item, ...]
+    reductions: tuple[int, ...] = ()
+    derives: tuple[tuple[int, Derive], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """The plan of one step.
+
+    Attributes:
+        schema: the columns.
+        phase_names: names of the phases in order, observers' reductions after the model's phases.
+        phase_count: number of the model's phases.
+        segments: the step, in order.
+        observe: the segment that makes the reductions of checks and outputs from the new state.
+        reductions: all reductions by slot.
+        written: columns that a step writes.
+        swapped: columns whose sides are swapped on commit (none under the torn guard).
+        final_sides: for each column the side that holds it after the last phase, before the commit.
+        partition_bound: names of column phases that do not promise to be row-local.
+    """
+
+    schema: Schema
+    phase_names: tuple[str, ...]
+    phase_count: int
+    segments: tuple[Segment, ...]
+    observe: Segment | None
+    reductions: tuple[Reduction, ...]
+    written: tuple[int, ...]
+    swapped: tuple[int, ...]
+    final_sides: tuple[int, ...]
+    partition_bound: tuple[str, ...]
+
+
+def plan_program(
+    schema: Schema,
+    phases: Sequence[Phase],
+    *,
+    two_sided: bool,
+    params: Iterable[str] = (),
+    tables: Iterable[str] = (),
+    checks: Sequence[Check] = (),
+    outputs: Sequence[Output] = (),
+) -> Program:
+    """Plan one step of ``phases`` over ``schema``.
+
+    Args:
+        two_sided: write to the other side (the rollback guard) or in place (torn).
+        params, tables: names that row functions can bind.
+        checks, outputs: whose reductions the observing segment makes.
+
+    Raises:
+        ModelError: an argument or column that does not exist, two things of one name, a value that is
+            read before it is made.
+    """
+    planner = _Planner(schema, two_sided, tuple(params), tuple(tables), phases)
+    for phase in phases:
+        planner.add(phase)
+    observers = _observers(checks, outputs)
+    return planner.finish(observers)
+
+
+def _observers(checks: Sequence[Check], outputs: Sequence[Output]) -> tuple[Reduction, ...]:
+    wanted: dict[int, Reduction] = {}
+    for owner in (*checks, *outputs):
+        for reduction in getattr(owner, "reductions", ()):
+            if not isinstance(reduction, Reduction):
+                raise ModelError(f"{owner!r}: {reduction!r} is not a reduction")
+            wanted[id(reduction)] = reduction
+    return tuple(wanted.values())
+
+
+class _Planner:
+    """Walks the phases once, keeping which columns were written and which values exist so far."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        two_sided: bool,
+        params: tuple[str, ...],
+        tables: tuple[str, ...],
+        phases: Sequence[Phase],
+    ) -> None:
+        self.schema = schema
+        self.two_sided = two_sided
+        self.params = params
+        self.tables = tables
+        self.made_later = _made_names(phases)
+        _refuse_shared_names(schema, params, tables, self.made_later)
+        self.sides = [0] * len(schema.columns)
+        self.written: set[int] = set()
+        self.ready: set[str] = set()
+        self.pending: list[int] = []
+        self.pending_names: set[str] = set()
+        self.names: list[str] = []
+        self.reductions: list[Reduction] = []
+        self.stage: list[KernelOp | ReduceOp] = []
+        self.items: list[Item] = []
+        self.segments: list[Segment] = []
+        self.partition_bound: list[str] = []
+
+    # -- one phase after the other -------------------------------------------------------------------
+
+    def add(self, phase: Phase) -> None:
+        index = len(self.names)
+        self.names.append(phase.name)
+        if isinstance(phase, RowKernel):
+            self._add_kernel(index, phase)
+        elif isinstance(phase, Reduction):
+            self._add_reduction(index, phase)
+        elif isinstance(phase, Derive):
+            self._add_derive(index, phase)
+        else:
+            self._add_column_phase(index, phase)
+
+    def _add_kernel(self, index: int, kernel: RowKernel) -> None:
+        self._meet_if_needed(kernel.arguments)
+        reads = self._bind(kernel, kernel.arguments, kernel.fn)
+        writes = []
+        for name in kernel.writes:
+            column = self._column(kernel, name)
+            writes.append(column)
+        for column in writes:
+            self._mark_written(column)
+        self.stage.append(KernelOp(index, kernel, reads, tuple((c, self.sides[c]) for c in writes)))
+
+    def _add_reduction(self, index: int, reduction: Reduction) -> None:
+        self._meet_if_needed((*reduction.arguments, *reduction.key_arguments))
+        slot = len(self.reductions)
+        self.reductions.append(reduction)
+        reads = self._bind(reduction, reduction.arguments, reduction.fn)
+        keyed = self._bind(reduction, reduction.key_arguments, reduction.fn)
+        self.stage.append(ReduceOp(index, reduction, slot, reads, keyed))
+        self.pending.append(slot)
+        self.pending_names.add(reduction.name)
+
+    def _add_derive(self, index: int, derive: Derive) -> None:
+        for name in derive.arguments:
+            if name in self.pending_names or name in self.ready or name == "step":
+                continue
+            if name in self.params or name in self.tables:
+                continue
+            self._unknown(derive, name, derive.fn, columns=False)
+        if not self.segments or self.stage or self.items or self.pending:
+            self._close_segment()
+        last = self.segments[-1]
+        self.segments[-1] = replace(last, derives=(*last.derives, (index, derive)))
+        self.ready.update(derive.names)
+
+    def _add_column_phase(self, index: int, phase: ColumnPhase) -> None:
+        if self.pending:
+            self._close_segment()
+        self._close_stage()
+        count = len(self.schema.columns)
+        targets = (
+            tuple(range(count))
+            if phase.writes is None
+            else tuple(self._column(phase, name) for name in phase.writes)
+        )
+        fill = tuple(c for c in targets if self.two_sided and c not in self.written)
+        for column in targets:
+            self._mark_written(column)
+        writable = tuple(c in targets for c in range(count))
+        self.items.append(ColumnCall(index, phase, tuple(self.sides), fill, writable))
+        if not phase.row_local:
+            self.partition_bound.append(phase.name)
+
+    def finish(self, observers: tuple[Reduction, ...]) -> Program:
+        if self.stage or self.items or self.pending or not self.segments:
+            self._close_segment()
+        phase_count = len(self.names)
+        segments = tuple(self.segments)
+        observe = self._observing_segment(observers)
+        return Program(
+            schema=self.schema,
+            phase_names=tuple(self.names),
+            phase_count=phase_count,
+            segments=_with_digests(segments, self.written, self.sides),
+            observe=observe,
+            reductions=tuple(self.reductions),
+            written=tuple(sorted(self.written)),
+            swapped=tuple(c for c, side in enumerate(self.sides) if side),
+            final_sides=tuple(self.sides),
+            partition_bound=tuple(self.partition_bound),
+        )
+
+    def _observing_segment(self, observers: tuple[Reduction, ...]) -> Segment | None:
+        if not observers:
+            return None
+        self.segments = []
+        for reduction in observers:
+            if reduction.name in self.made_later:
+                raise ModelError(
+                    f'reduction "{reduction.name}" of a check or output has the name of a phase',
+                    hint='give it a name of its own with name="…"',
+                )
+            self.made_later[reduction.name] = reduction.name
+            self.add(reduction)
+        self._close_segment()
+        if len(self.segments) != 1:
+            raise ModelError("a reduction of a check or output cannot read another one's result")
+        return self.segments[0]
+
+    # -- closing stages and segments -----------------------------------------------------------------
+
+    def _meet_if_needed(self, arguments: tuple[str, ...]) -> None:
+        if self.pending_names.intersection(arguments):
+            self._close_segment()
+
+    def _close_stage(self) -> None:
+        if self.stage:
+            self.items.append(KernelStage(tuple(self.stage)))
+            self.stage = []
+
+    def _close_segment(self) -> None:
+        self._close_stage()
+        self.segments.append(Segment(tuple(self.items), tuple(self.pending)))
+        self.ready |= self.pending_names
+        self.items, self.pending, self.pending_names = [], [], set()
+
+    def _mark_written(self, column: int) -> None:
+        self.written.add(column)
+        if self.two_sided:
+            self.sides[column] = 1
+
+    # -- names ---------------------------------------------------------------------------------------
+
+    def _bind(self, phase: Phase, arguments: tuple[str, ...], fn: Callable[..., Any]) -> tuple[Binding, ...]:
+        return tuple(self._bind_one(phase, name, fn) for name in arguments)
+
+    def _bind_one(self, phase: Phase, name: str, fn: Callable[..., Any]) -> Binding:
+        if name in self.schema.names:
+            column = self.schema.index(name)
+            return Binding(name, "column", column, self.sides[column])
+        if name in RESERVED:
+            return Binding(name, name)  # type: ignore[arg-type]
+        if name in self.params:
+            return Binding(name, "param")
+        if name in self.tables:
+            return Binding(name, "table")
+        if name in self.ready:
+            return Binding(name, "value")
+        return self._unknown(phase, name, fn, columns=True)
+
+    def _unknown(self, phase: Phase, name: str, fn: Callable[..., Any], *, columns: bool) -> Any:
+        if name in self.made_later:
+            raise ModelError(
+                f'{phase.name} ({where(fn)}) reads "{name}" before phase {self.made_later[name]} makes it',
+                phase=phase.name,
+                hint=f"move phase {self.made_later[name]} before {phase.name}",
+            )
+        known = [*self.params, *self.tables, *self.made_later]
+        known += [*self.schema.names, *RESERVED] if columns else ["step"]
+        raise ModelError(
+            f'{phase.name} ({where(fn)}) takes an argument "{name}" that is not '
+            f"{'a column, ' if columns else ''}a parameter, a table or an earlier result"
+            f"{nearest(name, known)}",
+            phase=phase.name,
+        )
+
+    def _column(self, phase: Phase, name: str) -> int:
+        if name not in self.schema.names:
+            raise ModelError(
+                f'{phase.name} ({where(phase.fn)}) writes "{name}", which is not a column'
+                f"{nearest(name, self.schema.names)}",
+                phase=phase.name,
+            )
+        return self.schema.index(name)
+
+
+def _made_names(phases: Sequence[Phase]) -> dict[str, str]:
+    """Return every value that phases make, with the phase that makes it."""
+    made: dict[str, str] = {}
+    for phase in phases:
+        for name in phase.names if isinstance(phase, Derive) else [phase.name]:
+            if isinstance(phase, RowKernel | ColumnPhase):
+                continue
+            if name in made:
+                raise ModelError(f'two phases, {made[name]} and {phase.name}, make a value named "{name}"')
+            made[name] = phase.name
+    return made
+
+
+def _refuse_shared_names(
+    schema: Schema, params: tuple[str, ...], tables: tuple[str, ...], made: dict[str, str]
+) -> None:
+    """Raise ModelError if one name could mean two things in a row function."""
+    owner: dict[str, str] = dict.fromkeys(RESERVED, "a name that the engine binds")
+    groups = (("a column", schema.names), ("a parameter", params), ("a table", tables), ("a result", made))
+    for what, names in groups:
+        for name in names:
+            if name in owner:
+                raise ModelError(f'"{name}" is both {owner[name]} and {what}: give one of them another name')
+            owner[name] = what
+
+
+def _with_digests(
+    segments: tuple[Segment, ...], written: set[int], sides: Sequence[int]
+) -> tuple[Segment, ...]:
+    """Give each item the columns whose last write of the step it makes, to be digested while in cache."""
+    left = set(written)
+    done = []
+    for segment in reversed(segments):
+        items: list[Item] = []
+        for item in reversed(segment.items):
+            if isinstance(item, KernelStage):
+                wrote = {c for op in item.ops if isinstance(op, KernelOp) for c, _ in op.writes}
+            else:
+                wrote = {c for c, may in enumerate(item.writable) if may}
+            mine = sorted(wrote & left)
+            left -= wrote
+            items.append(replace(item, digests=tuple((c, sides[c]) for c in mine)))
+        done.append(replace(segment, items=tuple(reversed(items))))
+    return tuple(reversed(done))

@@ -1,0 +1,192 @@
+"""One step of a program on one rank, in concert with the team: run segments, meet, agree; nothing is committed.
+
+The new state stands on the columns' other side until the caller commits it, so a failure has nothing to undo.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.errors import ColumnarRuntimeError
+from rustsim_hpc.executors.base import OBSERVE, ResidentSession
+from rustsim_hpc.program import Segment
+from rustsim_hpc.reductions import finish_reduction, is_additive, merge_states, reset_states
+from rustsim_hpc.agreement import agree as agree_on
+from rustsim_hpc.team import Team
+from rustsim_hpc.work import Frame, PhaseFailure, Work
+
+Array = np.ndarray[Any, Any]
+
+
+class StepFailed(Exception):
+    """Phases failed, on this rank or another; ``failures`` in partition order, the same on every rank."""
+
+    def __init__(self, failures: tuple[PhaseFailure, ...]) -> None:
+        super().__init__(failures[0].message)
+        self.failures = failures
+
+
+@dataclass
+class StepReport:
+    """What a step found out, the same on every rank but for ``times``.
+
+    Attributes:
+        values: results of reductions and derived values.
+        digests: uint64 (columns,): digests of the written columns over the whole population, or None.
+        times: int64 (partitions of this rank, phases): nanoseconds.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    digests: Array | None = None
+    times: Array = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+
+
+class Stepper:
+    """Steps one bound program.
+
+    Args:
+        work: the program and this rank's state.
+        session: what runs this rank's partitions.
+        team: the ranks.
+    """
+
+    def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
+        self.work = work
+        self.session = session
+        self.team = team
+
+    def advance(self, step_index: int, *, want_digest: bool = False) -> StepReport:
+        """Compute the state after step ``step_index`` beside the current one.
+
+        ::
+
+            for each segment:
+                the executor runs its stages on each of this rank's partitions   # columns change here
+                the team agrees that all went well and adds up the reductions    # one small collective
+                derived values are computed, the same on every rank
+
+        Raises:
+            StepFailed: a phase failed somewhere; the same on every rank.
+            ColumnarRuntimeError: a reduction's result or a derived value could not be made.
+        """
+        frame = Frame(step_index, want_digest)
+        board = self.session.board
+        board.times[:] = 0
+        board.digests[:] = 0
+        last = len(self.work.program.segments) - 1
+        digests = None
+        for index, segment in enumerate(self.work.program.segments):
+            reset_states(self.work, board, segment.reductions)
+            failures = self.session.run(index, frame)
+            digests = self._meet(segment, failures, frame, with_digests=want_digest and index == last)
+            if segment.derives:
+                self._derive(segment, frame, agree=index == last)
+        return StepReport(frame.values, digests, board.times.copy())
+
+    def observe(self, step_index: int, values: dict[str, Any], *, committed: bool) -> None:
+        """Make the reductions of checks and outputs from the new state, into ``values``.
+
+        ``committed`` says that the state to look at is the current one (the first observation of a run).
+        """
+        segment = self.work.program.observe
+        if segment is None:
+            return
+        memory = self.work.memory
+        if committed:  # the observing segment reads the final sides: make the current state stand there
+            memory.swap(self.work.program.swapped)
+        try:
+            frame = Frame(step_index, values=values)
+            reset_states(self.work, self.session.board, segment.reductions)
+            self._meet(segment, self.session.run(OBSERVE, frame), frame, with_digests=False)
+        finally:
+            if committed:
+                memory.swap(self.work.program.swapped)
+
+    # -- meeting the other ranks ---------------------------------------------------------------------
+
+    def _meet(
+        self, segment: Segment, failures: list[PhaseFailure], frame: Frame, *, with_digests: bool
+    ) -> Array | None:
+        """Agree on success, add up reductions (and digests) over all partitions, and finish them."""
+        board, program = self.session.board, self.work.program
+        merged = {slot: merge_states(program.reductions[slot], board.states[slot]) for slot in segment.reductions}
+        additive = [slot for slot in segment.reductions if is_additive(program.reductions[slot])]
+        parts: list[Array] = [np.array([len(failures)], np.int64)]
+        parts += [merged[slot].reshape(-1) for slot in additive]
+        if with_digests:
+            parts.append(board.digests.sum(axis=0, dtype=np.uint64).view(np.int64))
+        total = self.team.sum_int64(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        if total[0]:
+            self._raise_failures(failures)
+        place = 1
+        for slot in additive:
+            size = merged[slot].size
+            merged[slot] = total[place : place + size].reshape(merged[slot].shape)
+            place += size
+        self._gather_others(segment, merged)
+        self._finish(segment, merged, frame)
+        return total[place:].view(np.uint64) if with_digests else None
+
+    def _gather_others(self, segment: Segment, merged: dict[int, Array]) -> None:
+        """Merge the states that do not simply add up (min and max) over the ranks."""
+        others = [s for s in segment.reductions if not is_additive(self.work.program.reductions[s])]
+        if not others or self.team.size == 1:
+            return
+        gathered = self.team.allgather([merged[slot] for slot in others])
+        for place, slot in enumerate(others):
+            states = np.stack([rank_states[place] for rank_states in gathered])
+            merged[slot] = merge_states(self.work.program.reductions[slot], states)
+
+    def _finish(self, segment: Segment, merged: dict[int, Array], frame: Frame) -> None:
+        for slot in segment.reductions:
+            reduction = self.work.program.reductions[slot]
+            try:
+                frame.values[reduction.name] = finish_reduction(reduction, merged[slot])
+            except ArithmeticError as error:
+                index = self.work.program.phase_names.index(reduction.name)
+                raise ColumnarRuntimeError(index, reduction.name, str(error), step=frame.step_index) from error
+
+    def _raise_failures(self, failures: list[PhaseFailure]) -> None:
+        mine = [replace(f, rank=self.team.rank, host=f.host or socket.gethostname()) for f in failures]
+        everyone = [failure for rank in self.team.allgather(mine) for failure in rank]
+        raise StepFailed(tuple(sorted(everyone, key=lambda failure: failure.partition)))
+
+    def _derive(self, segment: Segment, frame: Frame, *, agree: bool) -> None:
+        """Compute a segment's derived values; a failure on one rank becomes everybody's."""
+        failure: Exception | None = None
+        try:
+            for index, derive in segment.derives:
+                self._derive_one(index, derive, frame)
+        except ColumnarRuntimeError as error:
+            failure = error
+        if agree or failure is not None or self.team.size > 1:
+            agree_on(self.team, failure)
+
+    def _derive_one(self, index: int, derive: Any, frame: Frame) -> None:
+        work = self.work
+        known = {**work.params, **work.tables, **frame.values, "step": frame.step_index}
+        try:
+            made = derive.fn(*(known[name] for name in derive.arguments))
+            results = made if derive.is_mapping else {derive.name: made}
+            if set(results) != set(derive.names):
+                raise ValueError(f"returned {sorted(results)}, declared {sorted(derive.names)}")
+            frame.values.update({name: _as_value(name, results[name]) for name in derive.names})
+        except Exception as error:
+            message = str(error) or type(error).__name__
+            raise ColumnarRuntimeError(index, derive.name, message, step=frame.step_index) from error
+
+
+def _as_value(name: str, value: Any) -> Any:
+    """Return a derived value as a read-only array or a NumPy scalar, so that kernels see one type."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f'derived value "{name}" is {array.dtype}, not numbers')
+    if array.ndim == 0:
+        return array[()]
+    array = np.array(array, order="C")
+    array.flags.writeable = False
+    return array
