@@ -136,27 +136,33 @@ class _Shared:
         self._buffers = buffers
         self._writable = writable
         self._claimed: set[int] = set()
-        self._offsets, totals = self._arrange()
-        self.fds = (
-            fds
-            if fds is not None
-            else self._create(totals, _round_up(max(buffers.columns, 1), mmap.PAGESIZE))
-        )
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._heading = _round_up(max(buffers.columns, 1), mmap.PAGESIZE)
+        self._offsets, self._totals = self._arrange()
+        self.fds = self._create() if fds is None else fds
+        self._maps: dict[int, mmap.mmap] = {}
+        self._bytes: dict[int, Array] = {}
         try:
-            self._maps = [
-                mmap.mmap(fd, total, mmap.MAP_SHARED, protection)
-                for fd, total in zip(self.fds, totals, strict=True)
-            ]
-        except (OSError, ValueError, OverflowError) as error:
+            self.parity: Array = self._side(0)[: buffers.columns]
+        except ColumnMemoryError:
             self._close_fds()
-            raise ColumnMemoryError(f"cannot map {sum(totals):,} bytes of shared memory: {error}") from error
-        self._bytes = [np.frombuffer(area, np.uint8) for area in self._maps]
-        self.parity: Array = self._bytes[0][: buffers.columns]
+            raise
+
+    def _side(self, side: int) -> Array:
+        if side not in self._bytes:
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if self._writable else 0)
+            try:
+                self._maps[side] = mmap.mmap(self.fds[side], self._totals[side], mmap.MAP_SHARED, protection)
+            except (OSError, ValueError, OverflowError) as error:
+                raise self._shortage(side, error) from error
+            self._bytes[side] = np.frombuffer(self._maps[side], np.uint8)
+        return self._bytes[side]
+
+    def _shortage(self, side: int, error: Exception) -> ColumnMemoryError:
+        return ColumnMemoryError(f"cannot map {self._totals[side]:,} bytes of shared memory: {error}")
 
     def _arrange(self) -> tuple[list[int], tuple[int, int]]:
         offsets: list[int] = []
-        ends = [_round_up(max(self._buffers.columns, 1), mmap.PAGESIZE), mmap.PAGESIZE]
+        ends = [self._heading, mmap.PAGESIZE]
         for number, size in enumerate(self._buffers.sizes):
             side = self._buffers.side(number)
             unit = mmap.PAGESIZE if size < _SMALL else max(_HUGE, mmap.PAGESIZE)
@@ -165,18 +171,17 @@ class _Shared:
                 ends[side] = _round_up(offsets[-1] + size, mmap.PAGESIZE)
         return offsets, (ends[0], ends[1])
 
-    @staticmethod
-    def _create(totals: tuple[int, int], heading: int) -> tuple[int, int]:
+    def _create(self) -> tuple[int, int]:
         fds: list[int] = []
         try:
-            for total in totals:
+            for total in self._totals:
                 fds.append(_anonymous_file())
                 os.ftruncate(fds[-1], total)
-            _claim(fds[0], 0, heading)
+            _claim(fds[0], 0, self._heading)
         except (OSError, OverflowError) as error:
             for fd in fds:
                 os.close(fd)
-            raise ColumnMemoryError(f"cannot get {sum(totals):,} bytes of shared memory: {error}") from error
+            raise self._shortage(max(len(fds) - 1, 0), error) from error
         return fds[0], fds[1]
 
     def buffer(self, number: int) -> Array:
@@ -187,8 +192,8 @@ class _Shared:
                 _claim(self.fds[side], offset, size)
             except OSError as error:
                 raise self._buffers.shortage(number, "shared", error) from error
-        self._claimed.add(number)
-        return self._bytes[side][offset : offset + size]
+            self._claimed.add(number)
+        return self._side(side)[offset : offset + size]
 
     def _close_fds(self) -> None:
         for fd in self.fds:
@@ -198,7 +203,7 @@ class _Shared:
     def close(self) -> None:
         self._bytes.clear()
         self.parity = np.zeros(0, np.uint8)
-        for area in self._maps:
+        for area in self._maps.values():
             # Refused while views live; the mapping then goes when the last of them does.
             with contextlib.suppress(BufferError):
                 area.close()
