@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from rustsim_hpc.environment import host_facts
 from rustsim_hpc.version import __version__
 
 Report = dict[str, dict[str, Any]]
@@ -107,14 +108,15 @@ def _packages(problems: dict[str, str]) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
+    own = host_facts()
     memory = _memory_info()
     facts: dict[str, Any] = {
-        "host": platform.node(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "libm": " ".join(platform.libc_ver()) or "unknown",
-        "processor": _processor(),
+        "host": own["host"],
+        "system": own["system"],
+        "libm": own["libm"]["library"],
+        "processor": own["cpu"],
         "cores": os.cpu_count() or 1,
-        "cores to use": len(os.sched_getaffinity(0)),
+        "cores to use": own["cores"],
     }
     if (share := _group_cores()) is not None:
         facts["cores of group"] = share
@@ -124,13 +126,6 @@ def _machine() -> dict[str, Any]:
     if limit.isdigit():
         facts["memory of group"] = f"{int(limit) / 2**30:.1f} GiB"
     return facts
-
-
-def _processor() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def _group_cores() -> float | None:

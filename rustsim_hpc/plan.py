@@ -99,28 +99,29 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
     """
     sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
     row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
-    workers = worker_count(spec)
-    wanted = max(spec.run.partitions or workers * ranks, ranks)
+    partitions = partition_count(spec, ranks)
     shares = []
-    for number, (partitions, rows) in enumerate(_cut(spec.run.agents, wanted, ranks)):
+    for rank in range(ranks):
+        part = rank_part(spec.run.agents, partitions, ranks, rank)
+        rows = part.row_stop - part.row_start
         shares.append(
             RankShare(
-                number,
-                number,
-                partitions,
-                rows,
-                rows * row_bytes,
-                rows * undo_bytes,
-                rows * (row_bytes + _ID_BYTES),
+                first=rank,
+                last=rank,
+                partitions=part.stop - part.start,
+                rows=rows,
+                state_bytes=rows * row_bytes,
+                undo_bytes=rows * undo_bytes,
+                checkpoint_bytes=rows * (row_bytes + _ID_BYTES),
             )
         )
     return RunPlan(
         job=spec.run.name,
         agents=spec.run.agents,
         ranks=ranks,
-        partitions=sum(share.partitions for share in shares),
+        partitions=partitions,
         executor=spec.run.executor,
-        workers=workers,
+        workers=worker_count(spec),
         guard=spec.run.guard,
         row_bytes=row_bytes,
         undo_row_bytes=undo_bytes,
@@ -136,15 +137,33 @@ def worker_count(spec: JobSpec) -> int:
     return spec.run.workers or len(os.sched_getaffinity(0))
 
 
-def _cut(rows: int, partitions: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """Yield (partitions, rows) of each rank: contiguous runs of partitions that differ by one row at most."""
-    # Partitions without a row are not made; without any row there is one, which is empty.
-    made = min(partitions, max(rows, 1))
-    each, left = divmod(rows, made)
-    stop = 0
-    for rank in range(ranks):
-        start, stop = stop, made * (rank + 1) // ranks
-        yield stop - start, (stop - start) * each + min(stop, left) - min(start, left)
+def partition_count(spec: JobSpec, ranks: int) -> int:
+    """Return the partitions of a job on `ranks` ranks: one per worker of every rank unless the job says.
+
+    There are at least as many as ranks and at most as many as rows; without any row there is one, empty.
+    """
+    wanted = max(spec.run.partitions or worker_count(spec) * ranks, ranks)
+    return min(wanted, max(spec.run.agents, 1))
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """One rank's partitions [start, stop) and their rows [row_start, row_stop)."""
+
+    start: int
+    stop: int
+    row_start: int
+    row_stop: int
+
+
+def rank_part(rows: int, partitions: int, ranks: int, rank: int) -> RankPart:
+    """Return a rank's contiguous run of the partitions of `PartitionPlan.row_ranges(rows, partitions)`.
+
+    Ranks differ by one partition at most, partitions by one row.
+    """
+    each, left = divmod(rows, partitions)
+    start, stop = partitions * rank // ranks, partitions * (rank + 1) // ranks
+    return RankPart(start, stop, start * each + min(start, left), stop * each + min(stop, left))
 
 
 def _joined(shares: list[RankShare]) -> Iterator[RankShare]:

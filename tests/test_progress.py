@@ -1,0 +1,49 @@
+"""The progress bar shows on a terminal, and leaves a log alone."""
+
+import io
+
+import pytest
+
+from rustsim_hpc.progress import Progress
+from rustsim_hpc.summary import rate
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(stream: io.StringIO, *, wanted: bool = True) -> str:
+    with Progress("flock", done=10, total=40, agents=1_000_000, wanted=wanted, stream=stream) as bar:
+        bar.note("compiling 5 kernels")
+        bar.start()
+        bar.advance()
+        bar.advance(29)
+    return stream.getvalue()
+
+
+def test_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("rustsim_hpc.progress._REFRESH_SECONDS", 0.0)
+    shown = run(Terminal())
+    assert "flock: compiling 5 kernels" in shown
+    assert "25%" in shown
+    assert "40/40" in shown
+    assert "agent-steps/s" in shown
+    assert "left" in shown
+
+
+def test_log() -> None:
+    assert run(io.StringIO()) == ""
+
+
+def test_unwanted() -> None:
+    assert run(Terminal(), wanted=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (12.34, "12.3"), (1234.0, "1.23 thousand"), (2.41e7, "24.1 million"), (3e9, "3 billion")],
+)
+def test_rate(value: float, text: str) -> None:
+    assert rate(value) == text
