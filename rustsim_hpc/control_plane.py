@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rustsim_hpc.assembly import assemble_partitions, checked_store, require_fingerprint
+from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.checkpoint import EngineCheckpoint, PartitionCheckpoint
 from rustsim_hpc.config import ControlPlaneConfig, validate_config, validate_plan
 from rustsim_hpc.errors import CheckpointWriteFailed, EngineControlPlaneError, InvalidConfig
@@ -81,7 +82,7 @@ class EngineControlPlane:
         self._team = runtime.team
         validate_config(self._config, runtime.device_store().total_rows)
         self._partition_phases: list[ColumnPhase] = []
-        self._executor_phases: list[ColumnPhase] = []
+        self._executor_phases: list[Phase] = []
         self._meter = Meter()
         self._retained: deque[EngineCheckpoint] = deque(maxlen=self._config.max_retained_checkpoints)
         self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
@@ -161,6 +162,25 @@ class EngineControlPlane:
         """Add a phase for :meth:`step_partitions_with_executor`; it may run on several threads at once."""
         self._executor_phases.append(closure_phase(name, function))
         self._stepping.drop(StepKind.EXECUTOR)
+
+    def add_model(self, model: BoundModel) -> None:
+        """Make a bound model's phases the executor phases; its checks are made after every step.
+
+        Raises:
+            InvalidConfig: there are executor phases already, or the state has other columns than the model.
+        """
+        if self._executor_phases:
+            raise InvalidConfig("a model's phases cannot be added to other executor phases")
+        if model.schema != self._runtime.schema:
+            raise InvalidConfig("the runtime's store does not have the model's columns")
+        self._executor_phases = list(model.phases)
+        self._stepping.model = model
+        self._stepping.drop(StepKind.EXECUTOR)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Results of reductions and derived values of the last step, by name."""
+        return self._stepping.values
 
     # -- stepping ------------------------------------------------------------------------------------
 

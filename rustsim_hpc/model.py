@@ -84,7 +84,10 @@ class _Described:
     name: str
 
     def __post_init__(self) -> None:
-        functools.update_wrapper(self, self.fn)
+        # As functools.update_wrapper, which a frozen class refuses.
+        for attribute in (*functools.WRAPPER_ASSIGNMENTS, "__wrapped__"):
+            value = self.fn if attribute == "__wrapped__" else getattr(self.fn, attribute, None)
+            object.__setattr__(self, attribute, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -97,13 +98,19 @@ def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tupl
     """
     key = hashlib.sha256(f"{environment_key()}\0{identity}\0{source}".encode()).hexdigest()[:32]
     path = cache_folder() / f"stage_{key}.py"
-    if not path.exists():
-        write_atomic(path, source.encode())
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__.update(names)
-    spec.loader.exec_module(module)
+    # Numba's cache finds a function's module again by name, so it must stand in sys.modules; a module of the
+    # same key has the same meaning, and what it has compiled already can be used again.
+    name = f"rustsim_hpc_{path.stem}"
+    module = sys.modules.get(name)
+    if module is None:
+        if not path.exists():
+            write_atomic(path, source.encode())
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        module.__dict__.update(names)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
     return module, path
 
 
