@@ -34,13 +34,18 @@ def _id_range(start: int, rows: int) -> Array:
     return np.arange(rows, dtype=np.uint64) + np.uint64(start)
 
 
-class _DefaultIds:
-    """The `ids` of a checkpoint that was given none: made when asked for, so that they take no memory."""
+class _Ids:
+    """The `ids` of a checkpoint: the stored ones, or default ones made when asked for."""
 
     def __get__(self, checkpoint: DeviceSoaCheckpoint | None, owner: type | None = None) -> Array:
         if checkpoint is None:
+            # So that the dataclass sees a field without a default.
             raise AttributeError("ids belong to a checkpoint")
-        return _id_range(checkpoint.row_offset, checkpoint.rows)
+        stored: Array | None = checkpoint.__dict__.get("ids")
+        return _id_range(checkpoint.row_offset, checkpoint.rows) if stored is None else stored
+
+    def __set__(self, checkpoint: DeviceSoaCheckpoint, value: Any) -> None:
+        checkpoint.__dict__["ids"] = value
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -69,7 +74,7 @@ class DeviceSoaCheckpoint:
     schema: Schema
     row_offset: int
     rows: int
-    ids: _DefaultIds = _DefaultIds()  # an Array; stored ids go into the instance and come first
+    ids: _Ids = _Ids()
 
     def __init__(
         self,
