@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.job import resolve_job
 from rustsim_hpc.job_docs import job_file_markdown, job_keys
 
@@ -89,3 +91,18 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_first_model_of_the_readme(tmp_path: Path) -> None:
+    code, job = (re.search(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "toml"))
+    assert code
+    assert job
+    assert len(code[1].splitlines()) <= 32
+    path = tmp_path / "walkers.py"
+    path.write_text(code[1])
+    spec, _ = resolve_job(tomllib.loads(job[1]), tmp_path / "walkers.toml", environ={})
+    assert spec.model.module == str(path)
+    model = runpy.run_path(str(path))["model"]()
+    bound = BoundModel(model, spec.params, seed=spec.run.seed, agents=10)
+    assert bound.params["reach"] == 0.5
+    assert not bound.new_store(0, 10).column(0).any()
