@@ -38,11 +38,21 @@ fi
 
 # mpirun and the other installed commands are found by name.
 export PATH=$venv/bin:$PATH
-echo "== ruff"
-ruff check .
-echo "== mypy"
-mypy
-echo "== import-linter"
-lint-imports
-echo "== pytest"
-exec python -m pytest "$@"
+
+failed=()
+check() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+check ruff ruff check .
+check mypy mypy
+check import-linter lint-imports
+check pytest python -m pytest "$@"
+
+if ((${#failed[@]})); then
+    echo "test.sh: failed: ${failed[*]}" >&2
+    exit 1
+fi
