@@ -208,7 +208,7 @@ class OutputSet:
             raise failures[0].add_facts(others=tuple(failures[1:]))
 
     def draw_pictures(self, run: Any) -> PictureReport:
-        """Draw the pictures from the run's reader, and keep the report for `files`.
+        """Draw the pictures from the run's reader, and keep the report in `pictures`.
 
         Raises:
             OutputError: a picture failed; without matplotlib they are skipped instead, and reported.
@@ -217,10 +217,10 @@ class OutputSet:
         self.pictures = draw_pictures(pictures, self.folder, run)
         return self.pictures
 
-    def files(self) -> dict[str, str]:
-        """Return the path of every output that is there, by its name in the model."""
+    def files(self) -> dict[str, Path]:
+        """Return the path of every output that is there, by its file's name in the model."""
         paths = {declaration.file: self.folder / declaration.file for declaration in self.declarations}
-        return {name: str(path) for name, path in paths.items() if path.exists()}
+        return {name: path for name, path in paths.items() if path.exists()}
 
     def _manifest(self) -> dict[str, Any]:
         entries = [describe(declaration) for declaration in self.declarations]
