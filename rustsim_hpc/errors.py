@@ -190,8 +190,8 @@ class _Sourced(EngineControlPlaneError):
 
     source: RustsimError
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _complete(self) -> None:
+        super()._complete()
         self.add_facts(**self.source.all_facts())
         self.__cause__ = self.source
 
@@ -325,18 +325,17 @@ class ModelError(RustsimError, ValueError):
     message: str
 
 
-class KernelError(ModelError):
+class KernelError(ModelError, kw_only=True):
     """A kernel cannot be compiled. kernel, argument: their names; file, line: where in the user's source."""
 
-    kernel: str | None = field(default=None, kw_only=True)
-    argument: str | None = field(default=None, kw_only=True)
-    file: str | None = field(default=None, kw_only=True)
-    line: int | None = field(default=None, kw_only=True)
+    kernel: str | None = None
+    argument: str | None = None
+    file: str | None = None
+    line: int | None = None
 
     def text(self) -> str:
         """Return `FILE:LINE: kernel NAME, argument NAME: message`, without what is not known."""
-        where = "" if self.line is None else f":{self.line}"
-        file = [] if self.file is None else [f"{self.file}{where}"]
+        file = [] if self.file is None else [self.file + ("" if self.line is None else f":{self.line}")]
         kernel = [] if self.kernel is None else [f"kernel {self.kernel}"]
         argument = [] if self.argument is None else [f"argument {self.argument}"]
         names = [", ".join(kernel + argument)] if kernel or argument else []
@@ -351,10 +350,7 @@ class JobError(RustsimError, ValueError):
 
 
 class CheckpointFileError(RustsimError, ValueError):
-    """A checkpoint file does not prove itself, is not this run's, or cannot be written.
-
-    damaged: the file's content is wrong; False where it could not be reached or written.
-    """
+    """A checkpoint file has wrong content (`damaged`), or cannot be reached or written (not `damaged`)."""
 
     exit_code = 5
     message: str

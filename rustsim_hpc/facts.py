@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import Field, field
 from difflib import get_close_matches
+from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
 if TYPE_CHECKING:
@@ -23,17 +24,53 @@ class PartitionLike(Protocol):
         """The partition's number."""
 
 
-def _unknown() -> None:
-    return None
+_REQUIRED = object()
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 class _Declared(Exception):
-    """Make every subclass a dataclass that compares by identity, as exceptions do."""
+    """An exception whose fields are its class's annotations, as in a dataclass.
+
+    Fields are positional in the order of declaration, but for the root's and those of `field(kw_only=True)`.
+    `dataclass` could do all this, but it compiles a constructor for each of some fifty classes, which took a
+    good part of the time that importing the package may take.
+    """
+
+    _positional: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, *, kw_only: bool = False) -> None:
         super().__init_subclass__()
-        dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
+        positional, defaults = list(cls._positional), dict(cls._defaults)
+        for name, annotation in get_annotations(cls).items():
+            if annotation.startswith("ClassVar"):
+                continue
+            default: Any = cls.__dict__.get(name, _REQUIRED)
+            keyword = kw_only
+            if isinstance(default, Field):
+                default, keyword = default.default, bool(default.kw_only)
+            defaults[name] = default
+            if not keyword and name not in positional:
+                positional.append(name)
+        cls._positional, cls._defaults = tuple(positional), defaults
+
+    def __init__(self, *values: Any, **facts: Any) -> None:
+        name = type(self).__name__
+        if len(values) > len(self._positional):
+            raise TypeError(
+                f"{name} takes {', '.join(self._positional) or 'keywords'}; got {len(values)} values"
+            )
+        given = dict(zip(self._positional, values, strict=False))
+        if wrong := [fact for fact in facts if fact in given or fact not in self._defaults]:
+            raise TypeError(f"{name} got {', '.join(wrong)} twice, or has no such field")
+        fields = self._defaults | given | facts
+        if missing := [fact for fact, value in fields.items() if value is _REQUIRED]:
+            raise TypeError(f"{name} needs {', '.join(missing)}")
+        self.__dict__.update(fields)
+        self._complete()
+
+    def _complete(self) -> None:
+        """Finish an error whose fields are set."""
 
 
 class RustsimError(_Declared, kw_only=True):
@@ -47,18 +84,17 @@ class RustsimError(_Declared, kw_only=True):
 
     exit_code: ClassVar[int] = 3
     template: ClassVar[str] = "{message}"
-    # A variant that redeclares some of these as required takes them by position in this order. A function
-    # makes the defaults, because a value would stay on the class and become the variant's default too.
-    rank: int | None = field(default_factory=_unknown)
-    host: str | None = field(default_factory=_unknown)
-    partition: PartitionLike | None = field(default_factory=_unknown)
-    phase_index: int | None = field(default_factory=_unknown)
-    phase: str | None = field(default_factory=_unknown)
-    step: int | None = field(default_factory=_unknown)
-    hint: str | None = field(default_factory=_unknown)
+    # Type checkers take facts that a variant redeclares by position in this order: variants keep to it.
+    rank: int | None = None
+    host: str | None = None
+    partition: PartitionLike | None = None
+    phase_index: int | None = None
+    phase: str | None = None
+    step: int | None = None
+    hint: str | None = None
     others: tuple[BaseException, ...] = ()
 
-    def __post_init__(self) -> None:
+    def _complete(self) -> None:
         self.args = (self.text(),)
 
     def text(self) -> str:

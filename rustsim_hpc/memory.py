@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +213,8 @@ def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):
             return os.memfd_create("rustsim-columns")
+    import tempfile
+
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.dup(file.fileno())

@@ -196,6 +196,18 @@ def test_required_facts_are_required():
         errors.ColumnarRuntimeError(0, "boom")
 
 
+@pytest.mark.parametrize(
+    ("values", "facts"),
+    [((ONE, 1, 2), {}), ((ONE,), {"partition": ONE}), ((ONE,), {"rnak": 3}), ((), {"rank": 3})],
+)
+def test_fields_are_checked(values, facts):
+    with pytest.raises(TypeError, match="EmptyRange"):
+        errors.EmptyRange(*values, **facts)
+    assert errors.EmptyRange(partition=ONE).partition is ONE
+    with pytest.raises(TypeError):
+        errors.KernelError("m", "kernel")
+
+
 def test_kernel_errors_name_kernel_argument_and_line():
     error = errors.KernelError("no such column", kernel="move", argument="zz", file="flock.py", line=12)
     assert str(error) == "flock.py:12: kernel move, argument zz: no such column"
