@@ -50,6 +50,9 @@ class Team(Protocol):
     def native(self) -> Any:
         """The mpi4py communicator for a library that takes one (parallel HDF5), None without MPI."""
 
+    def mpi_info(self, hints: Mapping[str, str]) -> Any:
+        """Return hints as an mpi4py Info, for a library that takes `native`; None without MPI."""
+
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add up `array` (int64, contiguous) over ranks element by element mod 2^64, in place; return it."""
 
@@ -103,6 +106,9 @@ class SoloTeam:
 
     def __init__(self) -> None:
         self.host = socket.gethostname()
+
+    def mpi_info(self, hints: Mapping[str, str]) -> None:
+        """Return None."""
 
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return `array` as it is."""
@@ -177,6 +183,13 @@ class MpiTeam:
     def native(self) -> Any:
         """The mpi4py communicator."""
         return self._comm
+
+    def mpi_info(self, hints: Mapping[str, str]) -> Any:
+        """Return hints as an mpi4py Info."""
+        info = self._mpi.Info.Create()
+        for name, value in hints.items():
+            info.Set(name, value)
+        return info
 
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add up `array` over ranks mod 2^64, in place; return it."""

@@ -1,0 +1,47 @@
+"""Checkpoints as files: one logical HDF5 file, written by all ranks, proved before and after reading.
+
+docs/checkpoint_format.md has the tree and the rules. `header` says what a checkpoint tells of itself,
+`proof` has the checksums, `hdf5` the tree, `folder` the names and the publishing, `reading` and `writer`
+what others call.
+"""
+
+from rustsim_hpc.storage.folder import (
+    checkpoint_path,
+    delete_checkpoint,
+    list_checkpoints,
+    move_aside,
+    retain,
+    step_of,
+    steps_to_drop,
+    sweep,
+)
+from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, LAYOUTS, CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.proof import Manifest, proof_path
+from rustsim_hpc.storage.reading import LoadedCheckpoint, load, load_newest, prove, read_header, read_rows
+from rustsim_hpc.storage.writer import CheckpointWriter, write_checkpoint
+
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "LAYOUTS",
+    "CheckpointHeader",
+    "CheckpointWriter",
+    "LoadedCheckpoint",
+    "Manifest",
+    "StorageOptions",
+    "checkpoint_path",
+    "delete_checkpoint",
+    "list_checkpoints",
+    "load",
+    "load_newest",
+    "move_aside",
+    "proof_path",
+    "prove",
+    "read_header",
+    "read_rows",
+    "retain",
+    "step_of",
+    "steps_to_drop",
+    "sweep",
+    "write_checkpoint",
+]

@@ -1,0 +1,82 @@
+"""A single file that all ranks write together, where h5py is built with MPI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.storage.hdf5 import LIBVER, column_bytes, create_dataset, datasets, describe, write_root
+from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.team import Team
+
+# MPI-IO counts in 32 bits in places.
+_PIECE_BYTES = 256 << 20
+
+
+def has_parallel_hdf5() -> bool:
+    """Return whether the h5py at hand is built with MPI."""
+    import h5py
+
+    return bool(h5py.get_config().mpi)
+
+
+def write_collective(
+    path: Path, header: CheckpointHeader, view: StateView, team: Team, options: StorageOptions
+) -> None:
+    """Write a file of all rows, each rank its own, by collective calls of parallel HDF5.
+
+    A rank without rows, or one whose write has failed, joins every call like the others.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    import h5py
+    from h5py import h5fd, h5p
+
+    most = max(team.allgather(view.row_stop - view.row_offset))
+    transfer = h5p.create(h5p.DATASET_XFER)
+    transfer.set_dxpl_mpio(h5fd.MPIO_COLLECTIVE)
+    failure = None
+    info = team.mpi_info(options.hints)
+    with h5py.File(path, "w", libver=LIBVER, driver="mpio", comm=team.native, info=info) as file:
+        write_root(file, header, 0, header.rows)
+        for index, name, dtype, column in datasets(header):
+            dataset = create_dataset(file, name, dtype, header.rows, column, options)
+            describe(dataset, header, index, column)
+            step = max(_PIECE_BYTES // dtype.itemsize, 1)
+            for first in range(0, most, step):
+                try:
+                    _write_piece(dataset, header, view, index, (first, first + step), transfer)
+                except OSError as error:
+                    failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _write_piece(
+    dataset: Any,
+    header: CheckpointHeader,
+    view: StateView,
+    index: int,
+    wanted: tuple[int, int],
+    transfer: Any,
+) -> None:
+    from h5py import h5s
+
+    rows = view.row_stop - view.row_offset
+    first, last = (min(row, rows) for row in wanted)
+    target = h5s.create_simple((header.rows,))
+    if first < last:
+        target.select_hyperslab((view.row_offset + first,), (last - first,))
+        values = np.frombuffer(column_bytes(view, index, first, last), dataset.dtype)
+        source = h5s.create_simple((last - first,))
+    else:
+        # HDF5 looks at an array even where nothing of it is selected.
+        target.select_none()
+        values = np.zeros(1, dataset.dtype)
+        source = h5s.create_simple((1,))
+        source.select_none()
+    dataset.id.write(source, target, values, dxpl=transfer)

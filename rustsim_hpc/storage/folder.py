@@ -1,0 +1,271 @@
+"""The folder of a run's checkpoints: names, publishing, listing, sweeping, keeping.
+
+A checkpoint is there when its first file is: everything else is made durable before that one rename. Where
+one of the same step is replaced, its old proof stays beside the new one until the rename, so that a kill at
+any moment leaves the old checkpoint or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.files import TEMPORARY_SUFFIX, fsync_folder, sweep_temporary
+from rustsim_hpc.storage.proof import (
+    Manifest,
+    check_blocks,
+    check_size,
+    file_errors,
+    parse_manifest,
+    proof_path,
+    read_manifest,
+)
+
+_CHECKPOINT = re.compile(r"step_(\d{10,20})\.h5")
+_BELONGS = re.compile(r"step_(\d{10,20})\.(proof\.json|previous\.proof\.json|shards-[0-9a-f]+)")
+
+
+def checkpoint_path(folder: Path, step_index: int) -> Path:
+    """Return where the checkpoint of a step lies: `step_0000000100.h5`."""
+    return folder / f"step_{step_index:010d}.h5"
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's path.
+
+    Raises:
+        CheckpointFileError: it has not the name of a checkpoint.
+    """
+    match = _CHECKPOINT.fullmatch(path.name)
+    if match is None:
+        raise CheckpointFileError(
+            message=f"{path}: checkpoints are called step_0000000100.h5 or so", damaged=False
+        )
+    return int(match[1])
+
+
+def shards_path(path: Path, nonce: str) -> Path:
+    """Return the folder for the shards of one attempt to write `path`."""
+    return path.with_name(f"{path.stem}.shards-{nonce}")
+
+
+def previous_path(path: Path) -> Path:
+    """Return where the proof of a checkpoint waits while `path` is replaced."""
+    return path.with_name(f"{path.stem}.previous.proof.json")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the published checkpoints of a folder, newest first; none where there is no folder.
+
+    Raises:
+        CheckpointFileError: the folder cannot be read.
+    """
+    with file_errors(folder):
+        found = (
+            [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)] if folder.exists() else []
+        )
+    return sorted(found, key=step_of, reverse=True)
+
+
+def manifest_of(path: Path) -> Manifest:
+    """Return the proof that belongs to the checkpoint `path`, checked by itself and against the files' sizes.
+
+    Raises:
+        CheckpointFileError: there is none, it does not hold, or a file is missing or has another size.
+    """
+    with file_errors(path):
+        if path.is_dir():
+            raise CheckpointFileError(message=f"{path}: it is a folder, not a checkpoint", damaged=False)
+        if not path.exists():
+            raise CheckpointFileError(message=f"{path}: there is no such file", damaged=False)
+        replaced = previous_path(path).exists()
+    if not replaced:
+        manifest = read_manifest(proof_path(path))
+    else:
+        # A replacement was cut short: which of the two proofs is that of the file, only its bytes can say.
+        try:
+            manifest = read_manifest(proof_path(path))
+            check_first(path, manifest)
+        except CheckpointFileError:
+            manifest = read_manifest(previous_path(path))
+    if manifest.files[0].name != path.name:
+        raise CheckpointFileError(message=f"{path}: the proof beside it is that of {manifest.files[0].name}")
+    for file in manifest.files:
+        check_size(path.parent, file)
+    return manifest
+
+
+def check_first(path: Path, manifest: Manifest) -> None:
+    """Prove the first file of a checkpoint.
+
+    Raises:
+        CheckpointFileError: it does not hold.
+    """
+    first = manifest.files[0]
+    check_size(path.parent, first)
+    check_blocks(path.parent, [(first, 0, len(first.blocks))])
+
+
+def publish(path: Path, first: Path, proof: Path) -> None:
+    """Give a checkpoint's first file and its proof, both durable under temporary names, their names.
+
+    Raises:
+        OSError: a rename failed; the checkpoint that had the name is as it was.
+    """
+    replaced = path.exists()
+    previous = previous_path(path)
+    if replaced:
+        previous.unlink(missing_ok=True)
+        if proof_path(path).exists():
+            previous.hardlink_to(proof_path(path))
+    proof.replace(proof_path(path))
+    # The proof has to be on the disk before the file that it proves: a crash may keep only the later rename.
+    fsync_folder(path.parent)
+    first.replace(path)
+    fsync_folder(path.parent)
+    if replaced:
+        with contextlib.suppress(OSError):
+            previous.unlink(missing_ok=True)
+            _remove(_shards(path, keep=_owned_shards(path)))
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed attempts left in a folder of checkpoints; return it. For its one writer only.
+
+    What belongs to a checkpoint that is there, whole or damaged, stays; so does what was moved aside.
+
+    Raises:
+        CheckpointFileError: the folder cannot be read or changed.
+    """
+    if not folder.exists():
+        return []
+    with file_errors(folder, "sweep"):
+        removed = sweep_temporary(folder)
+        published = set(list_checkpoints(folder))
+        for path in published:
+            removed += _sweep_one(path)
+        for path in sorted(folder.iterdir()):
+            match = _BELONGS.fullmatch(path.name)
+            if match and path.with_name(f"step_{match[1]}.h5") not in published:
+                removed += _remove([path])
+        fsync_folder(folder)
+    return removed
+
+
+def _sweep_one(path: Path) -> list[Path]:
+    """Settle a replacement of `path` that was cut short; remove shards of attempts that came to nothing."""
+    removed: list[Path] = []
+    try:
+        if previous_path(path).exists():
+            manifest = manifest_of(path)
+            if _same_text(proof_path(path), manifest):
+                removed += _remove([previous_path(path)])
+            else:
+                previous_path(path).replace(proof_path(path))
+        removed += _remove(_shards(path, keep=_owned_shards(path)))
+    except CheckpointFileError:
+        # It does not prove itself: nothing of it is touched here.
+        return removed
+    return removed
+
+
+def _same_text(proof: Path, manifest: Manifest) -> bool:
+    try:
+        return parse_manifest(proof.read_bytes(), proof) == manifest
+    except CheckpointFileError:
+        return False
+
+
+def _owned_shards(path: Path) -> set[str]:
+    """Return the names of the folders that the published checkpoint's shards lie in."""
+    return {file.name.split("/", 1)[0] for file in read_manifest(proof_path(path)).files if "/" in file.name}
+
+
+def _shards(path: Path, keep: Iterable[str] = ()) -> list[Path]:
+    return [
+        found
+        for found in sorted(path.parent.glob(f"{path.stem}.shards-*"))
+        if found.name not in set(keep) and _BELONGS.fullmatch(found.name)
+    ]
+
+
+def _remove(paths: Iterable[Path]) -> list[Path]:
+    gone = list(paths)
+    for path in gone:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return gone
+
+
+def move_aside(path: Path, reason: str) -> Path:
+    """Rename all of a checkpoint that does not prove itself to `*.bad`, the reason in a text beside it.
+
+    Returns the new name of its first file.
+
+    Raises:
+        CheckpointFileError: a file cannot be renamed.
+    """
+    with file_errors(path, "move aside"):
+        ending = next(end for end in _endings() if not path.with_name(path.name + end).exists())
+        aside = path.with_name(path.name + ending)
+        path.rename(aside)
+        for other in [proof_path(path), previous_path(path), *_shards(path)]:
+            if other.exists():
+                other.rename(other.with_name(other.name + ending))
+        aside.with_name(aside.name + ".txt").write_text(reason + "\n", encoding="utf-8")
+        fsync_folder(path.parent)
+    return aside
+
+
+def _endings() -> Iterable[str]:
+    yield ".bad"
+    number = 2
+    while True:
+        yield f".bad{number}"
+        number += 1
+
+
+def steps_to_drop(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
+    """Return which steps of published checkpoints retention drops, oldest first.
+
+    keep: how many of the newest stay, 0 for all. keep_every: multiples of it stay besides, 0 for none.
+    """
+    if keep <= 0:
+        return []
+    old = sorted(steps)[:-keep]
+    return [step for step in old if not (keep_every and step % keep_every == 0)]
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, its first file first: what a kill leaves is no checkpoint and swept later.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    path.unlink(missing_ok=True)
+    _remove([proof_path(path), previous_path(path), *_shards(path)])
+
+
+def retain(folder: Path, keep: int, keep_every: int) -> list[Path]:
+    """Remove the checkpoints that retention drops; return their paths.
+
+    Raises:
+        CheckpointFileError: one cannot be removed.
+    """
+    steps = [step_of(path) for path in list_checkpoints(folder)] if keep else []
+    gone = [checkpoint_path(folder, step) for step in steps_to_drop(steps, keep, keep_every)]
+    for path in gone:
+        with file_errors(path, "remove"):
+            delete_checkpoint(path)
+    return gone
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path is an unfinished file's."""
+    return path.name.endswith(TEMPORARY_SUFFIX)

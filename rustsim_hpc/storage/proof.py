@@ -1,0 +1,305 @@
+"""The proof beside a checkpoint: checksums over every byte of every file, by block. It checks itself first.
+
+HDF5 reads flipped bytes as other values, or crashes on them: no file is given to it before its blocks have
+been compared. The checksum is xxh3_128 over blocks of 4 MiB, so that ranks and threads share the reading.
+It finds accidents, not forgery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, CheckpointHeader
+
+BLOCK_BYTES = 4 << 20
+_HEAD = b'{"xxh3_128": "'
+_NECK = b'",\n "proof": '
+_TAIL = b"}\n"
+_HEX = 32
+# Not the content is wrong, but it could not be reached; what these say of a disk's content, nobody knows.
+_OUT_OF_REACH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EINTR,
+    errno.ESTALE,
+}
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """One file of a checkpoint.
+
+    name: relative to the checkpoint's folder; size: bytes; start, stop: the rows that it holds itself;
+    blocks: the checksum of each block, 32 hexadecimal digits.
+    """
+
+    name: str
+    size: int
+    start: int
+    stop: int
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's header and the proof of its files, the one that is opened first."""
+
+    header: CheckpointHeader
+    layout: str
+    files: tuple[FileProof, ...]
+
+
+def proof_path(path: Path) -> Path:
+    """Return where the proof of the checkpoint `path` lies."""
+    return path.with_suffix(".proof.json")
+
+
+@contextlib.contextmanager
+def file_errors(path: Path, doing: str = "read") -> Iterator[None]:
+    """Turn what goes wrong with a file inside of the block into a `CheckpointFileError` that names it."""
+    try:
+        yield
+    except CheckpointFileError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        damaged = doing == "read" and error.errno not in _OUT_OF_REACH
+        message = f"{path}: cannot {doing} it: {reason}"
+        raise CheckpointFileError(message=message, damaged=damaged) from error
+    except MemoryError as error:
+        raise CheckpointFileError(
+            message=f"{path}: not enough memory to {doing} it", damaged=False
+        ) from error
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """Return the text of a proof: JSON whose first entry is the checksum of everything after it."""
+    body = {
+        "format": f"{FORMAT_NAME} proof",
+        "version": FORMAT_VERSION,
+        "block_bytes": BLOCK_BYTES,
+        "layout": manifest.layout,
+        "header": manifest.header.to_json(),
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size,
+                "rows": [file.start, file.stop],
+                "xxh3_128": list(file.blocks),
+            }
+            for file in manifest.files
+        ],
+    }
+    rest = _NECK + json.dumps(body, indent=1).encode() + _TAIL
+    return _HEAD + xxhash.xxh3_128_hexdigest(rest).encode() + rest
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """Check the text of a proof and return what it says. path: its file, for the message.
+
+    Raises:
+        CheckpointFileError: the text is not whole, not a proof, or of another version.
+    """
+    rest = data[len(_HEAD) + _HEX :]
+    said = data[len(_HEAD) : len(_HEAD) + _HEX]
+    if not data.startswith(_HEAD) or not rest.startswith(_NECK):
+        raise CheckpointFileError(message=f"{path}: it is not the proof of a checkpoint")
+    if xxhash.xxh3_128_hexdigest(rest).encode() != said:
+        raise CheckpointFileError(message=f"{path}: the proof does not agree with its own checksum")
+    try:
+        body = json.loads(rest[len(_NECK) : -len(_TAIL)])
+        version = body["version"]
+        if body["format"] != f"{FORMAT_NAME} proof":
+            raise CheckpointFileError(message=f"{path}: it is the proof of something else: {body['format']}")
+        if version != FORMAT_VERSION or body["block_bytes"] != BLOCK_BYTES:
+            raise CheckpointFileError(
+                message=f"{path}: its format is version {version}, this program reads {FORMAT_VERSION}",
+                hint="read it with the version of rustsim-hpc that wrote it",
+            )
+        files = tuple(_file_from_json(entry) for entry in body["files"])
+        manifest = Manifest(CheckpointHeader.from_json(body["header"]), str(body["layout"]), files)
+        _check_cover(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointFileError):
+            raise
+        raise CheckpointFileError(message=f"{path}: the proof is not understood: {error!r}") from error
+    return manifest
+
+
+def _file_from_json(entry: dict[str, Any]) -> FileProof:
+    name = PurePosixPath(entry["name"])
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"a file outside of the checkpoint's folder: {name}")
+    start, stop = entry["rows"]
+    proof = FileProof(entry["name"], int(entry["bytes"]), int(start), int(stop), tuple(entry["xxh3_128"]))
+    if len(proof.blocks) != block_count(proof.size):
+        raise ValueError(f"{name} of {proof.size} bytes has {len(proof.blocks)} checksums")
+    return proof
+
+
+def _check_cover(manifest: Manifest) -> None:
+    """Check that the files' rows cover the population exactly, and that there is a digest for each column."""
+    header, row = manifest.header, 0
+    for file in sorted(manifest.files, key=lambda file: (file.start, file.stop)):
+        if file.start < file.stop:
+            if file.start != row:
+                raise ValueError(f"{file.name} starts at row {file.start}, expected {row}")
+            row = file.stop
+    if row != header.rows or not manifest.files:
+        raise ValueError(f"the files hold {row} rows of {header.rows}")
+    if len(header.digests) != len(header.schema) + 1:
+        raise ValueError(f"{len(header.digests)} digests for {len(header.schema)} columns and the ids")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the self-checked proof file at `path`.
+
+    Raises:
+        CheckpointFileError: there is none, or it does not hold.
+    """
+    with file_errors(path):
+        if not path.exists():
+            raise CheckpointFileError(
+                message=f"{path}: there is no such file, and nothing proves the checkpoint"
+            )
+        if not path.is_file():
+            raise CheckpointFileError(message=f"{path}: it is not a file")
+        return parse_manifest(path.read_bytes(), path)
+
+
+def block_count(size: int) -> int:
+    """Return how many blocks a file of `size` bytes has."""
+    return -(-size // BLOCK_BYTES)
+
+
+class BlockHasher:
+    """Checksums of a file's blocks, from its bytes as they come."""
+
+    def __init__(self) -> None:
+        self.blocks: list[str] = []
+        self._hash = xxhash.xxh3_128()
+        self._room = BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes."""
+        while data:
+            part = data[: self._room]
+            self._hash.update(part)
+            self._room -= len(part)
+            data = data[len(part) :]
+            if not self._room:
+                self._end_block()
+
+    def finish(self) -> tuple[str, ...]:
+        """Return the checksum of every block, the last one as long as it is."""
+        if self._room < BLOCK_BYTES:
+            self._end_block()
+        return tuple(self.blocks)
+
+    def _end_block(self) -> None:
+        self.blocks.append(self._hash.hexdigest())
+        self._hash.reset()
+        self._room = BLOCK_BYTES
+
+
+def hash_blocks(path: Path, first: int, last: int) -> list[str]:
+    """Return the checksums of the blocks [first, last) of a file, as it is on the disk.
+
+    Raises:
+        CheckpointFileError: it cannot be read, or ends before them.
+    """
+    found = []
+    with file_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            # Not mapped into memory: a file that is cut meanwhile would end the process.
+            buffer = memoryview(bytearray(BLOCK_BYTES))
+            for block in range(first, last):
+                offset = block * BLOCK_BYTES
+                length = min(BLOCK_BYTES, size - offset)
+                got = 0
+                while got < length:
+                    count = os.preadv(descriptor, [buffer[got:length]], offset + got)
+                    if count == 0:
+                        break
+                    got += count
+                if got == 0 or got < length:
+                    raise CheckpointFileError(message=f"{path}: it ends at byte {offset + got}: it was cut")
+                found.append(xxhash.xxh3_128_hexdigest(buffer[:got]))
+        finally:
+            os.close(descriptor)
+    return found
+
+
+def check_size(folder: Path, file: FileProof) -> None:
+    """Check that a file is there, is a plain file, and is as long as its proof says.
+
+    Raises:
+        CheckpointFileError: it is not.
+    """
+    path = folder / file.name
+    with file_errors(path):
+        # Opened, not only looked at: a network file system answers with what it remembers otherwise.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointFileError(message=f"{path}: it is not a file")
+    if status.st_size != file.size:
+        raise CheckpointFileError(
+            message=f"{path}: it has {status.st_size} bytes, its proof says {file.size}"
+        )
+
+
+def check_blocks(folder: Path, work: list[tuple[FileProof, int, int]]) -> None:
+    """Compare blocks of files with their proof. work: files with first and last (exclusive) block.
+
+    Raises:
+        CheckpointFileError: one differs; the first in the order given.
+    """
+    # 32 MiB a piece: enough to read ahead, and enough pieces for all threads.
+    pieces = [
+        (file, first, min(first + 8, stop)) for file, start, stop in work for first in range(start, stop, 8)
+    ]
+
+    def check(piece: tuple[FileProof, int, int]) -> None:
+        file, first, last = piece
+        path = folder / file.name
+        for block, checksum in enumerate(hash_blocks(path, first, last), first):
+            if checksum != file.blocks[block]:
+                raise CheckpointFileError(
+                    message=f"{path}: its bytes {block * BLOCK_BYTES} to "
+                    f"{min((block + 1) * BLOCK_BYTES, file.size)} are not those that were written"
+                )
+
+    run_all(check, pieces)
+
+
+def run_all(function: Callable[[Any], None], items: list[Any]) -> None:
+    """Call `function` on every item, on threads if there are several; raise the first failure in order."""
+    threads = min(len(items), len(os.sched_getaffinity(0)), 4)
+    if threads < 2:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="rustsim-proof") as pool:
+        for _ in pool.map(function, items):
+            pass

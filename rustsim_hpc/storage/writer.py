@@ -1,0 +1,249 @@
+"""`CheckpointWriter`: checkpoints one after the other, beside the running steps or while they wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rustsim_hpc.agreement import agree
+from rustsim_hpc.errors import CheckpointFileError, RustsimError
+from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.writing import Attempt, Phases
+from rustsim_hpc.team import Team
+
+
+def write_checkpoint(
+    folder: Path, header: CheckpointHeader, view: StateView, team: Team, options: StorageOptions | None = None
+) -> Path:
+    """Write one checkpoint, all ranks together, and return its path. Collective.
+
+    view: this rank's rows; read while it is written, not copied.
+
+    Raises:
+        CheckpointFileError: it cannot be written: the same error on all ranks, and nothing is left of it.
+    """
+    writer = CheckpointWriter(folder, team, options, asynchronous=False)
+    writer.submit(header, view)
+    return writer.paths[-1]
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run into `folder`; at most one is under way.
+
+    Asynchronous, the step loop waits for a copy of the columns only; a thread of each rank writes them, and
+    `poll`, which all ranks call after the same steps, moves the attempt on and publishes it. A failure
+    comes out of the next `poll`, `finish` or `submit`, on all ranks at once; what was submitted is then
+    gone, and the writer can go on. A single file that parallel HDF5 writes is always written at once, since
+    no thread may call MPI.
+
+        writer.submit(header, view)      # when a checkpoint is due
+        writer.poll()                    # after every step
+        writer.finish()                  # before the end, or to be sure
+
+    paths: what has been published, in order.
+    """
+
+    def __init__(
+        self, folder: Path, team: Team, options: StorageOptions | None = None, *, asynchronous: bool = True
+    ) -> None:
+        self.folder, self.team, self.asynchronous = folder, team, asynchronous
+        self.options = StorageOptions() if options is None else options
+        self.paths: list[Path] = []
+        self._buffers: list[NDArray[Any]] = []
+        self._attempt: Attempt | None = None
+        self._phases: Phases | None = None
+        self._task: _Task | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is under way: the same on all ranks."""
+        return self._attempt is not None
+
+    @property
+    def done_here(self) -> bool:
+        """Whether this rank has done its part of what is under way, for a caller that sums this up itself."""
+        return self._task is None or not self._task.is_alive()
+
+    def reserve(self, view: StateView) -> None:
+        """Make room for the copy of the columns of `view` now, so that the first checkpoint does not.
+
+        Raises:
+            CheckpointFileError: there is not enough memory: on all ranks. Collective.
+        """
+        error = None
+        try:
+            self._room_for(view)
+            for buffer in self._buffers:
+                buffer.fill(0)
+        except MemoryError as failure:
+            error = _no_memory(failure)
+        agree(self.team, error)
+
+    def submit(self, header: CheckpointHeader, view: StateView) -> None:
+        """Start a checkpoint of this rank's rows, `view`, when the one before is finished. Collective.
+
+        Raises:
+            CheckpointFileError: the one before failed, and this one is not started; or this one cannot be.
+        """
+        self.finish()
+        attempt = Attempt(self.folder, header, view, self.team, self.options)
+        wait = attempt.collective or not self.asynchronous
+        if not wait:
+            attempt.view = self._snapshot(view, attempt)
+        self._attempt = attempt
+        # Alone there is nobody to agree with, and the phases need no steps in between.
+        self._phases = attempt.phases() if self.team.size > 1 else _in_one(attempt)
+        self._start(next(self._phases), wait=wait)
+        if wait:
+            self.finish()
+
+    def poll(self, everybody_done: bool | None = None) -> Path | None:
+        """Move on what is under way, without waiting; return its path when it has just been published.
+
+        Collective while `busy`. everybody_done: whether `done_here` holds on all ranks, where the caller
+        knows.
+
+        Raises:
+            CheckpointFileError: it failed: the same error on all ranks, and nothing is left of it.
+        """
+        if self._attempt is None:
+            return None
+        if everybody_done is None:
+            mine = np.array([self.done_here], np.int64)
+            everybody_done = int(self.team.sum_int64(mine)[0]) == self.team.size
+        return self._advance() if everybody_done else None
+
+    def finish(self) -> Path | None:
+        """Wait for what is under way; return its path, None if there was nothing. Collective.
+
+        Raises:
+            CheckpointFileError: it failed: the same error on all ranks, and nothing is left of it.
+        """
+        path = None
+        while self._attempt is not None:
+            path = self._advance()
+        return path
+
+    def _advance(self) -> Path | None:
+        """End the phase under way on all ranks and start the next one; return the path after the last."""
+        attempt, phases, task = self._attempt, self._phases, self._task
+        assert attempt is not None  # noqa: S101 (the callers have looked)
+        assert phases is not None  # noqa: S101
+        assert task is not None  # noqa: S101
+        task.join()
+        error = None if task.error is None else _as_file_error(task.error, attempt)
+        try:
+            agree(self.team, error)
+        except RustsimError:
+            self._clear()
+            attempt.take_back()
+            raise
+        results = self.team.gather(task.result) if self.team.size > 1 else [task.result]
+        try:
+            self._start(phases.send(results), wait=not self.asynchronous or attempt.collective)
+        except StopIteration:
+            self._clear()
+            self.paths.append(attempt.path)
+            return attempt.path
+        return None
+
+    def _start(self, function: Callable[[], Any], *, wait: bool) -> None:
+        self._task = _Task(function)
+        if wait:
+            self._task.run()
+        else:
+            self._task.start()
+
+    def _clear(self) -> None:
+        self._attempt = self._phases = self._task = None
+
+    def _snapshot(self, view: StateView, attempt: Attempt) -> StateView:
+        error = None
+        try:
+            self._room_for(view)
+        except MemoryError as failure:
+            error = _no_memory(failure)
+        try:
+            agree(self.team, error)
+        except RustsimError:
+            attempt.take_back()
+            raise
+        columns = tuple(self._buffers[: len(view.columns)])
+        for buffer, column in zip(columns, view.columns, strict=True):
+            np.copyto(buffer, column)
+        ids = None
+        if view.ids is not None:
+            ids = self._buffers[-1]
+            np.copyto(ids, view.ids)
+        return replace(view, columns=columns, ids=ids)
+
+    def _room_for(self, view: StateView) -> None:
+        wanted = [*view.columns, *([] if view.ids is None else [view.ids])]
+        if [(array.shape, array.dtype) for array in wanted] != [
+            (have.shape, have.dtype) for have in self._buffers
+        ]:
+            # First away with the old ones: both may not fit.
+            self._buffers = []
+            self._buffers = [np.empty_like(array) for array in wanted]
+
+
+class _Task(threading.Thread):
+    """One phase of one rank: what it returned, or what it raised. Ends with the process."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="rustsim-checkpoint", daemon=True)
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._function = function
+
+    def run(self) -> None:
+        """Call the function."""
+        try:
+            self.result = self._function()
+        except BaseException as error:  # noqa: BLE001 (kept for the step loop)
+            self.error = error
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end, if it was ever started as a thread."""
+        if self.ident is not None:
+            super().join(timeout)
+
+
+def _in_one(attempt: Attempt) -> Phases:
+    """Make all phases of a single rank one."""
+
+    def run() -> None:
+        phases = attempt.phases()
+        phase = next(phases)
+        while True:
+            result = phase()
+            try:
+                phase = phases.send([result])
+            except StopIteration:
+                return
+
+    yield run
+
+
+def _as_file_error(error: BaseException, attempt: Attempt) -> RustsimError:
+    if isinstance(error, MemoryError):
+        error = _no_memory(error)
+    if not isinstance(error, RustsimError):
+        message = f"{attempt.path}: cannot write it: {type(error).__name__}: {error}"
+        found = CheckpointFileError(message=message, damaged=False)
+        found.__cause__ = error
+        error = found
+    return error.add_facts(step=attempt.header.step_index)
+
+
+def _no_memory(error: MemoryError) -> CheckpointFileError:
+    found = CheckpointFileError(message="not enough memory for a checkpoint", damaged=False)
+    found.__cause__ = error
+    return found

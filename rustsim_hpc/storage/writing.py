@@ -1,0 +1,319 @@
+"""Writing checkpoints: all ranks together, whole or not at all, beside the running steps if wanted.
+
+A checkpoint is written in phases. In a phase every rank does its part without talking to the others, in a
+thread of its own where the writer is asynchronous; between two phases the ranks agree that all went well,
+and rank 0 gathers their receipts. Only the last phase, on rank 0, gives the checkpoint its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from rustsim_hpc.agreement import agree
+from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.files import fsync_folder, temporary_path
+from rustsim_hpc.fingerprint import StateView, digest_sums, digest_value
+from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
+from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, shards_path
+from rustsim_hpc.storage.hdf5 import (
+    FileImage,
+    Segment,
+    plan_file,
+    plan_master,
+    stream,
+    stream_gaps,
+    stream_rows,
+    write_chunked,
+)
+from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.proof import (
+    BLOCK_BYTES,
+    BlockHasher,
+    FileProof,
+    Manifest,
+    block_count,
+    check_size,
+    file_errors,
+    hash_blocks,
+    proof_path,
+    render_manifest,
+)
+from rustsim_hpc.team import Team
+
+_U64 = (1 << 64) - 1
+Phases = Generator[Callable[[], Any], "list[Any] | None", None]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a rank has written. sums: the digest's over its rows; segments: their places in a shared file."""
+
+    start: int
+    stop: int
+    sums: tuple[int, ...]
+    file: FileProof | None = None
+    segments: tuple[Segment, ...] = ()
+
+
+class Attempt:
+    """One attempt of a rank to write a checkpoint: its names, its phases, and taking it all back.
+
+    Collective: rank 0 chooses the names.
+
+    Raises:
+        CheckpointFileError: the folder cannot be made: the same error on all ranks.
+    """
+
+    def __init__(
+        self, folder: Path, header: CheckpointHeader, view: StateView, team: Team, options: StorageOptions
+    ) -> None:
+        self.path = checkpoint_path(folder, header.step_index)
+        self.header, self.view, self.team, self.options = header, view, team, options
+        self.sharded = team.size > 1 and options.layout != "single"
+        self._check()
+        error, names = None, None
+        if team.rank == 0:
+            shards = shards_path(self.path, secrets.token_hex(4))
+            names = (shards, temporary_path(self.path), temporary_path(proof_path(self.path)))
+            try:
+                with file_errors(folder, "make"):
+                    (shards if self.sharded else folder).mkdir(parents=True, exist_ok=True)
+            except CheckpointFileError as failure:
+                error = failure
+        agree(team, error)
+        chosen = team.bcast(names)
+        assert chosen is not None  # noqa: S101 (rank 0 has them, or all have raised)
+        self.shards, self.first, self.proof = chosen
+        self.shard = self.shards / f"rank_{team.rank:05d}.h5"
+
+    def _check(self) -> None:
+        """Refuse what cannot be written; every rank sees the same header and options."""
+        header, view, options = self.header, self.view, self.options
+        if view.names != header.schema.names or view.rows != header.rows:
+            raise CheckpointFileError(
+                message=f"{self.path}: the header is not that of the state", damaged=False
+            )
+        if options.compresses and self.team.size > 1 and not self.sharded and not self.collective:
+            raise CheckpointFileError(
+                message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
+                damaged=False,
+                hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
+            )
+
+    @property
+    def collective(self) -> bool:
+        """Whether parallel HDF5 writes the file, which takes all ranks' main threads."""
+        return (
+            self.team.size > 1 and not self.sharded and self.team.native is not None and has_parallel_hdf5()
+        )
+
+    def phases(self) -> Phases:
+        """Yield each phase of this rank as a function; gets all ranks' results, None but on rank 0."""
+        if self.sharded:
+            receipts = yield self.write_shard
+            yield lambda: self._on_first(lambda: self.publish_shards(_checked(receipts, self.header)))
+        elif self.team.size == 1:
+            receipts = yield self.write_alone
+            yield lambda: self._on_first(lambda: self.publish_single(_checked(receipts, self.header)))
+        else:
+            receipts = yield self.write_together if self.collective else self.write_part
+            header = yield lambda: self._on_first(lambda: self.finish_shared(_checked(receipts, self.header)))
+            blocks = yield self.hash_part
+            yield lambda: self._on_first(lambda: self.publish_shared(header, blocks))
+
+    def _on_first(self, function: Callable[[], Any]) -> Any:
+        return function() if self.team.rank == 0 else None
+
+    def write_shard(self) -> Receipt:
+        """Write this rank's rows as a file of their own, durable."""
+        view, sums = self.view, tuple(digest_sums(self.view))
+        start, stop = view.row_offset, view.row_stop
+        if start == stop:
+            return Receipt(start, stop, sums)
+        size, blocks = self._write_rows(self.shard, self.header)
+        name = f"{self.shards.name}/{self.shard.name}"
+        return Receipt(start, stop, sums, FileProof(name, size, start, stop, blocks))
+
+    def write_alone(self) -> Receipt:
+        """Write the only rank's rows as the whole checkpoint, durable, under its temporary name."""
+        rows, sums = self.header.rows, tuple(digest_sums(self.view))
+        size, blocks = self._write_rows(self.first, replace(self.header, digests=sums))
+        return Receipt(0, rows, sums, FileProof(self.path.name, size, 0, rows, blocks))
+
+    def _write_rows(self, path: Path, header: CheckpointHeader) -> tuple[int, tuple[str, ...]]:
+        """Write the view's rows to a new file; return its size and its blocks' checksums."""
+        with file_errors(path, "write"):
+            # Not through an existing name: what a killed attempt left may be a link to something.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                if self.options.compresses:
+                    write_chunked(descriptor, header, self.view, self.options)
+                    os.fsync(descriptor)
+                    size = os.fstat(descriptor).st_size
+                    return size, tuple(hash_blocks(path, 0, block_count(size)))
+                view, hasher = self.view, BlockHasher()
+                image = plan_file(header, view.row_offset, view.row_stop, self.options)
+                stream(descriptor, image, view, hasher)
+                os.fsync(descriptor)
+                return image.size, hasher.finish()
+            finally:
+                os.close(descriptor)
+
+    def write_part(self) -> Receipt:
+        """Write this rank's rows into the file of all ranks, durable."""
+        view = self.view
+        sums = tuple(digest_sums(view))
+        image = self._shared_image(tuple(0 for _ in sums))
+        with file_errors(self.first, "write"):
+            descriptor = os.open(self.first, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                stream_rows(descriptor, image, view)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return Receipt(view.row_offset, view.row_stop, sums, segments=image.segments)
+
+    def write_together(self) -> Receipt:
+        """Write this rank's rows into the file of all ranks through parallel HDF5, durable. Collective."""
+        view, sums, error = self.view, [0], None
+        try:
+            sums = digest_sums(view)
+        except Exception as failure:  # noqa: BLE001 (told to all ranks, then raised)
+            error = failure
+        agree(self.team, error)
+        total = self.team.sum_int64(np.array(sums, np.uint64).view(np.int64)).view(np.uint64)
+        header = replace(self.header, digests=tuple(int(value) for value in total))
+        with file_errors(self.first, "write"):
+            write_collective(self.first, header, view, self.team, self.options)
+            descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return Receipt(view.row_offset, view.row_stop, tuple(sums))
+
+    def _shared_image(self, digests: tuple[int, ...]) -> FileImage:
+        # Digests are numbers of one width: they have no say in where the columns lie.
+        return plan_file(replace(self.header, digests=digests), 0, self.header.rows, self.options)
+
+    def finish_shared(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> CheckpointHeader:
+        """Write everything but the columns into the file of all ranks; return the finished header."""
+        header, receipts = checked
+        if self.collective:
+            return header
+        image = self._shared_image(header.digests)
+        if any(receipt.segments != image.segments for receipt in receipts):
+            message = f"{self.path}: ranks have put the columns in different places"
+            raise CheckpointFileError(
+                message=message, damaged=False, hint="run one version of h5py on all nodes"
+            )
+        with file_errors(self.first, "write"):
+            descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                stream_gaps(descriptor, image)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return header
+
+    def hash_part(self) -> list[str]:
+        """Return the checksums of this rank's share of the blocks of the file of all ranks."""
+        with file_errors(self.first):
+            total = block_count(self.first.stat().st_size)
+        rank, size = self.team.rank, self.team.size
+        return hash_blocks(self.first, rank * total // size, (rank + 1) * total // size)
+
+    def publish_shared(self, headers: list[Any] | None, blocks: list[Any] | None) -> None:
+        """Publish the file of all ranks."""
+        header = (headers or [None])[0]
+        found = tuple(block for part in blocks or [] for block in part)
+        with file_errors(self.first):
+            size = self.first.stat().st_size
+        self._publish(header, "single", [FileProof(self.path.name, size, 0, header.rows, found)])
+
+    def publish_single(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> None:
+        """Publish the only rank's file."""
+        header, receipts = checked
+        self._publish(header, "single", [receipt.file for receipt in receipts if receipt.file is not None])
+
+    def publish_shards(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> None:
+        """Write the master over the shards and publish both."""
+        header, receipts = checked
+        files = [receipt.file for receipt in receipts if receipt.file is not None]
+        for file in files:
+            check_size(self.path.parent, file)
+        master = plan_master(header, [(file.name, file.start, file.stop) for file in files])
+        self._write_small(self.first, master)
+        with file_errors(self.shards, "sync"):
+            fsync_folder(self.shards)
+        first = FileProof(self.path.name, len(master), 0, 0, _checksums(master))
+        self._publish(header, "sharded", [first, *files])
+
+    def _publish(self, header: CheckpointHeader, layout: str, files: list[FileProof]) -> None:
+        self._write_small(self.proof, render_manifest(Manifest(header, layout, tuple(files))))
+        with file_errors(self.path, "publish"):
+            publish(self.path, self.first, self.proof)
+        # What cannot be removed now is tried again after the next one.
+        with contextlib.suppress(CheckpointFileError):
+            retain(self.path.parent, self.options.keep, self.options.keep_every)
+
+    def _write_small(self, path: Path, data: bytes) -> None:
+        with file_errors(path, "write"), path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def take_back(self) -> None:
+        """Remove what this rank has written, after all ranks know that the attempt failed. Collective."""
+        with contextlib.suppress(OSError):
+            self.shard.unlink(missing_ok=True)
+        self.team.barrier()
+        if self.team.rank == 0:
+            for path in (self.first, self.proof):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            shutil.rmtree(self.shards, ignore_errors=True)
+
+
+def _checksums(data: bytes) -> tuple[str, ...]:
+    starts = range(0, len(data), BLOCK_BYTES)
+    return tuple(xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in starts)
+
+
+def _checked(
+    receipts: Sequence[Receipt] | None, header: CheckpointHeader
+) -> tuple[CheckpointHeader, list[Receipt]]:
+    """Check that receipts cover the population exactly; return the header with the digests, and them by row.
+
+    Raises:
+        CheckpointFileError: they do not, or the state is not the one that was fingerprinted.
+    """
+    ordered, row = sorted(receipts or [], key=lambda receipt: (receipt.start, receipt.stop)), 0
+    for receipt in ordered:
+        if receipt.start != row:
+            message = f"ranks wrote rows that start at {receipt.start}, expected {row}"
+            raise CheckpointFileError(message=message, damaged=False)
+        row = receipt.stop
+    if row != header.rows:
+        raise CheckpointFileError(message=f"ranks wrote {row} rows of {header.rows}", damaged=False)
+    sums = [sum(values) & _U64 for values in zip(*(receipt.sums for receipt in ordered), strict=True)]
+    if header.fingerprint.scheme == "digest":
+        names, dtypes = header.schema.names, header.schema.dtypes
+        value = digest_value(header.step_index, header.rows, names, dtypes, sums[1:], sums[0])
+        if value != header.fingerprint.value:
+            raise CheckpointFileError(
+                message=f"the state to be written has the fingerprint {value:#018x}, "
+                f"the step gave {header.fingerprint.value:#018x}",
+                damaged=False,
+            )
+    return replace(header, digests=tuple(sums)), ordered
