@@ -3,12 +3,13 @@
 `fnv1a` hashes the whole state byte after byte, so its value needs the rows in order. `digest` is a sum over
 rows mod 2^64, one for each column and one for the ids: partitions and ranks add up their own rows in any
 order. Both are defined, with test vectors and with what they can miss, in docs/fingerprints.md. Numba is
-loaded when the first longer hash is computed.
+loaded when the first one is computed.
 """
 
 from __future__ import annotations
 
 import operator
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +30,7 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _KEY_TAG = int.from_bytes(b"digest:K", "big")
 _MULTIPLIER_TAG = int.from_bytes(b"digest:M", "big")
-# Below this many bytes a Python loop is done before a compiled function has looked at its arguments.
-_PLAIN_BYTES = 32
+_PACK_U64 = struct.Struct("<Q").pack
 
 AnyArray = NDArray[Any]
 
@@ -192,11 +192,7 @@ def fingerprint_view(view: StateView, scheme: str = "fnv1a") -> ReplayFingerprin
 def fnv1a_bytes(state: int, data: bytes | AnyArray) -> int:
     """Return the FNV-1a state after `data`: bytes, or the raw bytes of an array's values in row order."""
     view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else _bytes_of(data)
-    if view.size > _PLAIN_BYTES:
-        return int(_kernels().fnv1a_chain(np.uint64(state), view))
-    for byte in view.tolist():
-        state = (state ^ byte) * FNV_PRIME & _U64
-    return state
+    return int(_kernels().fnv1a_chain(np.uint64(state), view)) if view.size else state
 
 
 def fnv1a_default_ids(state: int, start: int, stop: int) -> int:
@@ -260,9 +256,18 @@ def digest_value(
 ) -> int:
     """Return the state's value: FNV-1a over a record of the columns' names, dtypes and sums over all rows."""
     record = _as_u64(DIGEST_VERSION, step_index, rows, len(names), ids_value)
-    for name, dtype, value in zip(names, dtypes, column_values, strict=True):
-        record += name.encode() + b"\xff" + np.dtype(dtype).name.encode() + b"\xff" + _as_u64(value)
-    return fnv1a_bytes(FNV_OFFSET, record)
+    labels = _record_labels(tuple(names), tuple(dtypes))
+    parts = (label + _PACK_U64(value) for label, value in zip(labels, column_values, strict=True))
+    return fnv1a_bytes(FNV_OFFSET, record + b"".join(parts))
+
+
+@lru_cache(maxsize=64)
+def _record_labels(names: tuple[str, ...], dtypes: tuple[Any, ...]) -> tuple[bytes, ...]:
+    # Remembered because NumPy takes longer to name a dtype than the hash of the record takes.
+    return tuple(
+        name.encode() + b"\xff" + np.dtype(dtype).name.encode() + b"\xff"
+        for name, dtype in zip(names, dtypes, strict=True)
+    )
 
 
 @lru_cache(maxsize=512)
@@ -301,7 +306,7 @@ def _key_stream(seed: int) -> NDArray[np.uint32]:
 
 
 def _as_u64(*numbers: int) -> bytes:
-    return b"".join(number.to_bytes(8, "little") for number in numbers)
+    return b"".join(map(_PACK_U64, numbers))
 
 
 def _mix(z: int) -> int:

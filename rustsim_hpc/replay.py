@@ -191,6 +191,10 @@ class ReplayRecorder:
         if self._cursor is not None:
             self._cursor.advance()
 
+    def forget(self) -> None:
+        """Drop what was recorded, which somebody keeps elsewhere; the place in the expected stream stays."""
+        self._entries = []
+
     def restored(self, step_index: int) -> None:
         """Follow a restore that the caller asked for: drop what is after its step, verify from there on."""
         self._entries = [entry for entry in self._entries if entry.step_index <= step_index]

@@ -438,7 +438,7 @@ def test_a_fingerprint_is_a_frozen_value():
     assert one != (3, U64)
     assert type(one.value) is int
     assert str(one) == "0xffffffffffffffff"
-    assert pickle.loads(pickle.dumps(one)) == one  # noqa: S301
+    assert pickle.loads(pickle.dumps(one)) == one
     assert len({one, ReplayFingerprint(3, U64), ReplayFingerprint(3, U64, "digest")}) == 2
     with pytest.raises(FrozenInstanceError):
         one.value = 1
