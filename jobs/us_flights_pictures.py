@@ -149,10 +149,13 @@ def _name_layers(axes: Any, day: Any, layers: list[Floats]) -> None:
 
 
 def map_days(infectious: npt.NDArray[np.int64]) -> list[int]:
-    """Return which samples the map shows: four around the peak, fewer in a run of fewer days."""
+    """Return which four samples the map shows: around the peak, or spread evenly where it comes too late."""
     last, peak = len(infectious) - 1, int(np.argmax(infectious))
-    parts = (0.4, 0.7, 1.0, 1.3) if peak >= 4 else (0.25, 0.5, 0.75, 1.0)
-    return sorted({min(round((peak if peak >= 4 else last) * part), last) for part in parts})
+    if last < 4:
+        return list(range(last + 1))
+    if peak >= 4 and 1.3 * peak <= last:
+        return [round(peak * part) for part in (0.4, 0.7, 1.0, 1.3)]
+    return [round(last * part) for part in (0.25, 0.5, 0.75, 1.0)]
 
 
 def draw_map(figure: Any, run: Any) -> None:
