@@ -58,7 +58,7 @@ from rustsim_hpc.partition import (
 )
 from rustsim_hpc.random import philox4x32_10
 from rustsim_hpc.replay import ReplayMode
-# OPENRUN
+from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
 from rustsim_hpc.schema import Column, Schema
 from rustsim_hpc.version import __version__ as __version__

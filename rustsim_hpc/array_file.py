@@ -22,20 +22,27 @@ The HDF5 file, for any tool::
 from __future__ import annotations
 
 import errno
-import json
+import math
 import os
+import re
 import shutil
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rustsim_hpc.files import AppendFile, publish, temporary_path
+from rustsim_hpc.files import AppendFile, publish, temporary_path, write_atomic
+from rustsim_hpc.sample_journal import (
+    Array,
+    JournalRecord,
+    Layout,
+    journal_path,
+    layout_of,
+    pack_record,
+    scan_journal,
+)
 
 FORMAT = "rustsim-hpc samples"
 VERSION = 1
@@ -49,39 +56,9 @@ LARGE_JOURNAL = 32 << 20
 """From this many bytes on a journal may be folded between flushes."""
 
 _BATCH = 16 << 20
-_HEAD = struct.Struct("<4sIQI")  # magic, header bytes, payload bytes, CRC-32 of header and payload
-_MAGIC = b"rsj1"
-
-Array = npt.NDArray[Any]
-Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""Name, dtype and shape of each array of a sample, sorted by name."""
-
-
-@dataclass(frozen=True)
-class JournalRecord:
-    """One sample of a journal; the payload holds the arrays one after the other, ``end`` is where it ends."""
-
-    step: int
-    time: float
-    layout: Layout
-    payload: bytes
-    end: int
-
-    def arrays(self) -> dict[str, Array]:
-        """Return the sample's arrays by name."""
-        found, start = {}, 0
-        for name, dtype, shape in self.layout:
-            array = np.zeros(shape, dtype)
-            block = np.frombuffer(self.payload, np.uint8, array.nbytes, start)
-            array.reshape(-1).view(np.uint8)[:] = block
-            found[name] = array
-            start += array.nbytes
-        return found
-
-
-def journal_path(path: Path) -> Path:
-    """Return the journal of the HDF5 file ``path``."""
-    return path.with_name(f".{path.name}.journal")
+_CHUNK = 64 << 10
+_LARGEST_CHUNK = 4 << 20
+_ALWAYS: Layout = (("step", "<i8", ()), ("time", "<f8", ()))
 
 
 def checked_array(name: str, value: object) -> Array:
@@ -98,30 +75,6 @@ def checked_array(name: str, value: object) -> Array:
         raise TypeError(f'array "{name}" has dtype {array.dtype}, expected numbers or truth values')
     # ascontiguousarray makes a scalar one-dimensional.
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
-
-
-def scan_journal(path: Path) -> Iterator[JournalRecord]:
-    """Yield the journal's whole records up to the first torn or damaged one; no journal has none.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        while len(head := file.read(_HEAD.size)) == _HEAD.size:
-            magic, header_size, payload_size, expected = _HEAD.unpack(head)
-            # Sizes first: a damaged one must not make us ask for the memory.
-            if magic != _MAGIC or header_size + payload_size > os.fstat(file.fileno()).st_size - file.tell():
-                return
-            header, payload = file.read(header_size), file.read(payload_size)
-            if zlib.crc32(payload, zlib.crc32(header)) != expected:
-                return
-            record = json.loads(header)
-            layout = tuple((name, dtype, tuple(shape)) for name, dtype, shape in record["arrays"])
-            yield JournalRecord(record["step"], record["time"], layout, payload, file.tell())
 
 
 class ArrayFile:
@@ -142,7 +95,7 @@ class ArrayFile:
             OSError: it cannot be written.
         """
         self._journal = _open_journal(self.path, 0)
-        self._rewrite(keep=0)
+        write_atomic(self.path, self._empty_image())
         self.last_step = self._layout = None
 
     def resume(self, step: int) -> npt.NDArray[np.int64]:
@@ -179,15 +132,9 @@ class ArrayFile:
         """
         if self._journal is None:
             raise ValueError(f"{self.path} is not open")
-        layout = tuple((name, arrays[name].dtype.str, arrays[name].shape) for name in sorted(arrays))
+        layout = layout_of(arrays)
         _check_layout(layout, self._layout)
-        header = json.dumps({"step": int(step), "time": float(time), "arrays": layout}).encode()
-        blocks = [arrays[name].reshape(-1).view(np.uint8).data for name, _, _ in layout]
-        checksum = zlib.crc32(header)
-        for block in blocks:
-            checksum = zlib.crc32(block, checksum)
-        head = _HEAD.pack(_MAGIC, len(header), sum(len(block) for block in blocks), checksum)
-        self._journal.append(head, header, *blocks)
+        self._journal.append(*pack_record(step, time, arrays))
         self._layout = layout
         self.last_step = step
         if self._journal.size >= max(LARGE_JOURNAL, _size(self.path) // 2):
@@ -201,9 +148,10 @@ class ArrayFile:
         """
         if self._journal is None or self._journal.size == 0:
             return
-        self._journal.sync()
         if _size(self.path) <= SMALL_FILE or self._journal.size >= _size(self.path) // 2:
             self._fold(self._journal)
+        else:
+            self._journal.sync()
 
     def close(self) -> None:
         """Put all samples into the HDF5 file and remove the journal; closing twice is allowed.
@@ -231,50 +179,83 @@ class ArrayFile:
         """Replace the HDF5 file: cut to ``keep`` samples, or (None) with the journal's added."""
         temporary = temporary_path(self.path)
         try:
-            # HDF5 does not recover from a full disk: a file that failed to close stays open for ever.
-            _require_room(self.path.parent, _size(self.path) + _size(journal_path(self.path)) + (64 << 10))
-            if keep != 0 and self.path.exists():
-                shutil.copyfile(self.path, temporary)
-            self._change(temporary, keep)
+            shutil.copyfile(self.path, temporary)
+            if keep is None:
+                _reserve(temporary, self._size_after_fold())
+            _change(temporary, keep, journal_path(self.path))
             publish(temporary, self.path)
-        except RuntimeError as error:
-            # What HDF5 raises besides OSError when it cannot write.
-            raise OSError(errno.EIO, f"HDF5 cannot write: {error}", str(self.path)) from error
+        except (OSError, RuntimeError) as error:
+            raise _plain(error, self.path) from error
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _change(self, temporary: Path, keep: int | None) -> None:
+    def _size_after_fold(self) -> int:
+        """Return an upper bound of the HDF5 file's size with the journal's samples in it."""
+        layout = (*_ALWAYS, *(self._layout or ()))
+        chunks = sum(np.dtype(dtype).itemsize * math.prod(_chunk(dtype, shape)) for _, dtype, shape in layout)
+        tables = (16 << 10) * len(layout)
+        journal = _size(journal_path(self.path))
+        return _size(self.path) + journal + journal // 4 + 2 * chunks + tables
+
+    def _empty_image(self) -> bytes:
+        """Return the bytes of an HDF5 file without samples."""
         import h5py
 
-        with h5py.File(temporary, "a", locking=False) as file:
-            if "step" not in file:
-                self._create(file)
-            if keep is not None:
-                for name in _sampled(file):
-                    file[name].resize(keep, axis=0)
-                return
-            newest = int(file["step"][-1]) if len(file["step"]) else -1
-            for batch in _batches(r for r in scan_journal(journal_path(self.path)) if r.step > newest):
-                _extend(file, batch)
+        # In memory: what HDF5 cannot write to a disk, it cannot forget either (see `_reserve`).
+        with h5py.File("empty", "w", driver="core", backing_store=False) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = VERSION
+            file.attrs["every"] = self.every
+            for name, array in self._fixed.items():
+                file.create_dataset(name, data=array)
+            _create_sampled(file, _ALWAYS)
+            file.flush()
+            return bytes(file.id.get_file_image())
 
-    def _create(self, file: Any) -> None:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
-        file.attrs["every"] = self.every
-        for name, array in self._fixed.items():
-            file.create_dataset(name, data=array)
-        _create_sampled(file, (("step", "<i8", ()), ("time", "<f8", ())))
+
+def _reserve(path: Path, size: int) -> None:
+    """Make the file ``size`` bytes long, on the disk, before HDF5 opens it.
+
+    When HDF5 cannot write, it keeps the file open for ever and may end the process with a segmentation fault.
+    So the room must be there before; closing cuts the file to what is used.
+    """
+    if hasattr(os, "posix_fallocate"):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+
+
+def _change(temporary: Path, keep: int | None, journal: Path) -> None:
+    import h5py
+
+    with h5py.File(temporary, "r+", locking=False) as file:
+        if keep is not None:
+            for name in _sampled(file):
+                file[name].resize(keep, axis=0)
+            return
+        newest = int(file["step"][-1]) if len(file["step"]) else -1
+        for batch in _batches(r for r in scan_journal(journal) if r.step > newest):
+            _extend(file, batch)
+
+
+def _chunk(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the chunk of a dataset of samples: many small samples, or a part of a large one."""
+    size = np.dtype(dtype).itemsize
+    chunk: list[int] = []
+    for extent in reversed(shape):
+        # Equal parts: a chunk that sticks out is padded in the file.
+        parts = -(-max(1, extent) // max(1, _LARGEST_CHUNK // size))
+        chunk.insert(0, -(-max(1, extent) // parts))
+        size *= chunk[0]
+    return (min(1024, max(1, _CHUNK // size)), *chunk)
 
 
 def _create_sampled(file: Any, layout: Layout) -> None:
     for name, dtype, shape in layout:
-        size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-        samples = min(1024, max(1, (64 << 10) // max(1, size)))
-        chunk = (samples, *(max(1, extent) for extent in shape))
-        # A chunk has a limit of 4 GiB: h5py cuts a large sample as it sees fit.
-        chunks: bool | tuple[int, ...] = True if size > 4 << 20 else chunk
         limits = (None, *(extent or None for extent in shape))
-        dataset = file.create_dataset(name, (0, *shape), dtype, chunks=chunks, maxshape=limits)
+        dataset = file.create_dataset(name, (0, *shape), dtype, chunks=_chunk(dtype, shape), maxshape=limits)
         dataset.dims[0].label = "sample"
 
 
@@ -392,7 +373,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _require_room(folder: Path, size: int) -> None:
-    space = os.statvfs(folder)
-    if space.f_bavail * space.f_frsize < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+def _plain(error: OSError | RuntimeError, path: Path) -> OSError:
+    """Return what HDF5 raises, many lines and at times no OSError, as the system's own error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else " ".join(str(error).split()), str(path))

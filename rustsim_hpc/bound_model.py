@@ -26,10 +26,11 @@ _CHUNK_ROWS = 1 << 18
 
 @dataclass(frozen=True)
 class Rows:
-    """A range of global rows, [start, stop), as ``initialise`` gets it."""
+    """A range of global rows, [start, stop), as ``initialise`` gets it; ``total`` rows in the whole population."""
 
     start: int
     stop: int
+    total: int
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -116,7 +117,7 @@ class BoundModel:
         """
         fn = self.model.initialise
         try:
-            made = fn(Rows(start, stop), self.params, self.tables, self.seed)
+            made = fn(Rows(start, stop, self.agents), self.params, self.tables, self.seed)
         except ModelError:
             raise
         except Exception as error:

@@ -163,8 +163,13 @@ class EngineControlPlane:
         self._executor_phases.append(closure_phase(name, function))
         self._stepping.drop(StepKind.EXECUTOR)
 
-    def add_model(self, model: BoundModel) -> None:
+    def add_model(self, model: BoundModel, *, checked: bool = False, tile_rows: int = 0) -> None:
         """Make a bound model's phases the executor phases; its checks are made after every step.
+
+        Args:
+            model: the model; the runtime's store must have its columns.
+            checked: compile with bounds checks, and refuse NaN where it becomes an integer.
+            tile_rows: rows of a tile (a power of two of at least 4096), 0 to size it from the cache.
 
         Raises:
             InvalidConfig: there are executor phases already, or the state has other columns than the model.
@@ -175,12 +180,40 @@ class EngineControlPlane:
             raise InvalidConfig("the runtime's store does not have the model's columns")
         self._executor_phases = list(model.phases)
         self._stepping.model = model
+        self._stepping.compile_options = {"checked": checked, "tile_rows": tile_rows}
         self._stepping.drop(StepKind.EXECUTOR)
+
+    def stepper(self, executor: Executor) -> Stepper:
+        """Return what steps the executor phases through an executor, bound to the state as it lies now."""
+        base = self._phase_base(StepKind.EXECUTOR)
+        return self._stepping.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
+
+    def fingerprint(self) -> ReplayFingerprint:
+        """Return the fingerprint of the current state under the configured scheme."""
+        return self._proof.of_current(self._runtime.step_index)
+
+    def column_values(self) -> Mapping[str, int]:
+        """Return the digest of each column ("ids" for the ids) as last computed; nothing under "fnv1a"."""
+        return self._proof.column_values()
+
+    def count_checkpoint(self) -> int:
+        """Count a checkpoint that goes to a file, and return its sequence number."""
+        return self._meter.checkpoint_created()
+
+    def forget_recorded(self) -> None:
+        """Drop the recorded fingerprints from memory, once they are in a log; verification goes on."""
+        self._replay.forget()
 
     @property
     def values(self) -> Mapping[str, Any]:
         """Results of reductions and derived values of the last step, by name."""
         return self._stepping.values
+
+    def observe(self, executor: Executor) -> None:
+        """Make the reductions of checks and outputs from the current state, into :attr:`values`."""
+        values = dict(self._stepping.values)
+        self.stepper(executor).observe(self._runtime.step_index, values, committed=True)
+        self._stepping.values = values
 
     # -- stepping ------------------------------------------------------------------------------------
 

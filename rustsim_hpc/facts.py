@@ -142,6 +142,14 @@ def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, An
     return error
 
 
+def message_of(error: BaseException) -> str:
+    """Return the text of any exception, one that has none or whose `str` fails included."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # noqa: BLE001 (somebody else's code, while its failure is being reported)
+        return type(error).__name__
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` (did you mean "x"?)` for the candidate that is most like `name`, or "" if none is."""
     matches = get_close_matches(name, list(candidates), n=1)

@@ -21,6 +21,7 @@ from rustsim_hpc.partition import PartitionExecutionContext
 from rustsim_hpc.phase_columns import PhaseColumns
 from rustsim_hpc.program import ColumnCall, Item, KernelStage, Segment
 from rustsim_hpc.random import RowRandom
+from rustsim_hpc.schema import DTYPES
 from rustsim_hpc.work import Board, Frame, PhaseFailure, Task, Work
 
 if TYPE_CHECKING:
@@ -52,12 +53,13 @@ class StageCache:
                 self.compile_seconds += time.perf_counter() - start
             return self._stages[id(stage)]
 
-    def compile(self, function: StageFunction, values: list[Any]) -> None:
-        """Compile a stage for these arguments unless it is; keeps count of the seconds."""
+    def compile(self, function: StageFunction, values: list[Any]) -> dict[int, str]:
+        """Compile a stage for these arguments; keeps count of the seconds. Returns its reductions' dtypes."""
         with self._lock:
             start = time.perf_counter()
-            function.compile_for(values)
+            dtypes = function.compile_for(values)
             self.compile_seconds += time.perf_counter() - start
+            return dtypes
 
 
 class PartitionRun:
@@ -158,7 +160,8 @@ class PartitionRun:
         for position, name in dynamic:
             values[position] = frame.values[name]
         if key not in self._compiled:
-            self._stages.compile(function, values)
+            for slot, dtype in self._stages.compile(function, values).items():
+                self._board.codes[self._place, slot] = DTYPES.index(dtype)
             self._compiled.add(key)
         status[1] = stage.ops[0].phase
         try:

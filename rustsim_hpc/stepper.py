@@ -16,6 +16,7 @@ from rustsim_hpc.executors.base import OBSERVE, ResidentSession
 from rustsim_hpc.program import Segment
 from rustsim_hpc.reductions import finish_reduction, is_additive, merge_states, reset_states
 from rustsim_hpc.agreement import agree as agree_on
+from rustsim_hpc.schema import DTYPES
 from rustsim_hpc.team import Team
 from rustsim_hpc.work import Frame, PhaseFailure, Work
 
@@ -52,12 +53,18 @@ class Stepper:
         work: the program and this rank's state.
         session: what runs this rank's partitions.
         team: the ranks.
+
+    Attributes:
+        vote: a number that this rank adds to the next step's meetings; ``votes`` is the sum over ranks at the
+            last one. So the ranks agree on stopping, say, without a collective of its own.
     """
 
     def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
         self.work = work
         self.session = session
         self.team = team
+        self.vote = 0
+        self.votes = 0
 
     def advance(self, step_index: int, *, want_digest: bool = False) -> StepReport:
         """Compute the state after step ``step_index`` beside the current one.
@@ -113,16 +120,17 @@ class Stepper:
     ) -> Array | None:
         """Agree on success, add up reductions (and digests) over all partitions, and finish them."""
         board, program = self.session.board, self.work.program
-        merged = {slot: merge_states(program.reductions[slot], board.states[slot]) for slot in segment.reductions}
+        merged = {slot: self._merged(slot) for slot in segment.reductions}
         additive = [slot for slot in segment.reductions if is_additive(program.reductions[slot])]
-        parts: list[Array] = [np.array([len(failures)], np.int64)]
+        parts: list[Array] = [np.array([len(failures), self.vote], np.int64)]
         parts += [merged[slot].reshape(-1) for slot in additive]
         if with_digests:
             parts.append(board.digests.sum(axis=0, dtype=np.uint64).view(np.int64))
         total = self.team.sum_int64(np.concatenate(parts) if len(parts) > 1 else parts[0])
         if total[0]:
             self._raise_failures(failures)
-        place = 1
+        self.votes = int(total[1])
+        place = 2
         for slot in additive:
             size = merged[slot].size
             merged[slot] = total[place : place + size].reshape(merged[slot].shape)
@@ -130,6 +138,13 @@ class Stepper:
         self._gather_others(segment, merged)
         self._finish(segment, merged, frame)
         return total[place:].view(np.uint64) if with_digests else None
+
+    def _dtype(self, slot: int) -> str:
+        return DTYPES[int(self.session.board.codes[0, slot])]
+
+    def _merged(self, slot: int) -> Array:
+        """Return one state for those of this rank's partitions."""
+        return merge_states(self.work.program.reductions[slot], self._dtype(slot), self.session.board.states[slot])
 
     def _gather_others(self, segment: Segment, merged: dict[int, Array]) -> None:
         """Merge the states that do not simply add up (min and max) over the ranks."""
@@ -139,13 +154,13 @@ class Stepper:
         gathered = self.team.allgather([merged[slot] for slot in others])
         for place, slot in enumerate(others):
             states = np.stack([rank_states[place] for rank_states in gathered])
-            merged[slot] = merge_states(self.work.program.reductions[slot], states)
+            merged[slot] = merge_states(self.work.program.reductions[slot], self._dtype(slot), states)
 
     def _finish(self, segment: Segment, merged: dict[int, Array], frame: Frame) -> None:
         for slot in segment.reductions:
             reduction = self.work.program.reductions[slot]
             try:
-                frame.values[reduction.name] = finish_reduction(reduction, merged[slot])
+                frame.values[reduction.name] = finish_reduction(reduction, self._dtype(slot), merged[slot])
             except ArithmeticError as error:
                 index = self.work.program.phase_names.index(reduction.name)
                 raise ColumnarRuntimeError(index, reduction.name, str(error), step=frame.step_index) from error

@@ -46,6 +46,7 @@ class Stepping:
         self.proof = proof
         self.values: dict[str, Any] = {}
         self.model: BoundModel | None = None
+        self.compile_options: dict[str, Any] = {}
         self._bound: dict[StepKind, tuple[Executor, Stepper]] = {}
         self._torn: str | None = None
 
@@ -162,6 +163,7 @@ class Stepping:
             first_row=store.row_offset,
             total_rows=store.total_rows,
             tasks=self._tasks(),
+            **self.compile_options,
         )
         if model is not None:
             model.bind_work(work)

@@ -144,6 +144,7 @@ class Board:
         status: int64 (tasks, 5).
         times: int64 (tasks, phases), nanoseconds of the current step.
         digests: uint64 (tasks, columns), sums mod 2^64 over the partition's rows.
+        codes: int64 (tasks, slots): dtype of the values that each slot reduces, by its place in ``DTYPES``.
         states: for each reduction slot int64 (tasks, …), as :mod:`rustsim_hpc.kernels.reduce` lays them out.
     """
 
@@ -160,6 +161,7 @@ class Board:
             (tasks, STATUS_FIELDS),
             (tasks, max(1, len(program.phase_names))),
             (tasks, max(1, len(program.schema.columns))),
+            (tasks, max(1, len(program.reductions))),
             *((tasks, *shape) for shape in state_shapes),
         ]
         layout, end = [], 0
@@ -175,7 +177,8 @@ class Board:
             start = end
         self.status, self.times = arrays[0], arrays[1]
         self.digests = arrays[2].view(np.uint64)
-        self.states = tuple(arrays[3:])
+        self.codes = arrays[3]
+        self.states = tuple(arrays[4:])
 
     @property
     def nbytes(self) -> int:

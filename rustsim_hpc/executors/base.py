@@ -8,17 +8,24 @@ executors that ship state need it. Executors of ours that run where the rows liv
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from rustsim_hpc.checkpoint import PartitionCheckpoint
 from rustsim_hpc.columns import DeviceSoaCheckpoint
-from rustsim_hpc.errors import ExecutorError, Phase, Worker
+from rustsim_hpc.errors import ExecutorError, PartitionExecutorError, Phase, Worker, message_of
 from rustsim_hpc.fingerprint import fingerprint_checkpoint
-from rustsim_hpc.partition import PartitionExecutionBackend, PartitionExecutionContext, PartitionPhaseReport
+from rustsim_hpc.partition import (
+    PartitionExecutionBackend,
+    PartitionExecutionContext,
+    PartitionId,
+    PartitionPhaseReport,
+)
 from rustsim_hpc.phase_columns import PhaseColumns
-from rustsim_hpc.work import Board, Frame, PhaseFailure, Work
+from rustsim_hpc.random import RowRandom
+from rustsim_hpc.schema import Schema
+from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Work
 
 PhaseFunction = Callable[[PartitionExecutionContext, PhaseColumns, int], None]
 
@@ -27,18 +34,45 @@ OBSERVE = -1
 
 
 class PartitionExecutablePhase:
-    """A phase that can be shipped to an executor: a name and ``fn(context, columns, rows)``."""
+    """A phase that can be shipped to an executor: a name and ``fn(context, columns, rows)``.
 
-    def __init__(self, name: str, function: PhaseFunction) -> None:
+    Args:
+        name: its name.
+        function: what it does.
+        schema: what the columns are called, where `run` is given bare arrays.
+        stream_key: Philox key of ``context.random``; None where there are no random numbers.
+        ids: uint64 (rows,), the ids of the partition's rows; None for the default ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: PhaseFunction,
+        *,
+        schema: Schema | None = None,
+        stream_key: int | None = None,
+        ids: Any = None,
+    ) -> None:
         self._name = name
         self._function = function
+        self._schema = schema
+        self._stream_key = stream_key
+        self._ids = ids
 
     def name(self) -> str:
         """Return the phase's name."""
         return self._name
 
     def run(self, context: PartitionExecutionContext, columns: Any, rows: int) -> None:
-        """Run the phase in place on one partition's columns; whatever it raises is its failure."""
+        """Run the phase in place on one partition's columns; whatever it raises is its failure.
+
+        ``columns`` may be the arrays of a checkpoint; the phase finds them by name all the same.
+        """
+        if self._schema is not None and not isinstance(columns, PhaseColumns):
+            columns = PhaseColumns(self._schema, columns, [array.flags.writeable for array in columns])
+        if self._stream_key is not None and context.random is None:
+            ids = context.row_start if self._ids is None else self._ids
+            context = replace(context, random=RowRandom(self._stream_key, ids, rows, context.step_index))
         self._function(context, columns, rows)
 
 
@@ -156,13 +190,21 @@ class ResidentExecutor(Protocol):
 def require_local(work: Work, executor: str) -> None:
     """Raise ExecutorError if a partition's backend is not the local CPU."""
     for task in work.tasks:
-        if not isinstance(task.backend, PartitionExecutionBackend.LocalCpu):
-            source = Worker(
-                task.assignment.partition_id,
-                f"the {executor} executor runs on the local CPU only, not on {describe(task.backend)}",
-                hint="give the partition a local_cpu worker, or use an executor that serves its backend",
-            )
-            raise ExecutorError(source)
+        if refusal := refused_backend(task.assignment.partition_id, task.backend, executor):
+            raise ExecutorError(refusal)
+
+
+def refused_backend(
+    partition: PartitionId, backend: PartitionExecutionBackend, executor: str
+) -> Worker | None:
+    """Return the error of an executor that serves the local CPU alone, or None if that is what is asked for."""
+    if isinstance(backend, PartitionExecutionBackend.LocalCpu):
+        return None
+    return Worker(
+        partition,
+        f"the {executor} executor runs on the local CPU only, not on {describe(backend)}",
+        hint="give the partition a local_cpu worker, or use an executor that serves its backend",
+    )
 
 
 def describe(backend: PartitionExecutionBackend) -> str:
@@ -174,15 +216,61 @@ def describe(backend: PartitionExecutionBackend) -> str:
     return "the local CPU"
 
 
+def run_local_tasks(
+    tasks: Sequence[PartitionTask],
+    executor: str,
+    outcomes: Callable[[Sequence[PartitionTask]], Iterable[Callable[[], PartitionTaskResult]]],
+) -> list[PartitionTaskResult]:
+    """Collect one result a task, all tasks run to their end, of an executor that serves the local CPU only.
+
+    Args:
+        tasks: what to run.
+        executor: its name.
+        outcomes: for each task a call that returns its result or raises its failure.
+
+    Raises:
+        PartitionExecutorError: the first failure in the order of tasks, the others attached.
+    """
+    for task in tasks:
+        if refusal := refused_backend(task.context().partition_id, task.context().backend, executor):
+            raise refusal
+    results: list[PartitionTaskResult] = []
+    failures: list[PartitionExecutorError] = []
+    for outcome in outcomes(tasks):
+        try:
+            results.append(outcome())
+        except PartitionExecutorError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0].add_facts(others=tuple(failures[1:]))
+    return results
+
+
 def execute_partition_task(task: PartitionTask) -> PartitionTaskResult:
-    """Run one task's phases on its own payload.
+    """Run one task's phases on a copy of its payload.
 
     Raises:
         PartitionExecutorError: ``Phase`` with the text of what a phase raised, ``Worker`` where it was not
-            an ``Exception``.
+            an ``Exception``, or where no phase was running.
     """
     context, checkpoint, base, phases = task.into_parts()
-    state = _own_copy(checkpoint.state)
+    try:
+        columns: Any = tuple(column.copy() for column in checkpoint.state.columns)
+        state = replace(checkpoint.state, columns=columns)
+        reports = _run_phases(context, state, base, phases)
+        return PartitionTaskResult.completed(context, replace(checkpoint, state=state), reports)
+    except PartitionExecutorError:
+        raise
+    except Exception as error:
+        raise Worker(context.partition_id, message_of(error)) from error
+
+
+def _run_phases(
+    context: PartitionExecutionContext,
+    state: DeviceSoaCheckpoint,
+    base: int,
+    phases: Sequence[PartitionExecutablePhase],
+) -> list[PartitionPhaseReport]:
     rows = state.agent_count
     columns = PhaseColumns(state.schema, state.columns, [True] * state.num_columns)
     reports = []
@@ -192,9 +280,9 @@ def execute_partition_task(task: PartitionTask) -> PartitionTaskResult:
             phase.run(context, columns, rows)
             columns.verify_unchanged_shape(rows)
         except Exception as error:
-            raise Phase(context.partition_id, phase.name(), str(error) or type(error).__name__) from error
-        except BaseException as error:
-            raise Worker(context.partition_id, "partition worker thread panicked", phase=phase.name()) from error
+            raise Phase(context.partition_id, phase.name(), message_of(error)) from error
+        except BaseException as error:  # SystemExit and the like: a worker would have died of it
+            raise Worker(context.partition_id, PANICKED, phase=phase.name()) from error
         reports.append(
             PartitionPhaseReport(
                 partition_id=context.partition_id,
@@ -206,9 +294,4 @@ def execute_partition_task(task: PartitionTask) -> PartitionTaskResult:
                 elapsed_us=(time.perf_counter_ns() - start) // 1000,
             )
         )
-    return PartitionTaskResult.completed(context, replace(checkpoint, state=state), reports)
-
-
-def _own_copy(state: DeviceSoaCheckpoint) -> DeviceSoaCheckpoint:
-    columns: list[Any] = [column.copy() for column in state.columns]
-    return replace(state, columns=columns)
+    return reports

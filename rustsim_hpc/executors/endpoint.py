@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from rustsim_hpc.errors import MissingEndpoint, PartitionExecutorError, Worker
+from rustsim_hpc.errors import MissingEndpoint, PartitionExecutorError, Worker, message_of
 from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult
 from rustsim_hpc.partition import PartitionExecutionBackend
 
@@ -60,5 +60,5 @@ class EndpointPartitionExecutor(Generic[Client]):
             return self._client.execute_partition(backend.endpoint, task)
         except PartitionExecutorError:
             raise
-        except Exception as error:
-            raise Worker(partition, str(error) or type(error).__name__) from error
+        except BaseException as error:  # the client is somebody else's: nothing of it may pass untyped
+            raise Worker(partition, message_of(error)) from error

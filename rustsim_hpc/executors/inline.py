@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rustsim_hpc.executors.base import (
     OBSERVE,
@@ -10,6 +11,7 @@ from rustsim_hpc.executors.base import (
     PartitionTaskResult,
     execute_partition_task,
     require_local,
+    run_local_tasks,
 )
 from rustsim_hpc.partition_run import PartitionRun, StageCache
 from rustsim_hpc.reductions import new_board
@@ -41,7 +43,8 @@ class LocalSession:
         program = self.work.program
         items = program.observe if segment == OBSERVE else program.segments[segment]
         assert items is not None
-        failures = (self.runs[place].run(items, frame) for place in places)
+        runs = self.runs  # a phase that adds phases drops this session while it runs
+        failures = (runs[place].run(items, frame) for place in places)
         return [failure for failure in failures if failure is not None]
 
     def close(self) -> None:
@@ -60,5 +63,11 @@ class InlinePartitionExecutor:
         return LocalSession(work)
 
     def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
-        """Run self-contained tasks in order (see :class:`~rustsim_hpc.executors.base.PartitionExecutor`)."""
-        return [execute_partition_task(task) for task in tasks]
+        """Run self-contained tasks in order; all of them, the first failure is raised, the others attached.
+
+        Raises:
+            PartitionExecutorError: a phase failed, or a task asks for another backend.
+        """
+        return run_local_tasks(
+            tasks, self.name, lambda given: [partial(execute_partition_task, task) for task in given]
+        )

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -115,15 +116,20 @@ def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tupl
 
 
 @contextlib.contextmanager
-def one_compiler(path: Path) -> Iterator[bool]:
-    """Hold the lock of a generated file while compiling it.
+def one_compiler(path: Path) -> Iterator[dict[str, Any]]:
+    """Hold the lock of a generated file while compiling it, so that one process compiles and the others load.
 
     Yields:
-        Whether somebody has compiled it before (so that it will be loaded, not compiled).
+        Notes that those who compiled it have left, and that may be added to; kept if the block succeeds.
     """
-    lock = path.with_suffix(".lock")
-    done = path.with_suffix(".done")
-    with open(lock, "ab") as file:
+    done = path.with_suffix(".json")
+    with open(path.with_suffix(".lock"), "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield done.exists()
-        done.touch()
+        try:
+            notes: dict[str, Any] = json.loads(done.read_bytes())
+        except (OSError, ValueError):
+            notes = {}
+        known = set(notes)
+        yield notes
+        if set(notes) != known:
+            write_atomic(done, json.dumps(notes).encode())

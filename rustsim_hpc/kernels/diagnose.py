@@ -20,8 +20,11 @@ from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool) -> None:
+def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool) -> dict[int, str]:
     """Compile each row function of a stage alone and check what it returns.
+
+    Returns:
+        For each reduction slot the dtype of the values that are reduced.
 
     Args:
         stage: the stage.
@@ -31,6 +34,7 @@ def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool)
     Raises:
         KernelError: names the phase, the argument and the line of the user's file.
     """
+    dtypes: dict[int, str] = {}
     for op in stage.ops:
         if isinstance(op, KernelOp):
             result = return_type(op.kernel.name, op.kernel.fn, op.reads, types_by_name, checked)
@@ -39,6 +43,8 @@ def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool)
             result = return_type(op.reduction.name, op.reduction.fn, op.reads, types_by_name, checked)
             _check_reduction(op, result)
             _check_key(op, types_by_name, checked)
+            dtypes[op.slot] = "bool" if isinstance(result, types.Boolean) else str(result)
+    return dtypes
 
 
 def return_type(

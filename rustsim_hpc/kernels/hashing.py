@@ -37,17 +37,21 @@ def _loader(bits: int, alignment: int) -> Callable[..., Any]:
     return generate
 
 
+def _bitwidth(dtype: Any) -> int:
+    return 8 if isinstance(dtype, types.Boolean) else int(dtype.bitwidth)
+
+
 @intrinsic
 def item_bits(_context: Any, array: Any) -> Any:
     """Return the width of an array's items in bits: a constant, unlike `itemsize`; branches on it vanish."""
-    bits = array.dtype.bitwidth
+    bits = _bitwidth(array.dtype)
     return types.uint64(array), lambda *_: ir.Constant(ir.IntType(64), bits)
 
 
 @intrinsic
 def load_item(_context: Any, array: Any, _index: Any) -> Any:
     """Load the raw bits of an item of a contiguous array, by its flat index, zero-extended to uint64."""
-    bits = array.dtype.bitwidth
+    bits = _bitwidth(array.dtype)
     return types.uint64(array, types.uint64), _loader(bits, bits // 8)
 
 
@@ -57,7 +61,7 @@ def load_pair(_context: Any, array: Any, _index: Any) -> Any:
 
     Only the alignment of an item is assumed, so that a pair may start at any row.
     """
-    bits = array.dtype.bitwidth
+    bits = _bitwidth(array.dtype)
     return types.uint64(array, types.uint64), _loader(min(2 * bits, 64), bits // 8)
 
 

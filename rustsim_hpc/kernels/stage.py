@@ -47,8 +47,11 @@ class StageFunction:
     path: Any
     checked: bool
 
-    def compile_for(self, values: Sequence[Any]) -> None:
+    def compile_for(self, values: Sequence[Any]) -> dict[int, str]:
         """Compile, or load from the disk cache, for the types of these arguments.
+
+        Returns:
+            For each reduction slot of the stage the dtype of the values that are reduced.
 
         Raises:
             KernelError: a row function does not compile; names phase, argument and line.
@@ -57,18 +60,21 @@ class StageFunction:
         from numba.core.errors import NumbaError
 
         signature = tuple(typeof(value) for value in values)
-        if signature in self.function.overloads:
-            return
-        with one_compiler(self.path) as compiled_before:
-            by_name = dict(zip((*FIXED, *(a.name for a in self.arguments)), signature, strict=True))
-            if not compiled_before:
-                explain(self.stage, by_name, self.checked)
+        by_name = dict(zip((*FIXED, *(a.name for a in self.arguments)), signature, strict=True))
+        with one_compiler(self.path) as notes:
+            name = str(signature)
+            if name not in notes:
+                # Nobody has compiled it yet: say what is wrong in the user's terms, not in Numba's.
+                found = explain(self.stage, by_name, self.checked)
+                notes[name] = {str(slot): dtype for slot, dtype in found.items()}
             try:
-                self.function.compile(signature)
+                if signature not in self.function.overloads:
+                    self.function.compile(signature)
             except NumbaError as error:
                 explain(self.stage, by_name, self.checked)
                 names = ", ".join(op_name(op) for op in self.stage.ops)
                 raise KernelError(f"phases {names} do not compile together: {error}") from error
+            return {int(slot): dtype for slot, dtype in notes[name].items()}
 
 
 def op_name(op: KernelOp | ReduceOp) -> str:
@@ -153,7 +159,7 @@ class _Writer:
     def _store(self, target: str, value: str, column: int, phase: int) -> list[str]:
         dtype = np.dtype(self.schema.columns[column].dtype)
         if dtype.kind == "b":
-            return [f"{target}[j] = {value} != 0"]
+            return [f"{target}[j] = bool({value})"]
         store = f"{target}[j] = {value}"
         if not self.checked or dtype.kind == "f":
             return [store]
@@ -170,24 +176,20 @@ class _Writer:
         value = self._call(op.phase, reduction, reduction.stream, op.reads)
         state = self._argument("state", op.slot, f"s{op.slot}")
         lines = [f"# {reduction.name}", f"status[1] = {op.phase}", "for j in range(hi - lo):"]
-        inner: list[str]
         if reduction.kind == "histogram":
-            inner = [f"key = np.int64({value})", *self._in_range(op, f"reduce.add_count({state}, key)")]
+            inner = [f"key = np.int64({value})", *self._add_keyed(op, f"reduce.add_histogram({state}, key)")]
         elif reduction.key is not None:
-            key = self._key_call(op)
             add = f"reduce.add_keyed_{reduction.kind}({state}, key, {value})"
-            inner = [f"key = np.int64({key})", *self._in_range(op, add)]
+            inner = [f"key = np.int64({self._key_call(op)})", *self._add_keyed(op, add)]
         else:
             inner = [f"reduce.add_{reduction.kind}({state}, {value})"]
         return [*lines, *(f"    {line}" for line in inner), *_clock(op.phase)]
 
-    def _in_range(self, op: ReduceOp, add: str) -> list[str]:
-        bins = self._argument("bins", op.slot, f"bins{op.slot}")
-        report = (
-            f"if status[0] == 0: status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}; "
-            "status[3] = base + j; status[4] = key"
-        )
-        return [f"if key >= 0 and key < {bins}:", f"    {add}", "else:", f"    {report}"]
+    def _add_keyed(self, op: ReduceOp, add: str) -> list[str]:
+        return [
+            f"if not {add} and status[0] == 0:",
+            f"    status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}; status[3] = base + j; status[4] = key",
+        ]
 
     def _digests(self) -> list[str]:
         lines = ["if want_digest:"]

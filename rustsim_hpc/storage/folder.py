@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.files import TEMPORARY_SUFFIX, fsync_folder, sweep_temporary
+from rustsim_hpc.files import fsync_folder, sweep_temporary, write_atomic
 from rustsim_hpc.storage.proof import (
     Manifest,
     check_blocks,
@@ -121,7 +121,7 @@ def publish(path: Path, first: Path, proof: Path) -> None:
     if replaced:
         previous.unlink(missing_ok=True)
         if proof_path(path).exists():
-            previous.hardlink_to(proof_path(path))
+            write_atomic(previous, proof_path(path).read_bytes())
     proof.replace(proof_path(path))
     # The proof has to be on the disk before the file that it proves: a crash may keep only the later rename.
     fsync_folder(path.parent)
@@ -214,10 +214,11 @@ def move_aside(path: Path, reason: str) -> Path:
     with file_errors(path, "move aside"):
         ending = next(end for end in _endings() if not path.with_name(path.name + end).exists())
         aside = path.with_name(path.name + ending)
-        path.rename(aside)
+        # The first file last: were it gone before, a kill would leave the others to be swept.
         for other in [proof_path(path), previous_path(path), *_shards(path)]:
             if other.exists():
                 other.rename(other.with_name(other.name + ending))
+        path.rename(aside)
         aside.with_name(aside.name + ".txt").write_text(reason + "\n", encoding="utf-8")
         fsync_folder(path.parent)
     return aside
@@ -264,8 +265,3 @@ def retain(folder: Path, keep: int, keep_every: int) -> list[Path]:
         with file_errors(path, "remove"):
             delete_checkpoint(path)
     return gone
-
-
-def is_temporary(path: Path) -> bool:
-    """Return whether a path is an unfinished file's."""
-    return path.name.endswith(TEMPORARY_SUFFIX)

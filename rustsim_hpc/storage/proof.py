@@ -174,9 +174,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     with file_errors(path):
         if not path.exists():
-            raise CheckpointFileError(
-                message=f"{path}: there is no such file, and nothing proves the checkpoint"
-            )
+            raise CheckpointFileError(message=f"{path}: there is no such file: nothing proves the checkpoint")
         if not path.is_file():
             raise CheckpointFileError(message=f"{path}: it is not a file")
         return parse_manifest(path.read_bytes(), path)

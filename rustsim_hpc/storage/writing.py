@@ -80,9 +80,8 @@ class Attempt:
         self.path = checkpoint_path(folder, header.step_index)
         self.header, self.view, self.team, self.options = header, view, team, options
         self.sharded = team.size > 1 and options.layout != "single"
-        self._check()
-        error, names = None, None
-        if team.rank == 0:
+        error, names = self._misfit(), None
+        if team.rank == 0 and error is None:
             shards = shards_path(self.path, secrets.token_hex(4))
             names = (shards, temporary_path(self.path), temporary_path(proof_path(self.path)))
             try:
@@ -104,11 +103,12 @@ class Attempt:
                 message=f"{self.path}: the header is not that of the state", damaged=False
             )
         if options.compresses and self.team.size > 1 and not self.sharded and not self.collective:
-            raise CheckpointFileError(
+            return CheckpointFileError(
                 message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
                 damaged=False,
                 hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
             )
+        return None
 
     @property
     def collective(self) -> bool:
