@@ -95,13 +95,20 @@ class Attempt:
         self.shards, self.first, self.proof = chosen
         self.shard = self.shards / f"rank_{team.rank:05d}.h5"
 
-    def _check(self) -> None:
-        """Refuse what cannot be written; every rank sees the same header and options."""
+    def _misfit(self) -> CheckpointFileError | None:
+        """Return why this cannot be written at all."""
         header, view, options = self.header, self.view, self.options
-        if view.names != header.schema.names or view.rows != header.rows:
-            raise CheckpointFileError(
-                message=f"{self.path}: the header is not that of the state", damaged=False
-            )
+        rows = view.row_stop - view.row_offset
+        arrays = view.columns if view.ids is None else (*view.columns, view.ids)
+        fits = (
+            (view.names, view.rows, view.step_index) == (header.schema.names, header.rows, header.step_index)
+            and tuple(column.dtype for column in view.columns) == header.schema.dtypes
+            and all(array.shape == (rows,) for array in arrays)
+            and (view.ids is None) == header.default_ids
+        )
+        if not fits:
+            message = f"{self.path}: the header is not that of the state"
+            return CheckpointFileError(message=message, damaged=False)
         if options.compresses and self.team.size > 1 and not self.sharded and not self.collective:
             return CheckpointFileError(
                 message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
