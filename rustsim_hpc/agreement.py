@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from rustsim_hpc.errors import LauncherError, RustsimError, TeamError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rustsim_hpc.team import Team
 
-__all__ = ["agree", "agree_hash"]
+__all__ = ["agree", "agree_hash", "on_all"]
+
+T = TypeVar("T")
 
 
 def agree(team: Team, error: Exception | None) -> None:
@@ -38,6 +42,22 @@ def agree(team: Team, error: Exception | None) -> None:
         # The original, with its traceback and cause.
         first = own
     raise first.add_facts(others=tuple(others))
+
+
+def on_all(team: Team, make: Callable[[], T]) -> T:
+    """Return `make()`, which every rank calls; if it raises on one rank, the same error is raised on all.
+
+    Raises:
+        RustsimError: what `make` raised on the first rank where it did.
+    """
+    failure: Exception | None = None
+    made: list[T] = []
+    try:
+        made.append(make())
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks have to hear of it)
+        failure = error
+    agree(team, failure)
+    return made[0]
 
 
 def _portable(error: Exception) -> RustsimError:

@@ -75,19 +75,11 @@ class Session:
         """Return `make()`, which every rank calls; if it raises on one, the same error is raised on all.
 
         Raises:
-            RustsimError: what `make` raised on the first rank where it failed.
+            RustsimError: what `make` raised on the first rank where it did.
         """
-        from rustsim_hpc.agreement import agree
+        from rustsim_hpc.agreement import on_all
 
-        failure: Exception | None = None
-        made: list[T] = []
-        team = self.team
-        try:
-            made.append(make())
-        except Exception as error:  # noqa: BLE001 (every failure has to reach the other ranks)
-            failure = error
-        agree(team, failure)
-        return made[0]
+        return on_all(self.team, make)
 
     def leave_alone(self, code: int, message: str) -> None:
         """End all ranks: this one has met something that the others know nothing of."""

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -289,12 +289,18 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def children_seconds() -> float:
+    """Return the CPU time of finished children: unlike wall time, it does not grow when the machine is busy."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_teaches() -> None:
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = children_seconds()
         done = command("-m", "rustsim_hpc", "--help")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(children_seconds() - start)
         assert done.returncode == 0
     assert "rustsim-hpc run jobs/us_flights.toml" in done.stdout
     assert "75  stopped" in done.stdout
@@ -305,9 +311,9 @@ def test_help_is_quick_and_teaches() -> None:
 IMPORT_PROBE = """
 import sys, time
 import numpy
-start = time.perf_counter()
+start = time.process_time()
 import rustsim_hpc
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
