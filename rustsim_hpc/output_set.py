@@ -38,10 +38,12 @@ def failing(file: str, step: int | None, doing: str) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as error:
-        hint = None
+        hint, text = None, f"{type(error).__name__}: {error}"
         if isinstance(error, OSError):
             hint = "make room or repair the file system, then resume the run"
-        text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+            text = error.strerror or str(error)
+        elif isinstance(error, ValueError):
+            text = str(error)
         raise OutputError(f'output "{file}": cannot {doing}: {text}', step=step, hint=hint) from error
 
 

@@ -1,7 +1,7 @@
 """The journal of samples that are not in their HDF5 file yet: whole records with a checksum.
 
-A record is a head (magic, sizes, CRC-32), a header (JSON: step, time, and name, dtype and shape of each array)
-and the arrays' bytes. Reading stops at the first record that is torn or damaged.
+A record is a head (magic, sizes, CRC-32), a header (JSON: step, time, and name, dtype and shape of each
+array) and the arrays' bytes. Reading stops at the first record that is torn or damaged.
 """
 
 from __future__ import annotations
