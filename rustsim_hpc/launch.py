@@ -17,16 +17,16 @@ from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec, RunOptions
-from rustsim_hpc.job_run import JobRun, LoopResult, replay_header
+from rustsim_hpc.job_run import JobRun, LoopResult
 from rustsim_hpc.memory import ColumnMemory, Kind
 from rustsim_hpc.model_source import load_model
 from rustsim_hpc.partition import PartitionPlan
 from rustsim_hpc.plan import RankPart, RunPlan, partition_count, plan_run, rank_part, worker_count
 from rustsim_hpc.program import plan_program
 from rustsim_hpc.replay import ReplayMode
-from rustsim_hpc.replay_log import header_differences, read_replay_log
+from rustsim_hpc.replay_log import read_replay_log
 from rustsim_hpc.run_folder import RunFolder, fresh_folder
-from rustsim_hpc.run_reader import Run, open_run
+from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.run_record import RunFacts
 from rustsim_hpc.runtime import ColumnarRuntime
 from rustsim_hpc.stepping import Executor
@@ -247,9 +247,7 @@ def _plane(prepared: _Prepared, store: DeviceSoaStore, step_index: int) -> Engin
 def _draw(run: JobRun, folder: RunFolder, team: Team) -> None:
     def draw() -> None:
         if team.rank == 0:
-            report = run.outputs.draw_pictures(open_run(folder.path))
-            for line in report.warnings():
-                _say(team, line)
+            run.outputs.draw_pictures(open_run(folder.path))
 
     _on_all(team, draw)
 
@@ -369,6 +367,3 @@ def _on_all(team: Team, make: Callable[[], T]) -> T:
 def _say(team: Team, text: str) -> None:
     if team.rank == 0:
         sys.stderr.write(text + "\n")
-
-
-_ = (header_differences, replay_header, Run)

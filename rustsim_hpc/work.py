@@ -116,13 +116,14 @@ class PhaseFailure:
     """One partition's failure, as data that can travel.
 
     ``kind`` is "phase" for an error that a phase raised and "worker" for anything else that ended its
-    worker (a death, an exception that is not an ``Exception``). ``error`` is set where it is one of ours
-    already (a kernel that does not compile).
+    worker (a death, an exception that is not an ``Exception``). ``phase_index`` is the phase's place in the
+    program, None where no phase is known. ``error`` is set where it is one of ours already (a kernel that
+    does not compile), which then knows by itself what it is about.
     """
 
     partition: PartitionId
     worker: str | None
-    phase_index: int
+    phase_index: int | None
     phase: str
     message: str
     kind: str = "phase"
@@ -132,6 +133,12 @@ class PhaseFailure:
     pid: int = 0
     error: RustsimError | None = None
 
+
+PANICKED = "partition worker thread panicked"
+"""Message of a worker that was ended by something that is not an ``Exception``."""
+
+PANICKED = "partition worker thread panicked"
+"""Message of a failure that was not an ``Exception``: SystemExit in a phase, say."""
 
 STATUS_FIELDS = 5
 """int64 fields of a stage's status: code, phase that runs, phase that failed, global row, offending value."""
