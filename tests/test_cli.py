@@ -290,7 +290,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def children_seconds() -> float:
-    """Return the CPU time of finished children: unlike wall time, it does not grow when the machine is busy."""
+    """Return the CPU time of finished children, which does not grow when the machine is busy, as wall time does."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
