@@ -11,47 +11,16 @@ one transition an agent, with the chances that follow from the counts).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from us_flights_data import STATES, E, I, Ints, R, S, network
+from us_flights_pictures import draw_curve, draw_map
 
 import rustsim_hpc as rs
 from rustsim_hpc.errors import ModelError, nearest
-
-DATA = Path(__file__).with_name("data")
-S, E, I, R = range(4)  # noqa: E741
-STATES = ("S", "E", "I", "R")
-NOT_REACHED = -1
-"""Arrival day of an airport where nobody infectious has been."""
-
-Ints = npt.NDArray[np.int64]
-
-
-class Network(NamedTuple):
-    """The routes: airports sorted by code, and every flight of the year, by origin and then destination."""
-
-    codes: tuple[str, ...]
-    dep: Ints  # (places,) flights out of each airport in the year
-    flight_to: npt.NDArray[np.int16]  # (flights,) destination of each flight
-
-
-@cache
-def network() -> Network:
-    """Read the routes of 2008."""
-    with (DATA / "flights-airport.csv").open(newline="", encoding="utf-8") as file:
-        routes = [(r["origin"], r["destination"], int(r["count"])) for r in csv.DictReader(file)]
-    codes = tuple(sorted({code for origin, destination, _ in routes for code in (origin, destination)}))
-    index = {code: place for place, code in enumerate(codes)}
-    sorted_routes = np.array(sorted((index[o], index[d], count) for o, d, count in routes), np.int64)
-    origin, destination, count = sorted_routes.T
-    dep = np.zeros(len(codes), np.int64)
-    np.add.at(dep, origin, count)
-    return Network(codes, dep, np.repeat(destination, count).astype(np.int16))
 
 
 def places(params: Mapping[str, Any]) -> int:
@@ -221,28 +190,6 @@ def infectious_after_move(context: Any) -> Ints:
     return counts
 
 
-def arrival_days(day: Ints, infectious: Ints) -> Ints:
-    """Return the first day on which each airport had an infectious agent after MOVE, or NOT_REACHED.
-
-    Args:
-        day: the samples' days, int64 (samples,), rising; day 0 is before the first move and never counts.
-        infectious: counts after MOVE, int64 (samples, places).
-    """
-    seen = (np.asarray(infectious) > 0) & (np.asarray(day) > 0)[:, np.newaxis]
-    first = np.asarray(day)[np.argmax(seen, axis=0)]
-    return np.where(seen.any(axis=0), first, NOT_REACHED).astype(np.int64)
-
-
-def pictures() -> list[Any]:
-    """Return the two pictures that are drawn at the end of a run."""
-    from us_flights_pictures import draw_curve, draw_map
-
-    return [
-        rs.Picture("curve.png", draw=draw_curve, size=(10.5, 7.2)),
-        rs.Picture("map.png", draw=draw_map, size=(14.0, 15.2)),
-    ]
-
-
 def model() -> Any:
     """Return the model."""
     airports = dict(enumerate(network().codes))
@@ -276,7 +223,8 @@ def model() -> Any:
                 arrays={"counts": airport_counts, "infectious_after_move": infectious_after_move},
                 reductions=(census,),
             ),
-            *pictures(),
+            rs.Picture("curve.png", draw=draw_curve, size=(10.5, 7.2)),
+            rs.Picture("map.png", draw=draw_map, size=(14.0, 15.2)),
         ],
         step_length=1.0,
         time_unit="d",

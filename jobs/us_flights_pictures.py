@@ -6,16 +6,12 @@ enough.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from us_flights import DATA, NOT_REACHED, STATES, I, arrival_days, network
-
-Floats = npt.NDArray[np.float64]
+from us_flights_data import NOT_REACHED, STATES, Floats, I, arrival_days, network, positions
 
 FOOTER = "Populations are departures of 2008, direct legs only: an illustration, not a forecast."
 TITLE = "Influenza over the US air network of 2008"
@@ -68,14 +64,6 @@ REGIONS = (
     Region("Hawaii", -160.6, -154.4, 18.6, 22.5, (0.25, -0.05, 0.14, 0.16)),
     Region("Puerto Rico,\nVirgin Islands", -67.5, -64.4, 17.4, 18.8, (0.89, -0.03, 0.13, 0.09)),
 )
-
-
-@cache
-def positions() -> tuple[Floats, Floats]:
-    """Return longitudes and latitudes, degrees: of all airports, (3376, 2), and the routes', (305, 2)."""
-    with (DATA / "airports.csv").open(newline="", encoding="utf-8") as file:
-        at = {r["iata"]: (float(r["longitude"]), float(r["latitude"])) for r in csv.DictReader(file)}
-    return np.array(list(at.values())), np.array([at[code] for code in network().codes])
 
 
 # -- The curve ----------------------------------------------------------------------------------------

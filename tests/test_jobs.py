@@ -75,6 +75,11 @@ def flights() -> Any:
 
 
 @pytest.fixture(scope="module")
+def data() -> Any:
+    return imported("us_flights_data")
+
+
+@pytest.fixture(scope="module")
 def pictures() -> Any:
     return imported("us_flights_pictures")
 
@@ -125,10 +130,10 @@ def test_the_twins_streams_are_the_packages() -> None:
 # -- Data and the first day ---------------------------------------------------------------------------
 
 
-def test_the_network_is_the_one_of_2008(flights: Any) -> None:
+def test_the_network_is_the_one_of_2008(flights: Any, data: Any) -> None:
     with (JOBS / "data" / "flights-airport.csv").open(newline="") as file:
         routes = list(csv.DictReader(file))
-    network = flights.network()
+    network = data.network()
     assert len(routes) == 5366
     assert len(network.codes) == COUNT_OF_PLACES
     assert list(network.codes) == sorted(network.codes)
@@ -143,11 +148,11 @@ def test_the_network_is_the_one_of_2008(flights: Any) -> None:
         assert np.count_nonzero(leaving == to) == int(line["count"])
 
 
-def test_airports_without_a_state_are_real(flights: Any, pictures: Any) -> None:
+def test_airports_without_a_state_are_real(data: Any, pictures: Any) -> None:
     with (JOBS / "data" / "airports.csv").open(newline="") as file:
         without = {line["iata"] for line in csv.DictReader(file) if line["state"] == "NA"}
-    assert without & set(flights.network().codes) == {"CLD", "HHH", "MQT", "SCE"}
-    everywhere, places = pictures.positions()
+    assert without & set(data.network().codes) == {"CLD", "HHH", "MQT", "SCE"}
+    everywhere, places = data.positions()
     assert everywhere.shape == (3376, 2)
     assert places.shape == (COUNT_OF_PLACES, 2)
     shown = sum(region.holds(*places.T).astype(int) for region in pictures.REGIONS)
@@ -163,11 +168,11 @@ class Rows(NamedTuple):
 DEFAULTS: dict[str, Any] = {"seed_airport": "JFK", "initial_infectious": 100}
 
 
-def test_homes_are_exact_quotas(flights: Any) -> None:
+def test_homes_are_exact_quotas(flights: Any, data: Any) -> None:
     agents = 1_000_000
     tables = flights.tables({})
     state = flights.initialise(Rows(0, agents, agents), DEFAULTS, tables, 1)
-    jfk = np.flatnonzero(state["home"] == flights.network().codes.index("JFK"))
+    jfk = np.flatnonzero(state["home"] == data.network().codes.index("JFK"))
     assert (jfk[0], jfk[-1]) == (464_099, 481_046)
     assert np.array_equal(jfk, np.arange(464_099, 481_047))
     assert list(flights.residents("JFK", agents, tables["cum"])) == jfk.tolist()
@@ -179,7 +184,7 @@ def test_homes_are_exact_quotas(flights: Any) -> None:
 
 
 @pytest.mark.parametrize("agents", [1, 17, 20_011, 300_000])
-def test_the_first_day_does_not_depend_on_the_cut(flights: Any, agents: int) -> None:
+def test_the_first_day_does_not_depend_on_the_cut(flights: Any, data: Any, agents: int) -> None:
     tables, given = flights.tables({}), {"seed_airport": "ATL", "initial_infectious": min(agents, 5) // 5}
     whole = flights.initialise(Rows(0, agents, agents), given, tables, 1)
     cuts = [0, agents // 7, agents // 3, agents]
@@ -189,11 +194,11 @@ def test_the_first_day_does_not_depend_on_the_cut(flights: Any, agents: int) -> 
     twin = next(reference.us_flights(agents, 1, Influenza(seed_airport="ATL", initial_infectious=0)))
     assert whole["home"].tobytes() == twin.columns["home"].tobytes()
     residents = flights.residents("ATL", agents, tables["cum"])
-    place = flights.network().codes.index("ATL")
+    place = data.network().codes.index("ATL")
     assert np.flatnonzero(whole["home"] == place).tolist() == list(residents)
 
 
-def test_quotas_hold_for_very_many_agents(flights: Any) -> None:
+def test_quotas_hold_for_very_many_agents(flights: Any, data: Any) -> None:
     """Products of row and T stay inside int64; the bounds agree with arithmetic that cannot overflow."""
     agents, cum = 10**12, flights.tables({})["cum"]
     residents = flights.residents("JFK", agents, cum)
@@ -201,7 +206,7 @@ def test_quotas_hold_for_very_many_agents(flights: Any) -> None:
         home = flights.initialise(Rows(row, row + 1, agents), DEFAULTS, {"cum": cum}, 1)["home"][0]
         flight = row * 7_009_728 // agents
         assert home == int(np.searchsorted(cum, flight, side="right"))
-        assert (home == flights.network().codes.index("JFK")) == (row in residents)
+        assert (home == data.network().codes.index("JFK")) == (row in residents)
 
 
 def test_more_infectious_than_residents_is_refused(flights: Any) -> None:
@@ -212,16 +217,16 @@ def test_more_infectious_than_residents_is_refused(flights: Any) -> None:
         flights.initialise(Rows(0, 10, 20_000), DEFAULTS | {"seed_airport": "JKF"}, tables, 1)
 
 
-def test_arrival_days(flights: Any) -> None:
+def test_arrival_days(data: Any) -> None:
     infectious = np.zeros((5, 4), np.int64)
     infectious[0, 0] = 9  # before the first move: does not count
     infectious[1:, 1] = 1
     infectious[3, 2] = 2
-    arrival = flights.arrival_days(np.arange(5), infectious)
-    assert arrival.tolist() == [flights.NOT_REACHED, 1, 3, flights.NOT_REACHED]
-    later = flights.arrival_days(np.arange(40, 45), infectious)
-    assert later.tolist() == [40, 41, 43, flights.NOT_REACHED]
-    assert flights.arrival_days(np.arange(1), infectious[:1]).tolist() == [flights.NOT_REACHED] * 4
+    arrival = data.arrival_days(np.arange(5), infectious)
+    assert arrival.tolist() == [data.NOT_REACHED, 1, 3, data.NOT_REACHED]
+    later = data.arrival_days(np.arange(40, 45), infectious)
+    assert later.tolist() == [40, 41, 43, data.NOT_REACHED]
+    assert data.arrival_days(np.arange(1), infectious[:1]).tolist() == [data.NOT_REACHED] * 4
 
 
 # -- Bit for bit --------------------------------------------------------------------------------------
@@ -326,11 +331,11 @@ def final_size(r0: float, seeded: float) -> float:
     return z
 
 
-def test_without_travel_one_place_follows_the_final_size(tmp_path: Path, flights: Any) -> None:
+def test_without_travel_one_place_follows_the_final_size(tmp_path: Path, flights: Any, data: Any) -> None:
     """Nobody outside the seed airport is infected; inside, the mean of 3 seeds is within 4 sd of theory."""
     agents, sizes = 300_000, []
     residents = len(flights.residents("ATL", agents, flights.tables({})["cum"]))
-    atl = flights.network().codes.index("ATL")
+    atl = data.network().codes.index("ATL")
     for seed in (1, 2, 3):
         options = ["--agents", agents, "--steps", 260, "--seed", seed, "--checkpoint-every", 0]
         run = run_whole(
@@ -379,12 +384,12 @@ def test_the_main_job_conserves_and_never_goes_back(main_run: Outcome) -> None:
 
 
 @pytest.mark.slow
-def test_the_main_job_reaches_airports_and_says_which_not(main_run: Outcome, flights: Any) -> None:
+def test_the_main_job_reaches_airports_and_says_which_not(main_run: Outcome, data: Any) -> None:
     airports = main_run.run.arrays("airports.h5")
-    arrival = flights.arrival_days(airports["step"], airports["infectious_after_move"])
-    assert arrival[flights.network().codes.index("JFK")] == 1
-    assert set(arrival.tolist()) <= {flights.NOT_REACHED, *range(1, 181)}
-    never = arrival == flights.NOT_REACHED
+    arrival = data.arrival_days(airports["step"], airports["infectious_after_move"])
+    assert arrival[data.network().codes.index("JFK")] == 1
+    assert set(arrival.tolist()) <= {data.NOT_REACHED, *range(1, 181)}
+    never = arrival == data.NOT_REACHED
     assert 0 < never.sum() < 40
     assert not airports["infectious_after_move"][:, never].any()
 
@@ -448,7 +453,7 @@ def test_what_the_model_refuses_ends_with_2(tmp_path: Path, given: dict[str, Any
 # -- Pictures of small and odd runs -------------------------------------------------------------------
 
 
-def drawn(pictures: Any, flights: Any, days: list[reference.Day], **changes: object) -> Any:
+def drawn(pictures: Any, days: list[reference.Day], **changes: object) -> Any:
     """Draw both pictures of some days of a twin, and return the map's figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -471,10 +476,10 @@ def drawn(pictures: Any, flights: Any, days: list[reference.Day], **changes: obj
 
 
 @pytest.mark.parametrize("last", [0, 2, 5])
-def test_pictures_of_short_runs(pictures: Any, flights: Any, last: int) -> None:
+def test_pictures_of_short_runs(pictures: Any, last: int) -> None:
     pytest.importorskip("matplotlib")
     twin = reference.us_flights(20_000, 1)
-    figure = drawn(pictures, flights, [next(twin) for _ in range(last + 1)])
+    figure = drawn(pictures, [next(twin) for _ in range(last + 1)])
     texts = " ".join(text.get_text() for text in figure.texts)
     assert pictures.FOOTER in texts
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -496,10 +501,10 @@ def test_the_map_shows_four_dates(pictures: Any) -> None:
             assert 0 <= days[0] <= days[-1] <= last
 
 
-def test_a_picture_without_an_epidemic(pictures: Any, flights: Any) -> None:
+def test_a_picture_without_an_epidemic(pictures: Any) -> None:
     pytest.importorskip("matplotlib")
     twin = reference.us_flights(5000, 1, Influenza(initial_infectious=0))
-    figure = drawn(pictures, flights, [next(twin) for _ in range(7)], initial_infectious=0)
+    figure = drawn(pictures, [next(twin) for _ in range(7)], initial_infectious=0)
     assert f"0 of {COUNT_OF_PLACES} airports reached by day 6" in [
         axes.get_title(loc="left") for axes in figure.axes
     ]
