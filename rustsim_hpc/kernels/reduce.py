@@ -177,11 +177,6 @@ def settle_sum(state):  # type: ignore[no-untyped-def]
 # -- From outside compiled code ----------------------------------------------------------------------------
 
 
-def is_additive(kind: str) -> bool:
-    """Return whether states of a kind merge by adding them element by element."""
-    return kind not in {"min", "max"}
-
-
 def shape(kind: str, dtype: DTypeLike, bins: int | None = None) -> tuple[int, ...]:
     """Return the shape of a state.
 
@@ -210,16 +205,10 @@ def new(kind: str, dtype: DTypeLike, bins: int | None = None) -> State:
     Raises:
         ValueError: there is no such reduction.
     """
-    state = np.empty(shape(kind, dtype, bins), np.int64)
-    reset(kind, dtype, state)
-    return state
-
-
-def reset(kind: str, dtype: DTypeLike, state: State) -> None:
-    """Set a state, or each of an array of states, to that of 0 rows."""
-    state[...] = 0
+    state = np.zeros(shape(kind, dtype, bins), np.int64)
     if kind in {"min", "max"}:
-        state[..., 0] = _sort_keys(_identity(kind, np.dtype(dtype)))
+        state[0] = _sort_keys(_identity(kind, np.dtype(dtype)))
+    return state
 
 
 def merge(kind: str, states: State) -> State:
@@ -237,20 +226,20 @@ def merge(kind: str, states: State) -> State:
     return np.asarray(states.sum(axis=0, dtype=np.int64))
 
 
-def finish(kind: str, dtype: DTypeLike, state: State, bins: int | None = None) -> Any:
+def finish(kind: str, dtype: DTypeLike, state: State, *, keyed: bool = False) -> Any:
     """Return the value of a reduction; the state is not changed.
 
     Args:
         kind: one of `KINDS`.
         dtype: of the values that were reduced.
         state: the state of all rows, (*shape).
-        bins: number of keys, as in `shape`.
+        keyed: whether a "count" is one by key; the state of one by a single key does not show it.
 
     Returns:
-        A NumPy scalar, or an array (bins,) where there are keys. "sum" of floats: float64, the correctly rounded
-        exact sum, as `math.fsum` gives it, but infinite beyond the largest float64; +0.0 of nothing or of zeros.
-        "sum" of integers, "count", "histogram": int64. "min" and "max": of dtype; NaN if there was one; the
-        dtype's identity over 0 rows; -0.0 is below 0.0.
+        A NumPy scalar, or by key an array (bins,). "sum" of floats: float64, the exact sum correctly rounded,
+        as `math.fsum` has it, but infinite beyond the largest float64; +0.0 of nothing or of zeros. "sum" of
+        integers, "count", "histogram": int64. "min" and "max": of dtype; NaN if there was one; the dtype's
+        identity over 0 rows; -0.0 is below 0.0.
 
     Raises:
         OverflowError: a sum of integers does not fit in int64.
@@ -258,10 +247,10 @@ def finish(kind: str, dtype: DTypeLike, state: State, bins: int | None = None) -
     if kind in {"min", "max"}:
         return _finish_extreme(np.dtype(dtype), state)
     if kind != "sum":
-        return np.int64(state[0]) if bins is None else state.copy()
+        return np.int64(state[0]) if kind == "count" and state.size == 1 and not keyed else state.copy()
     sums = np.array(state, np.int64, order="C").reshape(-1, state.shape[-1])
     values = _finish_floats(sums) if np.dtype(dtype).kind == "f" else _finish_integers(sums)
-    return values[0] if bins is None else values
+    return values[0] if state.ndim == 1 else values
 
 
 def _settle_all(sums: State) -> None:
