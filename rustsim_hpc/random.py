@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Rng = Sequence[SupportsIndex]
 """A row's stream in a phase and step: (key, id, step). Kernels get it as their argument ``rng``."""
 
-LAST_STEP = 2**32 - 1
+MAX_STEP = 2**32 - 1
 """The last step that the counter has room for."""
 
 # The block number, 32 bits, is the function's slot in the top 4 bits, then what the draw says.
@@ -310,7 +310,7 @@ def _check_rng(rng: Rng) -> tuple[int, int, int]:
     key, row_id, step = index(rng[0]), index(rng[1]), index(rng[2])
     if not (0 <= key <= _MASK64 and 0 <= row_id <= _MASK64):
         raise ValueError(f"rng: key {key} and id {row_id} must be in [0, 2**64)")
-    if not 0 <= step <= LAST_STEP:
+    if not 0 <= step <= MAX_STEP:
         raise ValueError(f"rng: step {step} is outside [0, 2**32): the counter has no room for it")
     return key, row_id, step
 
