@@ -86,7 +86,8 @@ def bundle_text(bundle: Mapping[str, Any]) -> str:
         elif isinstance(value, Mapping):
             lines.append(f"{name}: " + ", ".join(f"{key} {text}" for key, text in value.items()))
         elif isinstance(value, list):
-            lines += [f"{name}:", *(f"    {' '.join(map(str, entry))}" for entry in value)]
+            rows = [" ".join(map(str, entry)) if isinstance(entry, list) else str(entry) for entry in value]
+            lines += [f"{name}:", *(f"    {row}" for row in rows)]
         else:
             lines.append(f"{name}: {value}")
     return "\n".join(lines) + "\n"

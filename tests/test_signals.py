@@ -1,0 +1,287 @@
+"""Stop requests and the watchdog. What ends a process is tested in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rustsim_hpc.signals import SIGNALS, StopRequests
+from rustsim_hpc.watchdog import Watchdog
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+# --- stop requests
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered_and_handlers_come_back(number: int) -> None:
+    seen: list[int] = []
+    before = signal.signal(number, lambda n, frame: seen.append(n))
+    try:
+        outer = signal.getsignal(number)
+        stops = StopRequests(environ={})
+        assert signal.getsignal(number) is outer, "nothing before the block"
+        with stops:
+            assert stops.installed
+            assert stops.stop_requested() is None
+            signal.raise_signal(number)
+            reason = stops.stop_requested()
+            assert reason is not None
+            assert (reason.kind, reason.text) == ("signal", signal.Signals(number).name)
+        assert signal.getsignal(number) is outer
+        assert not stops.installed
+        signal.raise_signal(number)
+        assert seen == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_come_back_after_an_error() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+
+    def fails() -> None:
+        with StopRequests(environ={}):
+            assert [signal.getsignal(number) for number in SIGNALS] != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_interrupt_stops_at_once_but_a_doubled_one_does_not() -> None:
+    with StopRequests(environ={}, debounce=0.05) as stops:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stops.stop_requested() is not None
+        time.sleep(0.06)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        reason = stops.stop_requested()
+        assert reason is not None
+        assert reason.text == "SIGINT", "the first reason stays"
+
+
+def test_other_threads_install_nothing_but_have_time_limits() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    found: list[object] = []
+
+    def body() -> None:
+        with StopRequests(time_limit=0, environ={}) as stops:
+            found.extend([stops.installed, stops.stop_requested()])
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found[0] is False
+    assert getattr(found[1], "kind", None) == "time_limit"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_time_limit_stops_a_little_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("rustsim_hpc.signals.time.monotonic", lambda: now[0])
+    stops = StopRequests(time_limit=50, environ={})
+    assert stops.margin == 5
+    now[0] += 44.9
+    assert stops.stop_requested() is None
+    now[0] += 0.2
+    reason = stops.stop_requested()
+    assert reason is not None
+    assert (reason.kind, reason.text) == ("time_limit", "the time limit of 50 s")
+    now[0] -= 40
+    assert stops.stop_requested() is reason, "a request is never taken back"
+    later = StopRequests(time_limit=50, environ={})
+    later.margin = 20
+    now[0] += 31
+    assert later.stop_requested() is not None
+    assert later.seconds_left() == pytest.approx(19)
+    assert StopRequests(time_limit=36_000, environ={}).margin == 60
+
+
+def slurm(start_in: float, end_in: float) -> dict[str, str]:
+    now = time.time()
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_START_TIME": str(int(now + start_in)),
+        "SLURM_JOB_END_TIME": str(int(now + end_in)),
+    }
+
+
+def test_slurms_own_limit_counts() -> None:
+    stops = StopRequests(environ=slurm(-10, 50))
+    left = stops.seconds_left()
+    assert left is not None
+    assert 48 < left <= 50
+    assert stops.margin == pytest.approx(6, abs=0.2)
+    assert stops.stop_requested() is None
+    near = StopRequests(environ=slurm(-597, 3)).stop_requested()
+    assert near is not None
+    assert near.kind == "slurm"
+    both = StopRequests(time_limit=1, environ=slurm(-10, 500))
+    assert both.margin == pytest.approx(0.1)
+    for environ in ({}, {"SLURM_JOB_END_TIME": "5"}, {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "soon"}):
+        assert StopRequests(environ=environ).seconds_left() is None
+
+
+LOOP = """
+import sys, time
+from rustsim_hpc.signals import StopRequests
+steps = 0
+with StopRequests(environ={}) as stops:
+    print("ready", flush=True)
+    while stops.stop_requested() is None:
+        time.sleep(0.2)
+        steps += 1
+    print("stopped by", stops.stop_requested().text, "after a whole step", flush=True)
+    if sys.argv[1:] == ["slow"]:
+        time.sleep(60)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_ends_its_step_and_leaves_in_order(number: signal.Signals) -> None:
+    process = start(LOOP)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert out == f"stopped by {number.name} after a whole step\n"
+    assert process.returncode == 75, err
+
+
+def test_a_second_interrupt_ends_a_process_that_is_still_saving() -> None:
+    process = start(LOOP, "slow")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert "stopped by SIGINT" in process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    assert process.returncode != 75
+
+
+# --- watchdog
+
+STUCK = """
+import sys, time, threading
+from pathlib import Path
+from rustsim_hpc.watchdog import Watchdog
+def compute():
+    while True:
+        pass
+with Watchdog(0.5, rank=3, host="node7", folder=Path(sys.argv[1])) as watchdog:
+    print("ready", flush=True)
+    for step in range(12):
+        watchdog.beat("move", step)
+        time.sleep(0.1)
+    if sys.argv[2] == "loop":
+        compute()
+    elif sys.argv[2] == "sleep":
+        time.sleep(60)
+    elif sys.argv[2] == "beat":
+        for step in range(12, 24):
+            watchdog.beat("move", 12)
+            time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("how", ["loop", "sleep"])
+def test_a_stuck_process_is_reported_and_ended(tmp_path: Path, how: str) -> None:
+    process = start(STUCK, tmp_path, how)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "watchdog: rank 3 on node7 has not moved for 0.5 s: phase move, step 11" in err
+    assert 'File "<string>"' in err
+    assert "most recent call first" in err
+    bundle = json.loads((tmp_path / "crash" / "rank_00003.json").read_text())
+    assert (bundle["phase"], bundle["step"], bundle["host"]) == ("move", 11, "node7")
+    assert "most recent call first" in bundle["stacks"]
+    if how == "loop":
+        assert "in compute" in bundle["stacks"]
+    assert (tmp_path / "crash" / "rank_00003.txt").exists()
+
+
+def test_beats_keep_a_process_alive_and_the_watchdog_leaves_nothing(tmp_path: Path) -> None:
+    process = start(STUCK, tmp_path, "beat")
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert not (tmp_path / "crash").exists()
+
+
+def test_time_in_which_a_process_was_stopped_does_not_count(tmp_path: Path) -> None:
+    process = start(STUCK, tmp_path, "beat")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_a_watchdog_without_a_limit_watches_nothing() -> None:
+    before = threading.active_count()
+    for limit in (None, 0):
+        with Watchdog(limit) as watchdog:
+            watchdog.beat("move", 1)
+            assert threading.active_count() == before
+    with Watchdog(60, backstop=False):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_an_unwritable_folder_does_not_keep_the_watchdog_from_ending_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = start(STUCK, tmp_path / "file", "sleep")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "has not moved" in err
+
+
+HELD = """
+import sys, ctypes
+from rustsim_hpc.watchdog import Watchdog
+import rustsim_hpc.watchdog as module
+import faulthandler
+original = faulthandler.dump_traceback_later
+# The C-level watchdog waits long on purpose; not in this test.
+module.faulthandler.dump_traceback_later = lambda limit, **more: original(1.0, **more)
+with Watchdog(0.3) as watchdog:
+    watchdog.beat("move", 1)
+    print("ready", flush=True)
+    import time
+    time.sleep(0.1)
+    ctypes.PyDLL(None).sleep(60)  # in C, with Python's lock
+"""
+
+
+def test_code_that_keeps_pythons_lock_is_ended_by_the_backstop() -> None:
+    process = start(HELD)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Timeout" in err
+    assert 'File "<string>"' in err
