@@ -86,7 +86,8 @@ def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checke
     """Generate and load the function of a stage (it is compiled at its first use)."""
     writer = _Writer(stage, schema, default_ids, checked)
     source = writer.source()
-    identity = "\n".join(function_identity(fn) for fn in writer.functions.values())
+    # Machine code that is loaded again looks its functions' modules up by name.
+    identity = "\n".join(f"{fn.__module__} {function_identity(fn)}" for fn in writer.functions.values())
     names: dict[str, Any] = {
         name: compile_row_function(fn, checked=checked) for name, fn in writer.functions.items()
     }
