@@ -189,7 +189,7 @@ class Run:
         Raises:
             RunFolderError: their folder cannot be read.
         """
-        from rustsim_hpc.storage.folder import list_checkpoints, step_of
+        from rustsim_hpc.storage import list_checkpoints, step_of
 
         folder = self.path / CHECKPOINTS
         with _reading(folder):
@@ -205,7 +205,7 @@ class Run:
             RunFolderError: there is no such checkpoint.
             CheckpointFileError: it does not hold, or has no such column.
         """
-        from rustsim_hpc.storage.reading import read_rows
+        from rustsim_hpc.storage import read_rows
 
         view = read_rows(self._checkpoint(step), columns=names or None)
         found = dict(zip(view.names, view.columns, strict=True))
@@ -218,7 +218,7 @@ class Run:
             RunFolderError: there is no such checkpoint.
             CheckpointFileError: it does not hold.
         """
-        from rustsim_hpc.storage.reading import read_rows
+        from rustsim_hpc.storage import read_rows
 
         return np.asarray(read_rows(self._checkpoint(step), columns=(), ids=True).ids, np.uint64)
 

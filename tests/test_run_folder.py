@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from rustsim_hpc import environment, lock, run_folder
+from rustsim_hpc.columns import Column, DeviceSoaCheckpoint, Schema
 from rustsim_hpc.crash import write_crash_bundle
-from rustsim_hpc.errors import OutputError, PartitionExecution, RunFolderError
+from rustsim_hpc.errors import CheckpointFileError, OutputError, PartitionExecution, RunFolderError
 from rustsim_hpc.files import (
     AppendFile,
     keep_lines,
@@ -27,6 +28,7 @@ from rustsim_hpc.files import (
     whole_lines,
     write_atomic,
 )
+from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
 from rustsim_hpc.lock import FolderLock, is_locked, read_holder
 from rustsim_hpc.metrics import EngineMetrics
 from rustsim_hpc.metrics_log import MetricsLog, read_metrics
@@ -36,6 +38,7 @@ from rustsim_hpc.partition import PartitionId
 from rustsim_hpc.run_folder import RunFolder, fresh_folder
 from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.run_record import RunFacts, read_record
+from rustsim_hpc.storage import CheckpointHeader, write_checkpoint
 from rustsim_hpc.team import SoloTeam
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +129,7 @@ def test_lines_are_cut(tmp_path: Path, tail: bytes) -> None:
 HOLD = """
 import sys, time, os, subprocess
 from pathlib import Path
+from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
 from rustsim_hpc.lock import FolderLock
 lock = FolderLock.claim(Path(sys.argv[1]), 0.1)
 if sys.argv[2:] == ["worker"]:
@@ -217,6 +221,7 @@ def test_a_child_that_is_no_worker_does_not_hold_it(
 JOIN = """
 import sys, time
 from pathlib import Path
+from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
 from rustsim_hpc.lock import FolderLock
 from rustsim_hpc.errors import RunFolderError
 try:
@@ -630,6 +635,40 @@ def test_reading_a_run_while_it_goes_on(tmp_path: Path) -> None:
     folder.release()
     run.reload()
     assert (run.status, run.step_index, run.fingerprint) == ("stopped", 4, 5)
+
+
+def test_columns_come_from_proven_checkpoints(tmp_path: Path) -> None:
+    folder = create(tmp_path / "run")
+    schema = Schema((Column("x", "float32"), Column("alive", "bool")))
+    team = SoloTeam()
+    for step in (5, 10):
+        columns = (np.arange(10, dtype=np.float32) * step, np.arange(10) % 2 == 0)
+        ids = np.arange(10, dtype=np.uint64) + np.uint64(100)
+        view = StateView(step, 10, schema.names, ids, columns)
+        state = DeviceSoaCheckpoint(ids, columns, schema.names, schema)
+        fingerprint = fingerprint_checkpoint(step, state, scheme="digest")
+        header = CheckpointHeader(step, 10, schema, fingerprint, default_ids=False)
+        write_checkpoint(folder.checkpoints, header, view, team)
+    run = open_run(folder.path)
+    assert list(run.checkpoints()) == [5, 10]
+    assert run.step_index == 10
+    assert run.columns("x").tolist() == [10.0 * row for row in range(10)]
+    assert run.columns("x", step=5).tolist() == [5.0 * row for row in range(10)]
+    both = run.columns(step=5)
+    assert list(both) == ["x", "alive"]
+    assert both["alive"].dtype == np.bool_
+    assert run.ids(5).tolist() == list(range(100, 110))
+    with pytest.raises(RunFolderError, match="no checkpoint of step 7: there are those of 5, 10"):
+        run.columns("x", step=7)
+    with pytest.raises(CheckpointFileError, match="no column y"):
+        run.columns("y")
+    path = run.checkpoints()[5]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointFileError):
+        run.columns("x", step=5)
+    folder.release()
 
 
 def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path) -> None:
