@@ -5,63 +5,130 @@ verified, checkpointed and restored onto any number of partitions, threads, proc
 same bits. Importing the package starts nothing: no MPI, no compiler, no signal handler, no log.
 """
 
-from rustsim_hpc import errors as errors
-from rustsim_hpc import random as random
-from rustsim_hpc.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
-from rustsim_hpc.columns import DeviceSoaCheckpoint, DeviceSoaStore
-from rustsim_hpc.config import ControlPlaneConfig, StepGuard
-from rustsim_hpc.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
-from rustsim_hpc.errors import (
-    ColumnarRuntimeError,
-    DeviceSoaRestoreError,
-    EngineControlPlaneError,
-    PartitionExecutorError,
-    PartitionPlanError,
-    RustsimError,
-)
-from rustsim_hpc.executors.base import (
-    PartitionExecutablePhase,
-    PartitionExecutor,
-    PartitionTask,
-    PartitionTaskResult,
-)
-from rustsim_hpc.executors.endpoint import EndpointPartitionExecutor, ExternalPartitionClient
-from rustsim_hpc.executors.inline import InlinePartitionExecutor
-from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
-from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
-from rustsim_hpc.model import (
-    Check,
-    ColumnPhase,
-    Derive,
-    Model,
-    Reduction,
-    RowKernel,
-    check,
-    column_phase,
-    derive,
-    function,
-    reduction,
-    row_kernel,
-)
-from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
-from rustsim_hpc.params import Param, Params
-from rustsim_hpc.partition import (
-    PartitionAssignment,
-    PartitionExecutionBackend,
-    PartitionExecutionContext,
-    PartitionId,
-    PartitionMode,
-    PartitionPhaseReport,
-    PartitionPlan,
-    PartitionWorker,
-)
-from rustsim_hpc.random import philox4x32_10
-from rustsim_hpc.replay import ReplayMode
-from rustsim_hpc.run_reader import open_run
-from rustsim_hpc.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
-from rustsim_hpc.schema import Column, Schema
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rustsim_hpc.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from rustsim_hpc import errors as errors
+    from rustsim_hpc import random as random
+    from rustsim_hpc.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
+    from rustsim_hpc.columns import DeviceSoaCheckpoint, DeviceSoaStore
+    from rustsim_hpc.config import ControlPlaneConfig, StepGuard
+    from rustsim_hpc.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
+    from rustsim_hpc.errors import (
+        ColumnarRuntimeError,
+        DeviceSoaRestoreError,
+        EngineControlPlaneError,
+        PartitionExecutorError,
+        PartitionPlanError,
+        RustsimError,
+    )
+    from rustsim_hpc.executors.base import (
+        PartitionExecutablePhase,
+        PartitionExecutor,
+        PartitionTask,
+        PartitionTaskResult,
+    )
+    from rustsim_hpc.executors.endpoint import EndpointPartitionExecutor, ExternalPartitionClient
+    from rustsim_hpc.executors.inline import InlinePartitionExecutor
+    from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+    from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+    from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
+    from rustsim_hpc.model import (
+        Check,
+        ColumnPhase,
+        Derive,
+        Model,
+        Reduction,
+        RowKernel,
+        check,
+        column_phase,
+        derive,
+        function,
+        reduction,
+        row_kernel,
+    )
+    from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
+    from rustsim_hpc.params import Param, Params
+    from rustsim_hpc.partition import (
+        PartitionAssignment,
+        PartitionExecutionBackend,
+        PartitionExecutionContext,
+        PartitionId,
+        PartitionMode,
+        PartitionPhaseReport,
+        PartitionPlan,
+        PartitionWorker,
+    )
+    from rustsim_hpc.random import philox4x32_10
+    from rustsim_hpc.replay import ReplayMode
+    from rustsim_hpc.run_reader import open_run
+    from rustsim_hpc.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
+    from rustsim_hpc.schema import Column, Schema
+
+# A name's module is loaded when the name is first used: most of what a start costs is never needed by it.
+_HOMES = {
+    "checkpoint": ("CheckpointPolicy", "EngineCheckpoint", "PartitionCheckpoint"),
+    "columns": ("DeviceSoaCheckpoint", "DeviceSoaStore"),
+    "config": ("ControlPlaneConfig", "StepGuard"),
+    "control_plane": ("ControlledStep", "EngineControlPlane", "PartitionedStep"),
+    "errors": (
+        "ColumnarRuntimeError",
+        "DeviceSoaRestoreError",
+        "EngineControlPlaneError",
+        "PartitionExecutorError",
+        "PartitionPlanError",
+        "RustsimError",
+    ),
+    "executors.base": (
+        "PartitionExecutablePhase",
+        "PartitionExecutor",
+        "PartitionTask",
+        "PartitionTaskResult",
+    ),
+    "executors.endpoint": ("EndpointPartitionExecutor", "ExternalPartitionClient"),
+    "executors.inline": ("InlinePartitionExecutor",),
+    "executors.threads": ("LocalThreadedPartitionExecutor",),
+    "fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
+    "metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
+    "model": (
+        "Check",
+        "ColumnPhase",
+        "Derive",
+        "Model",
+        "Reduction",
+        "RowKernel",
+        "check",
+        "column_phase",
+        "derive",
+        "function",
+        "reduction",
+        "row_kernel",
+    ),
+    "outputs": ("Arrays", "Picture", "Sample", "Series"),
+    "params": ("Param", "Params"),
+    "partition": (
+        "PartitionAssignment",
+        "PartitionExecutionBackend",
+        "PartitionExecutionContext",
+        "PartitionId",
+        "PartitionMode",
+        "PartitionPhaseReport",
+        "PartitionPlan",
+        "PartitionWorker",
+    ),
+    "random": ("philox4x32_10",),
+    "replay": ("ReplayMode",),
+    "run_reader": ("open_run",),
+    "runtime": ("ColumnarPhaseTiming", "ColumnarRuntime", "ColumnarStepTiming"),
+    "schema": ("Column", "Schema"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_SUBMODULES = ("errors", "random")
 
 __all__ = [
     "Arrays",
@@ -130,3 +197,21 @@ __all__ = [
     "reduction",
     "row_kernel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name in _SUBMODULES:
+        return import_module(f"rustsim_hpc.{name}")
+    if name not in _MODULE_OF:
+        from rustsim_hpc.errors import nearest
+
+        raise AttributeError(f"module 'rustsim_hpc' has no attribute '{name}'{nearest(name, __all__)}")
+    value = getattr(import_module(f"rustsim_hpc.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, loaded or not."""
+    return [*__all__, "__version__"]
