@@ -28,16 +28,30 @@ NEAR = st.floats(1e-6, 1e6) | st.floats(-1e6, -1e-6)
 
 
 @njit(error_model="numpy")
-def add_all(state, values, kind):
-    for i in range(values.size):
-        if kind == 0:
-            reduce.add_sum(state, values[i])
-        elif kind == 1:
-            reduce.add_count(state, values[i])
-        elif kind == 2:
-            reduce.add_min(state, values[i])
-        else:
-            reduce.add_max(state, values[i])
+def sum_all(state, values):
+    for value in values:
+        reduce.add_sum(state, value)
+
+
+@njit(error_model="numpy")
+def count_all(state, values):
+    for value in values:
+        reduce.add_count(state, value)
+
+
+@njit(error_model="numpy")
+def min_all(state, values):
+    for value in values:
+        reduce.add_min(state, value)
+
+
+@njit(error_model="numpy")
+def max_all(state, values):
+    for value in values:
+        reduce.add_max(state, value)
+
+
+ADD_ALL = {"sum": sum_all, "count": count_all, "min": min_all, "max": max_all}
 
 
 @njit(error_model="numpy")
@@ -64,9 +78,6 @@ def histogram(state, keys):
     return -1
 
 
-ADD_KIND = {"sum": 0, "count": 1, "min": 2, "max": 3}
-
-
 def reduced(kind, values, cuts=(), *, fold=False):
     """Reduce an array in parts, merge their states, and return the value."""
     states = []
@@ -75,7 +86,7 @@ def reduced(kind, values, cuts=(), *, fold=False):
         if fold:
             reduce.fold_sum(state, part)
         else:
-            add_all(state, part, ADD_KIND[kind])
+            ADD_ALL[kind](state, part)
         states.append(state)
     return reduce.finish(kind, values.dtype, reduce.merge(kind, np.stack(states)))
 
@@ -126,7 +137,7 @@ def test_folded_blocks_are_exact(seed, spread, n):
     expected = exact(values)
     state, one_by_one = reduce.new("sum", "f8"), reduce.new("sum", "f8")
     reduce.fold_sum(state, values)
-    add_all(one_by_one, values, 0)
+    sum_all(one_by_one, values)
     assert same(reduce.finish("sum", "f8", state), expected)
     assert same(reduce.finish("sum", "f8", one_by_one), expected)
     assert same(reduced("sum", rng.permutation(values), rng.integers(0, n, 5), fold=True), expected)
@@ -185,7 +196,7 @@ def test_settling_changes_no_value_and_makes_room():
     rng = np.random.default_rng(2)
     values = rng.normal(size=1000) * 1e10
     state = reduce.new("sum", "f8")
-    add_all(state, values, 0)
+    sum_all(state, values)
     before = reduce.finish("sum", "f8", state)
     reduce.settle_sum(state)
     assert np.all((state[: exact_sum.LIMBS - 1] >= 0) & (state[: exact_sum.LIMBS - 1] < 2**32))
@@ -392,7 +403,7 @@ def test_reductions_that_there_are_not(kind, bins):
 def test_finishing_does_not_change_the_state():
     for kind, dtype in (("sum", "f8"), ("sum", "i8"), ("min", "f4"), ("count", "?")):
         state = reduce.new(kind, dtype)
-        add_all(state, np.array([-3, 5]).astype(dtype), ADD_KIND[kind])
+        ADD_ALL[kind](state, np.array([-3, 5]).astype(dtype))
         before = state.copy()
         reduce.finish(kind, dtype, state)
         reduce.merge(kind, np.stack([state, state]))
