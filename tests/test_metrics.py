@@ -16,8 +16,9 @@ from rustsim_hpc.metrics import (
 CPU = ColumnarPhaseBackend.cpu()
 
 
-def run(kind: PhaseKind, position: int, name: str, elapsed: int, rows: int = 0) -> PhaseRun:
-    return PhaseRun(kind, position, name, CPU, elapsed, rows)
+def run(kind: PhaseKind, position: int, name: str, *elapsed: int, rows: int = 0) -> PhaseRun:
+    """One phase in one step: the duration of each partition's execution, and the rows of all."""
+    return PhaseRun(kind, position, name, CPU, elapsed[-1], sum(elapsed), len(elapsed), rows)
 
 
 def refresh(meter: Meter, step: int, phases: tuple[int, int, int]) -> None:
@@ -28,10 +29,8 @@ def test_a_partition_step_counts_executions_once_a_partition_and_rows_times_phas
     meter = Meter()
     refresh(meter, 1, (0, 2, 0))
     runs = [
-        run(PhaseKind.PARTITION, 0, "move", 5, 6),
-        run(PhaseKind.PARTITION, 1, "damp", 7, 6),
-        run(PhaseKind.PARTITION, 0, "move", 3, 4),
-        run(PhaseKind.PARTITION, 1, "damp", 2, 4),
+        run(PhaseKind.PARTITION, 0, "move", 5, 3, rows=10),
+        run(PhaseKind.PARTITION, 1, "damp", 7, 2, rows=10),
     ]
     meter.step_completed(20, runs, partitioned=True)
     snapshot = meter.snapshot()
@@ -42,7 +41,7 @@ def test_a_partition_step_counts_executions_once_a_partition_and_rows_times_phas
         EnginePhaseMetric(0, "move", CPU, 2, 3, 8),
         EnginePhaseMetric(1, "damp", CPU, 2, 2, 9),
     )
-    meter.step_completed(10, [run(PhaseKind.RUNTIME, 0, "x", 1, 10)])
+    meter.step_completed(10, [run(PhaseKind.RUNTIME, 0, "x", 1, rows=10)])
     later = meter.snapshot()
     assert (later.total_step_us, later.last_step_us) == (30, 10)
     assert (later.partition_rows_processed, later.partition_steps_completed) == (20, 1)
@@ -53,8 +52,8 @@ def test_counters_stay_with_their_phase_when_an_earlier_list_grows() -> None:
     meter = Meter()
     refresh(meter, 0, (1, 1, 1))
     meter.step_completed(1, [run(PhaseKind.RUNTIME, 0, "first", 4)])
-    meter.step_completed(1, [run(PhaseKind.PARTITION, 0, "second", 5, 1)], partitioned=True)
-    meter.step_completed(1, [run(PhaseKind.EXECUTOR, 0, "third", 6, 1)], partitioned=True)
+    meter.step_completed(1, [run(PhaseKind.PARTITION, 0, "second", 5, rows=1)], partitioned=True)
+    meter.step_completed(1, [run(PhaseKind.EXECUTOR, 0, "third", 6, rows=1)], partitioned=True)
     assert [(p.phase_index, p.name) for p in meter.snapshot().phases] == [
         (0, "first"),
         (1, "second"),
