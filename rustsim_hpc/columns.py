@@ -303,16 +303,16 @@ class DeviceSoaStore:
         """Return one live column by position."""
         return self.memory.current(range(self.num_columns)[index])
 
-    def checkpoint(self) -> DeviceSoaCheckpoint:
-        """Return an independent copy of this rank's rows."""
-        stored = self.memory.ids
+    def checkpoint(self, start: int = 0, stop: int | None = None) -> DeviceSoaCheckpoint:
+        """Return an independent copy of this rank's rows [start, stop), all of them by default."""
+        stored, rows = self.memory.ids, slice(start, self.memory.rows if stop is None else stop)
         return DeviceSoaCheckpoint(
-            None if stored is None else stored.copy(),
-            [column.copy() for column in self.columns],
+            None if stored is None else stored[rows].copy(),
+            [column[rows].copy() for column in self.columns],
             self.column_names,
             self.schema,
-            row_offset=self.row_offset,
-            rows=self.memory.rows,
+            row_offset=self.row_offset + start,
+            rows=rows.stop - start,
         )
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from rustsim_hpc.replay import ReplayMode
 
 @dataclass(frozen=True)
 class StepGuard:
-    """What a failed step leaves: the state before it (rollback), or nothing but the duty to restore (torn)."""
+    """What a failed step leaves: the state before it (rollback), or only the duty to restore (torn)."""
 
     kind: str
 
@@ -64,20 +64,45 @@ def validate_config(config: ControlPlaneConfig, agent_count: int) -> None:
     """Check a configuration against a population.
 
     Raises:
-        InvalidConfig: numbers that cannot be right, duplicate worker labels, an unknown scheme or guard.
+        InvalidConfig: fields of wrong types, numbers that cannot be right, duplicate worker labels, an
+            unknown scheme or guard.
         PlanError: the plan does not fit the population.
         MissingPartitionWorker: the plan names a worker that is not there.
     """
-    if config.max_retained_checkpoints < 1:
+    _check_types(config)
+    if _whole("max_retained_checkpoints", config.max_retained_checkpoints) < 1:
         raise InvalidConfig("max_retained_checkpoints must be greater than zero")
     interval = config.checkpoint_policy.interval_steps
-    if interval is not None and interval < 1:
+    if interval is not None and _whole("checkpoint interval_steps", interval) < 1:
         raise InvalidConfig("checkpoint interval_steps must be greater than zero")
     if config.guard.kind not in ("rollback", "torn"):
         raise InvalidConfig(f'unknown step guard "{config.guard.kind}"', hint="use rollback or torn")
     check_scheme(config.fingerprint)
     validate_plan(config.partition_plan, agent_count)
     validate_workers(config.partition_plan, config.partition_workers)
+
+
+def _check_types(config: ControlPlaneConfig) -> None:
+    wanted: dict[str, type] = {
+        "replay_mode": ReplayMode,
+        "checkpoint_policy": CheckpointPolicy,
+        "partition_plan": PartitionPlan,
+        "guard": StepGuard,
+        "fingerprint": str,
+    }
+    for name, kind in wanted.items():
+        value = getattr(config, name)
+        if not isinstance(value, kind):
+            raise InvalidConfig(f"{name} must be a {kind.__name__}, got {value!r}")
+    for worker in config.partition_workers:
+        if not isinstance(worker, PartitionWorker):
+            raise InvalidConfig(f"partition_workers must be PartitionWorkers, got {worker!r}")
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidConfig(f"{name} must be a whole number, got {value!r}")
+    return int(value.__index__())
 
 
 def validate_plan(plan: PartitionPlan, agent_count: int) -> None:

@@ -5,63 +5,37 @@ It runs on every rank of a team in the same way and knows the ranks only through
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
-from rustsim_hpc.assembly import assemble_partitions, checked_store, require_fingerprint
+from rustsim_hpc.agreement import agree
+from rustsim_hpc.assembly import assemble_partitions, checkpoint_store, new_store, require_value
 from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.checkpoint import EngineCheckpoint, PartitionCheckpoint
+from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.config import ControlPlaneConfig, validate_config, validate_plan
-from rustsim_hpc.errors import CheckpointWriteFailed, EngineControlPlaneError, InvalidConfig
+from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.failures import StepKind
 from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
 from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, Meter, PhaseRun
 from rustsim_hpc.model import ColumnPhase, Phase
-from rustsim_hpc.partition import PartitionPlan
+from rustsim_hpc.partition import PartitionAssignment, PartitionPlan
 from rustsim_hpc.replay import ReplayRecorder
+from rustsim_hpc.reports import ControlledStep as ControlledStep  # noqa: PLC0414
+from rustsim_hpc.reports import PartitionedStep as PartitionedStep  # noqa: PLC0414
 from rustsim_hpc.reports import PhaseReports
-from rustsim_hpc.runtime import ColumnarRuntime, ColumnarStepTiming, closure_phase
+from rustsim_hpc.runtime import ColumnarRuntime, closure_phase
 from rustsim_hpc.state_proof import StateProof
 from rustsim_hpc.stepper import Stepper, StepReport
 from rustsim_hpc.stepping import Executor, Stepping
 
 _INLINE = InlinePartitionExecutor()
 _CPU = ColumnarPhaseBackend.cpu()
-Step = TypeVar("Step")
-
-
-@dataclass(frozen=True)
-class ControlledStep:
-    """A committed step: timing, fingerprint if replay is on, checkpoint if one was due."""
-
-    timing: ColumnarStepTiming
-    fingerprint: ReplayFingerprint | None
-    checkpoint: EngineCheckpoint | None
-
-
-@dataclass(frozen=True)
-class PartitionedStep:
-    """A committed partition step.
-
-    Attributes:
-        step_index: index before the step (its fingerprint carries the one after).
-        agent_count: rows of the whole population.
-        phases: one report for each of this rank's partitions and each phase, partitions in order.
-        fingerprint: if replay is on.
-        checkpoint: if one was due.
-        total_us: wall-clock time in microseconds.
-    """
-
-    step_index: int
-    agent_count: int
-    phases: Sequence[Any]
-    fingerprint: ReplayFingerprint | None
-    checkpoint: EngineCheckpoint | None
-    total_us: int
+T = TypeVar("T")
 
 
 class EngineControlPlane:
@@ -84,7 +58,8 @@ class EngineControlPlane:
         self._partition_phases: list[ColumnPhase] = []
         self._executor_phases: list[Phase] = []
         self._meter = Meter()
-        self._retained: deque[EngineCheckpoint] = deque(maxlen=self._config.max_retained_checkpoints)
+        most = min(int(self._config.max_retained_checkpoints), sys.maxsize)
+        self._retained: deque[EngineCheckpoint] = deque(maxlen=most)
         self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
         self._proof = StateProof(runtime.device_store(), self._team, self._config.fingerprint)
         self._stepping = Stepping(runtime, self._config, self._replay, self._proof)
@@ -155,13 +130,13 @@ class EngineControlPlane:
 
     def add_partition_cpu_phase(self, name: str, function: Any) -> None:
         """Add a phase ``fn(context, columns, rows)`` that :meth:`step_partitions` runs on each partition."""
-        self._partition_phases.append(closure_phase(name, function))
         self._stepping.drop(StepKind.PARTITION)
+        self._partition_phases.append(closure_phase(name, function))
 
     def add_partition_executor_phase(self, name: str, function: Any) -> None:
         """Add a phase for :meth:`step_partitions_with_executor`; it may run on several threads at once."""
-        self._executor_phases.append(closure_phase(name, function))
         self._stepping.drop(StepKind.EXECUTOR)
+        self._executor_phases.append(closure_phase(name, function))
 
     def add_model(self, model: BoundModel, *, checked: bool = False, tile_rows: int = 0) -> None:
         """Make a bound model's phases the executor phases; its checks are made after every step.
@@ -174,6 +149,7 @@ class EngineControlPlane:
         Raises:
             InvalidConfig: there are executor phases already, or the state has other columns than the model.
         """
+        self._stepping.drop(StepKind.EXECUTOR)
         if self._executor_phases:
             raise InvalidConfig("a model's phases cannot be added to other executor phases")
         if model.schema != self._runtime.schema:
@@ -181,7 +157,6 @@ class EngineControlPlane:
         self._executor_phases = list(model.phases)
         self._stepping.model = model
         self._stepping.compile_options = {"checked": checked, "tile_rows": tile_rows}
-        self._stepping.drop(StepKind.EXECUTOR)
 
     def stepper(self, executor: Executor) -> Stepper:
         """Return what steps the executor phases through an executor, bound to the state as it lies now."""
@@ -224,11 +199,11 @@ class EngineControlPlane:
             EngineControlPlaneError: a phase failed, a fingerprint did not verify, or an earlier automatic
                 checkpoint could not be made.
         """
-        self._raise_late_error()
+        self._begin()
         start = time.perf_counter_ns()
         stepper = self._runtime.stepper(two_sided=self._config.guard.two_sided)
         report, fingerprint = self._stepping.step(StepKind.RUNTIME, stepper, 0)
-        timing = self._runtime.timing(report, start)
+        timing = self._runtime.timing(stepper, report, start)
         self._count(StepKind.RUNTIME, stepper, report, timing.total_us, captured=fingerprint is not None)
         return ControlledStep(timing, fingerprint, self._checkpoint_if_due())
 
@@ -280,11 +255,19 @@ class EngineControlPlane:
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def checkpoint(self, label: str | None = None) -> EngineCheckpoint:
-        """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it."""
+        """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it.
+
+        Raises:
+            CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
+            TornState: there is no whole state.
+        """
+        self._stepping.ready()
+        if not (label is None or isinstance(label, str)):
+            raise InvalidConfig(f"the label of a checkpoint must be text, got {label!r}")
         self._runtime.sync_to_host()
-        step = self._runtime.step_index
-        fingerprint = self._proof.of_current(step)
-        state = self._runtime.device_store().checkpoint()
+        step, store = self._runtime.step_index, self._runtime.device_store()
+        state = self._on_all_ranks(store.checkpoint, f"step {step}")
+        fingerprint = self._proof.of_current(step, afresh=True)
         sequence = self._meter.checkpoint_created()
         made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
         self._retained.append(made)
@@ -297,51 +280,74 @@ class EngineControlPlane:
             RestoreError: it does not prove itself, or is of another schema; nothing has changed.
             PlanError: its population does not fit the partition plan; nothing has changed.
         """
-        store = checked_store(checkpoint.state, self._runtime.schema, self._total_rows(checkpoint))
-        validate_plan(self._config.partition_plan, store.total_rows)
-        proof = StateProof(store, self._team, checkpoint.fingerprint.scheme)
-        require_fingerprint(checkpoint, proof.of_current(checkpoint.step_index).value)
-        self._stepping.replace(store, checkpoint.step_index)
+
+        def prepare() -> DeviceSoaStore:
+            store = checkpoint_store(checkpoint, self._runtime.device_store(), alone=self._team.size == 1)
+            validate_plan(self._config.partition_plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        stated = checkpoint.fingerprint
+        proof = StateProof(store, self._team, stated.scheme)
+        require_value(stated, proof.of_current(stated.step_index).value)
+        self._stepping.replace(store, stated.step_index)
 
     def partition_checkpoints(self) -> list[PartitionCheckpoint]:
         """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
 
         Raises:
             PlanError: the plan does not fit the population.
+            TornState: there is no whole state.
         """
+        self._stepping.ready()
         self._runtime.sync_to_host()
         store, step = self._runtime.device_store(), self._runtime.step_index
         validate_plan(self._config.partition_plan, store.total_rows)
-        whole = store.checkpoint()
         made = []
-        for assignment in self._config.partition_plan.materialized_assignments(store.total_rows):
-            start, stop = assignment.row_start - store.row_offset, assignment.row_end - store.row_offset
-            if stop < 0 or start > store.agent_count or (start == stop and len(assignment)):
-                continue
-            state = whole.slice_rows(start, stop)
+        for task in self._stepping.tasks():
+            state = store.checkpoint(task.start, task.stop)
             fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
-            made.append(PartitionCheckpoint(assignment, step, fingerprint, state.resident_bytes, state))
+            made.append(PartitionCheckpoint(task.assignment, step, fingerprint, state.resident_bytes, state))
         return made
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
         """Replace the state by partition checkpoints put together, once all have proved themselves.
+
+        Under a team each rank brings its own partitions.
 
         Raises:
             PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
             RestoreError: they are of another schema; nothing has changed.
             PlanError: their population does not fit the plan; nothing has changed.
         """
-        state = assemble_partitions(partitions, self._config.partition_plan)
-        store = checked_store(state, self._runtime.schema, None)
-        validate_plan(self._config.partition_plan, store.total_rows)
-        self._stepping.replace(store, partitions[0].step_index)
+        plan, current, alone = self._config.partition_plan, self._runtime.device_store(), self._team.size == 1
+        given = list(partitions)
+
+        def expected(stop: int) -> Sequence[PartitionAssignment]:
+            if alone:
+                return plan.materialized_assignments(stop)
+            return [task.assignment for task in self._stepping.tasks()]
+
+        def prepare() -> DeviceSoaStore:
+            store = new_store(assemble_partitions(given, expected, current.row_offset), current, alone=alone)
+            validate_plan(plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        step = int(given[0].step_index) if given else self._runtime.step_index
+        steps = set(self._team.allgather(step))
+        if len(steps) > 1:
+            raise PartitionCheckpointError(f"the ranks' partitions are of different steps: {sorted(steps)}")
+        self._stepping.replace(store, step)
 
     # -- inside --------------------------------------------------------------------------------------
 
     def _step_partitioned(
         self, kind: StepKind, phases: Sequence[Phase], executor: Executor
     ) -> PartitionedStep:
-        self._raise_late_error()
+        self._begin()
         start = time.perf_counter_ns()
         base = self._phase_base(kind)
         stepper = self._stepping.stepper(kind, executor, phases, base)
@@ -367,9 +373,10 @@ class EngineControlPlane:
         rows = sum(task.stop - task.start for task in tasks)
         micros = report.times // 1000
         totals = micros.sum(axis=0)
+        last = micros[-1] if len(tasks) else totals  # a rank may hold no rows
         runs = [
             PhaseRun(
-                kind, k, program.phase_names[k], _CPU, int(micros[-1, k]), int(totals[k]), len(tasks), rows
+                kind, k, program.phase_names[k], _CPU, int(last[k]), int(totals[k]), len(tasks), rows
             )
             for k in range(program.phase_count)
         ]
@@ -383,29 +390,46 @@ class EngineControlPlane:
             return None
         try:
             return self.checkpoint()
-        except Exception as error:
+        except CheckpointWriteFailed as error:
+            self._late_error = error
+        except Exception as error:  # noqa: BLE001 (the step stands, whatever it was)
             step = self._runtime.step_index
-            late = CheckpointWriteFailed(f"step {step}: {error}", step=step)
-            late.__cause__ = error
-            self._late_error = late
-            return None
+            self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
+            self._late_error.__cause__ = error
+        return None
 
-    def _raise_late_error(self) -> None:
+    def _begin(self) -> None:
+        """Refuse a step where there cannot be one, and raise what the last automatic checkpoint could not."""
+        self._stepping.ready()
         if self._late_error is not None:
             late, self._late_error = self._late_error, None
             raise late
 
-    def _total_rows(self, checkpoint: EngineCheckpoint) -> int | None:
-        """Return the population that a checkpoint belongs to: its own rows, or under a team the team's."""
-        return None if self._team.size == 1 else self._runtime.device_store().total_rows
+    def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
+        """Return ``make()``; if it fails on one rank, all of them raise.
 
-    def _collect(self, steps: Iterator[Step]) -> list[Step]:
-        done: list[Step] = []
+        ``checkpoint`` names what is being saved: then a lack of memory is a CheckpointWriteFailed.
+        """
+        failure: Exception | None = None
+        made: list[T] = []
+        try:
+            made.append(make())
+        except Exception as error:  # noqa: BLE001 (told to all ranks)
+            failure = error
+            if checkpoint:
+                step = self._runtime.step_index
+                failure = CheckpointWriteFailed(f"{checkpoint}: {message_of(error)}", step=step)
+                failure.__cause__ = error
+        agree(self._team, failure)
+        return made[0]
+
+    def _collect(self, steps: Iterator[T]) -> list[T]:
+        done: list[T] = []
         try:
             for step in steps:
                 done.append(step)  # noqa: PERF402 (what was done must survive the error)
-        except EngineControlPlaneError as error:
-            error.results = tuple(done)
+        except BaseException as error:
+            error.results = tuple(done)  # type: ignore[attr-defined]
             raise
         return done
 
@@ -414,7 +438,7 @@ class EngineControlPlane:
         for kind in StepKind:
             self._stepping.drop(kind)
 
-    def __enter__(self) -> EngineControlPlane:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -30,26 +30,22 @@ def plane_error(kind: StepKind, failed: StepFailed, step: int, phase_base: int) 
     """
     if kind is StepKind.RUNTIME:
         return Runtime(runtime_error(failed, step))
-    first, *others = [_one_error(kind, failure) for failure in failed.failures]
-    for error, failure in zip((first, *others), failed.failures, strict=True):
-        error.add_facts(
-            rank=failure.rank,
-            host=failure.host or None,
-            partition=failure.partition,
-            phase=failure.phase or None,
-            phase_index=phase_base + failure.phase_index,
-            step=step,
-        )
+    first, *others = [_one_error(kind, failure, step, phase_base) for failure in failed.failures]
     return first.add_facts(others=tuple(others))
 
 
-def _one_error(kind: StepKind, failure: PhaseFailure) -> RustsimError:
+def _one_error(kind: StepKind, failure: PhaseFailure, step: int, phase_base: int) -> RustsimError:
+    error: RustsimError
     if failure.error is not None:
-        return failure.error
-    if failure.kind == "worker":
-        return ExecutorError(Worker(failure.partition, failure.message))
-    if kind is StepKind.PARTITION:
-        return PartitionExecution(failure.partition, failure.phase, failure.message)
-    return ExecutorError(Phase(failure.partition, failure.phase, failure.message))
-
-
+        error = failure.error
+    elif failure.kind == "worker":
+        error = ExecutorError(Worker(failure.partition, failure.message, phase=failure.phase or None))
+    elif kind is StepKind.PARTITION:
+        error = PartitionExecution(failure.partition, failure.phase, failure.message)
+    else:
+        error = ExecutorError(Phase(failure.partition, failure.phase, failure.message))
+    if failure.phase_index is not None:
+        error.add_facts(phase=failure.phase or None, phase_index=phase_base + failure.phase_index)
+    if failure.trace:
+        error.add_note(f"the phase raised:\n{failure.trace}")
+    return error.add_facts(rank=failure.rank, host=failure.host or None, step=step)

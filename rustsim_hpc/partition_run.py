@@ -1,4 +1,4 @@
-"""Run one partition's share of a segment, wherever its rows live: in this thread, a pool's, or a worker process.
+"""Run one partition's share of a segment, wherever its rows live: this thread, a pool's, a worker process.
 
 The one place where user code of a phase is called. It raises nothing: a failure is returned as data, so that
 every executor reports it in the same way.
@@ -11,18 +11,19 @@ import socket
 import threading
 import time
 import traceback
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rustsim_hpc.errors import KernelError
+from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.fingerprint import digest_column, digest_keys
 from rustsim_hpc.partition import PartitionExecutionContext
 from rustsim_hpc.phase_columns import PhaseColumns
 from rustsim_hpc.program import ColumnCall, Item, KernelStage, Segment
-from rustsim_hpc.random import RowRandom
+from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.schema import DTYPES
-from rustsim_hpc.work import Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 
 if TYPE_CHECKING:
     from rustsim_hpc.kernels.stage import Argument, StageFunction
@@ -95,9 +96,9 @@ class PartitionRun:
                 else:
                     self._phase = item.ops[0].phase
                     self._run_stage(item, frame, status)
-        except Exception as error:  # whatever a phase raises becomes a typed failure
+        except Exception as error:  # noqa: BLE001 (whatever a phase raises becomes a typed failure)
             return self._failure(error, "phase")
-        except BaseException as error:  # SystemExit, KeyboardInterrupt: the worker would have died of it
+        except BaseException as error:  # noqa: BLE001 (SystemExit: a worker would have died of it)
             return self._failure(error, "worker")
         return None
 
@@ -132,10 +133,12 @@ class PartitionRun:
             backend=task.backend,
             step_index=frame.step_index,
             params=work.params,
-            reductions=frame.values,
+            reductions=MappingProxyType(frame.values),
             random=RowRandom(
                 work.stream_key(call.column_phase.stream), ids, task.stop - task.start, frame.step_index
-            ),
+            )
+            if frame.step_index <= MAX_STEP
+            else None,
         )
 
     def _digest(self, item: Item) -> None:
@@ -213,9 +216,7 @@ class PartitionRun:
 
     def _failure(self, error: BaseException, kind: str) -> PhaseFailure:
         assignment = self.task.assignment
-        message = str(error) or type(error).__name__
-        if kind == "worker":
-            message = "partition worker thread panicked"
+        message = PANICKED if kind == "worker" else message_of(error)
         return PhaseFailure(
             partition=assignment.partition_id,
             worker=assignment.worker,

@@ -1,4 +1,4 @@
-"""What a column phase gets as ``columns``: a partition's columns by position and by name, written in place."""
+"""What a column phase gets as ``columns``: a partition's columns by position and name, written in place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from rustsim_hpc.schema import Schema
 from rustsim_hpc.errors import nearest
+from rustsim_hpc.schema import Schema
 
 Array = np.ndarray[Any, Any]
 
@@ -25,9 +25,8 @@ class PhaseColumns(Sequence[Array]):
     def __init__(self, schema: Schema, arrays: Sequence[Array], writable: Sequence[bool]) -> None:
         self._schema = schema
         self._writable = tuple(writable)
-        self._views = [array.view() for array in arrays]
-        for view, may in zip(self._views, self._writable, strict=True):
-            view.flags.writeable = may
+        pairs = zip(arrays, self._writable, strict=True)
+        self._views = [array.view() if may else _read_only(array) for array, may in pairs]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,7 +58,8 @@ class PhaseColumns(Sequence[Array]):
         if array.dtype != view.dtype:
             raise TypeError(f'column "{name}" is {view.dtype}, cannot be replaced by {array.dtype}')
         if array.shape != view.shape:
-            raise ValueError(f'column "{name}" has {len(view)} rows, cannot be replaced by shape {array.shape}')
+            rows = len(view)
+            raise ValueError(f'column "{name}" has {rows} rows, cannot be replaced by shape {array.shape}')
         if not self._writable[position]:
             raise ValueError(f'column "{name}" is not among the columns that this phase writes')
         np.copyto(view, array)
@@ -79,3 +79,13 @@ class PhaseColumns(Sequence[Array]):
                     f'column "{column.name}" was {column.dtype} of {rows} rows, is now {view.dtype} of '
                     f"shape {view.shape}: a phase cannot change dtype or length"
                 )
+
+
+def _read_only(array: Array) -> Array:
+    """Return a view that cannot be made writable again: it would be the state itself that is written."""
+    if not array.size:
+        array = array.view()
+        array.flags.writeable = False
+        return array
+    buffer: Any = array
+    return np.frombuffer(memoryview(buffer).toreadonly(), array.dtype)

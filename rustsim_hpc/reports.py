@@ -1,13 +1,17 @@
-"""Phase reports of a step, made from a fixed array of nanoseconds when somebody reads them."""
+"""What a step returns; phase reports are made from an array of nanoseconds when somebody reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 
+from rustsim_hpc.checkpoint import EngineCheckpoint
+from rustsim_hpc.fingerprint import ReplayFingerprint
 from rustsim_hpc.partition import PartitionPhaseReport
+from rustsim_hpc.runtime import ColumnarStepTiming
 from rustsim_hpc.work import Task
 
 
@@ -52,3 +56,43 @@ class PhaseReports(Sequence[PartitionPhaseReport]):
             rows=task.stop - task.start,
             elapsed_us=int(self._times[place, position]) // 1000,
         )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+@dataclass(frozen=True)
+class ControlledStep:
+    """A committed step: timing, fingerprint if replay is on, checkpoint if one was due."""
+
+    timing: ColumnarStepTiming
+    fingerprint: ReplayFingerprint | None
+    checkpoint: EngineCheckpoint | None
+
+
+@dataclass(frozen=True)
+class PartitionedStep:
+    """A committed partition step.
+
+    Attributes:
+        step_index: index before the step (its fingerprint carries the one after).
+        agent_count: rows of the whole population.
+        phases: one report for each of this rank's partitions and each phase, partitions in order.
+        fingerprint: if replay is on.
+        checkpoint: if one was due.
+        total_us: wall-clock time in microseconds.
+    """
+
+    step_index: int
+    agent_count: int
+    phases: Sequence[PartitionPhaseReport]
+    fingerprint: ReplayFingerprint | None
+    checkpoint: EngineCheckpoint | None
+    total_us: int

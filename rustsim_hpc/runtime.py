@@ -1,25 +1,25 @@
 """The columnar runtime: a store, its phases, and one step over all rows.
 
-:class:`ColumnarRuntime` is the plain engine that a control plane wraps; it also binds programs to steppers for
-the plane, so that every way to step goes through :class:`~rustsim_hpc.stepper.Stepper`.
+:class:`ColumnarRuntime` is the plain engine that a control plane wraps; every way to step goes through
+:class:`~rustsim_hpc.stepper.Stepper`.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rustsim_hpc.columns import DeviceSoaStore
-from rustsim_hpc.errors import ColumnarRuntimeError
+from rustsim_hpc.errors import ColumnarRuntimeError, InvalidConfig
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.metrics import ColumnarPhaseBackend
-from rustsim_hpc.model import ColumnPhase
+from rustsim_hpc.model import ColumnPhase, Derive, DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
 from rustsim_hpc.program import plan_program
 from rustsim_hpc.schema import Schema
 from rustsim_hpc.stepper import StepFailed, Stepper, StepReport
 from rustsim_hpc.team import SoloTeam, Team
-from rustsim_hpc.work import Task, Work
+from rustsim_hpc.work import PhaseFailure, Task, Work
 
 __all__ = [
     "ColumnarPhaseBackend",
@@ -42,7 +42,7 @@ class ColumnarPhaseTiming:
 
 @dataclass(frozen=True)
 class ColumnarStepTiming:
-    """One step of a runtime: its index (before the step), rows, phases, and the whole time in microseconds."""
+    """One step of a runtime: its index (before the step), rows, phases, the whole time in microseconds."""
 
     step_index: int
     agent_count: int
@@ -51,16 +51,29 @@ class ColumnarStepTiming:
 
 
 def closure_phase(name: str, fn: object) -> ColumnPhase:
-    """Return a plain callable as a phase that may change every column.
+    """Return a callable as a phase that may change every column; a column phase keeps what it declares.
 
     Raises:
-        TypeError: it cannot be called.
+        InvalidConfig: it cannot be called with (context, columns, rows), or the name is not text.
     """
+    if not isinstance(name, str):
+        raise InvalidConfig(f"the name of a phase must be text, got {name!r}")
     if isinstance(fn, ColumnPhase):
-        return fn
+        return fn if fn.name == name else replace(fn, name=name)
+    if isinstance(fn, RowKernel | Reduction | Derive | DeviceFunction):
+        kind = type(fn).__name__
+        raise InvalidConfig(f'phase "{name}": a {kind} is a phase of a model', hint="use rs.Model")
     if not callable(fn):
-        raise TypeError(f'phase "{name}" must be a function of (context, columns, rows), got {fn!r}')
+        raise InvalidConfig(f'phase "{name}" must be a function of (context, columns, rows), got {fn!r}')
     return _Closure(fn, name, None, row_local=False, stream=name)
+
+
+def _checked(store: DeviceSoaStore, step_index: int) -> tuple[DeviceSoaStore, int]:
+    if not isinstance(store, DeviceSoaStore):
+        raise InvalidConfig(f"a runtime needs a DeviceSoaStore, got {type(store).__name__}")
+    if isinstance(step_index, bool) or not hasattr(step_index, "__index__") or not 0 <= step_index < 2**64:
+        raise InvalidConfig(f"a step index is a whole number from 0 to 2^64 - 1, got {step_index!r}")
+    return store, int(step_index)
 
 
 class _Closure(ColumnPhase):
@@ -74,13 +87,13 @@ class ColumnarRuntime:
         store: the state.
         step_index: steps already made.
         team: the ranks that hold the other rows; this process alone by default.
+
+    Raises:
+        InvalidConfig: not a store, or not a step index.
     """
 
     def __init__(self, store: DeviceSoaStore, step_index: int = 0, *, team: Team | None = None) -> None:
-        if step_index < 0:
-            raise ValueError(f"step_index must not be negative, got {step_index}")
-        self._store = store
-        self._step_index = step_index
+        self._store, self._step_index = _checked(store, step_index)
         self._phases: list[ColumnPhase] = []
         self._stepper: Stepper | None = None
         self._two_sided = True
@@ -149,15 +162,18 @@ class ColumnarRuntime:
         """Add a phase ``fn(context, columns, rows)`` that runs over all rows of this rank.
 
         Raises:
-            TypeError: ``fn`` cannot be called.
+            InvalidConfig: ``fn`` cannot be called.
         """
         self._phases.append(closure_phase(name, fn))
         self._drop_stepper()
 
     def restore_device_store(self, store: DeviceSoaStore, step_index: int) -> None:
-        """Replace state and step index; phases stay."""
-        self._store = store
-        self._step_index = step_index
+        """Replace state and step index; phases stay.
+
+        Raises:
+            InvalidConfig: not a store, or not a step index; nothing has changed.
+        """
+        self._store, self._step_index = _checked(store, step_index)
         self._drop_stepper()
 
     # -- stepping ------------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ class ColumnarRuntime:
         except StepFailed as failed:
             raise runtime_error(failed, self._step_index) from None
         self.commit(stepper)
-        return self.timing(report, start)
+        return self.timing(stepper, report, start)
 
     def stepper(self, *, two_sided: bool) -> Stepper:
         """Return what steps the runtime phases, bound to the state as it lies now."""
@@ -189,11 +205,13 @@ class ColumnarRuntime:
         self._store.memory.swap(stepper.work.program.swapped)
         self._step_index += 1
 
-    def timing(self, report: StepReport, start_ns: int) -> ColumnarStepTiming:
+    def timing(self, stepper: Stepper, report: StepReport, start_ns: int) -> ColumnarStepTiming:
         """Return the timing of the step just committed, which began at ``start_ns`` (perf_counter)."""
+        program = stepper.work.program
+        micros = report.times.sum(axis=0) // 1000
         phases = tuple(
-            ColumnarPhaseTiming(index, name, ColumnarPhaseBackend.cpu(), int(report.times[:, index].sum()) // 1000)
-            for index, name in enumerate(self.phase_names)
+            ColumnarPhaseTiming(index, name, ColumnarPhaseBackend.cpu(), int(micros[index]))
+            for index, name in enumerate(program.phase_names[: program.phase_count])
         )
         total = (time.perf_counter_ns() - start_ns) // 1000
         return ColumnarStepTiming(self._step_index - 1, self.agent_count, phases, total)
@@ -215,8 +233,18 @@ class ColumnarRuntime:
 
 def runtime_error(failed: StepFailed, step: int) -> ColumnarRuntimeError:
     """Return the error of a step whose runtime phases failed, the first in front and the others attached."""
-    first, *others = [
-        ColumnarRuntimeError(f.phase_index, f.phase, f.message, step=step, rank=f.rank, host=f.host)
-        for f in failed.failures
-    ]
+    first, *others = [_one_error(failure, step) for failure in failed.failures]
     return first.add_facts(others=tuple(others))
+
+
+def _one_error(failure: PhaseFailure, step: int) -> ColumnarRuntimeError:
+    message = failure.message
+    if failure.kind == "worker" and failure.trace:
+        # Not an Exception (SystemExit, say). There are no partition workers here that could have died of it.
+        message = failure.trace.strip().splitlines()[-1]
+    error = ColumnarRuntimeError(
+        failure.phase_index or 0, failure.phase, message, step=step, rank=failure.rank, host=failure.host
+    )
+    if failure.trace:
+        error.add_note(f"the phase raised:\n{failure.trace}")
+    return error

@@ -54,8 +54,10 @@ class StateProof:
         """Forget all sums: the state was replaced."""
         self._sums = [None] * (1 + self._store.num_columns)
 
-    def of_current(self, step_index: int) -> ReplayFingerprint:
-        """Return the fingerprint of the current state (collective)."""
+    def of_current(self, step_index: int, *, afresh: bool = False) -> ReplayFingerprint:
+        """Return the fingerprint of the current state (collective); ``afresh`` trusts no remembered sum."""
+        if afresh:
+            self.forget()
         columns = [self._store.memory.current(c) for c in range(self._store.num_columns)]
         return self._fingerprint(step_index, columns, self._sums)
 

@@ -1,4 +1,4 @@
-"""One step of a program on one rank, in concert with the team: run segments, meet, agree; nothing is committed.
+"""One step of a program on one rank, in concert with the team: run segments, meet, agree; no commit.
 
 The new state stands on the columns' other side until the caller commits it, so a failure has nothing to undo.
 """
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.errors import ColumnarRuntimeError
+from rustsim_hpc.agreement import agree as agree_on
+from rustsim_hpc.errors import ColumnarRuntimeError, message_of
 from rustsim_hpc.executors.base import OBSERVE, ResidentSession
 from rustsim_hpc.program import Segment
 from rustsim_hpc.reductions import finish_reduction, is_additive, merge_states, reset_states
-from rustsim_hpc.agreement import agree as agree_on
 from rustsim_hpc.schema import DTYPES
 from rustsim_hpc.team import Team
 from rustsim_hpc.work import Frame, PhaseFailure, Work
@@ -144,7 +144,8 @@ class Stepper:
 
     def _merged(self, slot: int) -> Array:
         """Return one state for those of this rank's partitions."""
-        return merge_states(self.work.program.reductions[slot], self._dtype(slot), self.session.board.states[slot])
+        states = self.session.board.states[slot]
+        return merge_states(self.work.program.reductions[slot], self._dtype(slot), states)
 
     def _gather_others(self, segment: Segment, merged: dict[int, Array]) -> None:
         """Merge the states that do not simply add up (min and max) over the ranks."""
@@ -163,7 +164,8 @@ class Stepper:
                 frame.values[reduction.name] = finish_reduction(reduction, self._dtype(slot), merged[slot])
             except ArithmeticError as error:
                 index = self.work.program.phase_names.index(reduction.name)
-                raise ColumnarRuntimeError(index, reduction.name, str(error), step=frame.step_index) from error
+                step = frame.step_index
+                raise ColumnarRuntimeError(index, reduction.name, str(error), step=step) from error
 
     def _raise_failures(self, failures: list[PhaseFailure]) -> None:
         mine = [replace(f, rank=self.team.rank, host=f.host or socket.gethostname()) for f in failures]
@@ -191,7 +193,7 @@ class Stepper:
                 raise ValueError(f"returned {sorted(results)}, declared {sorted(derive.names)}")
             frame.values.update({name: _as_value(name, results[name]) for name in derive.names})
         except Exception as error:
-            message = str(error) or type(error).__name__
+            message = message_of(error)
             raise ColumnarRuntimeError(index, derive.name, message, step=frame.step_index) from error
 
 

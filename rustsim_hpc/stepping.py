@@ -1,19 +1,31 @@
-"""From a request for a step to its commit: bind, advance, observe, check, prove, verify, and then one swap."""
+"""From a request for a step to its commit: bind, advance, observe, check, prove, verify, then one swap."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rustsim_hpc.agreement import agree
-from rustsim_hpc.config import ControlPlaneConfig
-from rustsim_hpc.errors import CheckFailed, ColumnarRuntimeError, InvalidConfig, Runtime, RustsimError, TornState
+from rustsim_hpc.columns import DeviceSoaStore
+from rustsim_hpc.config import ControlPlaneConfig, validate_plan
+from rustsim_hpc.errors import (
+    CheckFailed,
+    ColumnarRuntimeError,
+    ExecutorError,
+    InvalidConfig,
+    Runtime,
+    RustsimError,
+    TornState,
+    Worker,
+    message_of,
+)
 from rustsim_hpc.executors.base import PartitionExecutor, ResidentExecutor
 from rustsim_hpc.executors.tasks import TaskSession
 from rustsim_hpc.failures import StepKind, plane_error
 from rustsim_hpc.fingerprint import ReplayFingerprint
 from rustsim_hpc.model import Phase
-from rustsim_hpc.partition import PartitionAssignment, resolve_backend
+from rustsim_hpc.partition import PartitionAssignment, PartitionId, resolve_backend
 from rustsim_hpc.program import plan_program
 from rustsim_hpc.replay import ReplayRecorder
 from rustsim_hpc.runtime import ColumnarRuntime
@@ -47,12 +59,35 @@ class Stepping:
         self.values: dict[str, Any] = {}
         self.model: BoundModel | None = None
         self.compile_options: dict[str, Any] = {}
-        self._bound: dict[StepKind, tuple[Executor, Stepper]] = {}
+        self._bound: dict[StepKind, _Bound] = {}
         self._torn: str | None = None
+        self._step_lock = threading.Lock()
+        self._seen = (runtime.device_store(), runtime.step_index)
+
+    def ready(self, *, to_restore: bool = False) -> None:
+        """Check that the plane may be used now, and notice a state that was changed behind its back.
+
+        Raises:
+            InvalidConfig: it is in the middle of a step (a phase calls it, or another thread).
+            TornState: a step failed half way under the torn guard, and this is not to restore.
+        """
+        if self._step_lock.locked():
+            raise _in_a_step()
+        if self._torn is not None and not to_restore:
+            raise TornState(self._torn, hint="restore a checkpoint")
+        store, step = self.runtime.device_store(), self.runtime.step_index
+        if store is not self._seen[0]:
+            self._let_go()
+            self.proof.replace(store)
+        elif step != self._seen[1]:
+            self.proof.forget()
+        self._seen = store, step
 
     # -- one step ------------------------------------------------------------------------------------
 
-    def step(self, kind: StepKind, stepper: Stepper, phase_base: int) -> tuple[StepReport, ReplayFingerprint | None]:
+    def step(
+        self, kind: StepKind, stepper: Stepper, phase_base: int
+    ) -> tuple[StepReport, ReplayFingerprint | None]:
         """Make one step.
 
         ::
@@ -69,24 +104,36 @@ class Stepping:
         Raises:
             EngineControlPlaneError: what failed; the same on every rank.
         """
-        if self._torn is not None:
-            raise TornState(self._torn, hint="restore a checkpoint")
+        if not self._step_lock.acquire(blocking=False):
+            raise _in_a_step()
+        try:
+            return self._step(kind, stepper, phase_base)
+        finally:
+            self._step_lock.release()
+
+    def _step(
+        self, kind: StepKind, stepper: Stepper, phase_base: int
+    ) -> tuple[StepReport, ReplayFingerprint | None]:
         before = self.runtime.step_index
         try:
             due = self.replay.is_due(before + 1)
             report = stepper.advance(before, want_digest=due and self.proof.scheme == "digest")
             self._observe_and_check(stepper, report, before + 1)
             fingerprint, sums = self._prove(stepper, report, before + 1, due=due)
-        except BaseException as error:
+            if self._seen != (self.runtime.device_store(), self.runtime.step_index):
+                raise InvalidConfig("a phase replaced the state of the runtime that runs it")
+        except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised typed)
+            typed = self._typed(kind, error, before, phase_base)
             if not self.config.guard.two_sided:
-                self._torn = f"step {before} failed half way: {error}"
+                self._torn = f"step {before} failed half way: {message_of(typed)}"
                 self.proof.forget()
-            raise self._typed(kind, error, before, phase_base) from _cause(error)
+            raise typed from _cause(error)
         self.runtime.commit(stepper)
         self.proof.keep(sums)
         if fingerprint is not None:
             self.replay.accept(fingerprint)
         self.values = report.values
+        self._seen = self._seen[0], before + 1
         return report, fingerprint
 
     def _observe_and_check(self, stepper: Stepper, report: StepReport, step: int) -> None:
@@ -104,8 +151,8 @@ class Stepping:
         for check in due:
             try:
                 holds, why = bool(check.fn(context)), "it is false"
-            except Exception as error:
-                holds, why = False, str(error) or type(error).__name__
+            except Exception as error:  # noqa: BLE001 (a check is somebody else's code)
+                holds, why = False, message_of(error)
             if not holds:
                 failure = CheckFailed(check.name, f"{why} after step {step - 1}", step=step - 1)
                 break
@@ -131,25 +178,43 @@ class Stepping:
 
     # -- binding -------------------------------------------------------------------------------------
 
-    def stepper(self, kind: StepKind, executor: Executor, phases: Sequence[Phase], phase_base: int) -> Stepper:
-        """Return the stepper of a list of phases, bound to an executor and the state as it lies now."""
+    def stepper(
+        self, kind: StepKind, executor: Executor, phases: Sequence[Phase], phase_base: int
+    ) -> Stepper:
+        """Return the stepper of a list of phases, bound to an executor and the state as it lies now.
+
+        Raises:
+            InvalidConfig: not an executor; or a partition lies on two ranks.
+            PlanError: the plan does not fit the population.
+            ExecutorError: the executor does not serve a partition's backend, or cannot start.
+        """
+        self.ready()
         bound = self._bound.get(kind)
-        if bound is not None and bound[0] == executor:
-            return bound[1]
+        if bound is not None and bound.executor is executor and bound.phase_base == phase_base:
+            return bound.stepper
         self.drop(kind)
         work = self._work(kind, phases)
-        if isinstance(executor, ResidentExecutor):
-            session: Any = executor.attach(work)
-        elif isinstance(executor, PartitionExecutor):
-            session = TaskSession(work, executor, phase_base, self.config.fingerprint)
-        else:
-            raise InvalidConfig(f"{executor!r} is not a partition executor: it has no execute(tasks)")
-        stepper = Stepper(work, session, self.runtime.team)
-        self._bound[kind] = (executor, stepper)
+        stepper = Stepper(work, self._session(work, executor, phase_base), self.runtime.team)
+        self._bound[kind] = _Bound(executor, phase_base, stepper)
         return stepper
+
+    def _session(self, work: Work, executor: Executor, phase_base: int) -> Any:
+        resident = isinstance(executor, ResidentExecutor)
+        if isinstance(executor, type) or not (resident or isinstance(executor, PartitionExecutor)):
+            raise InvalidConfig(f"{executor!r} is not a partition executor: it has no execute(tasks)")
+        if not isinstance(executor, ResidentExecutor):
+            return TaskSession(work, executor, phase_base, self.config.fingerprint)
+        try:
+            return executor.attach(work)
+        except RustsimError:
+            raise
+        except Exception as error:
+            first = work.tasks[0].assignment.partition_id if work.tasks else PartitionId(0)
+            raise ExecutorError(Worker(first, f"cannot start: {message_of(error)}")) from error
 
     def _work(self, kind: StepKind, phases: Sequence[Phase]) -> Work:
         store, model = self.runtime.device_store(), self.model if kind is StepKind.EXECUTOR else None
+        validate_plan(self.config.partition_plan, store.total_rows)
         program = plan_program(
             store.schema,
             phases,
@@ -162,14 +227,14 @@ class Stepping:
             ids=None if store.default_ids else store.ids,
             first_row=store.row_offset,
             total_rows=store.total_rows,
-            tasks=self._tasks(),
+            tasks=self.tasks(),
             **self.compile_options,
         )
         if model is not None:
             model.bind_work(work)
         return work
 
-    def _tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[Task, ...]:
         """Return this rank's partitions: a contiguous run of the plan's.
 
         Raises:
@@ -192,22 +257,48 @@ class Stepping:
     def bound(self, kind: StepKind) -> Stepper | None:
         """Return the stepper that is bound now, if any."""
         bound = self._bound.get(kind)
-        return None if bound is None else bound[1]
+        return None if bound is None else bound.stepper
 
     def drop(self, kind: StepKind) -> None:
-        """Unbind a list of phases; its executor lets go of threads and processes."""
+        """Unbind a list of phases; its executor lets go of threads and processes.
+
+        Raises:
+            InvalidConfig: a step is being made.
+        """
+        if self._step_lock.locked():
+            raise _in_a_step()
         bound = self._bound.pop(kind, None)
         if bound is not None:
-            bound[1].session.close()
+            bound.stepper.session.close()
 
-    def replace(self, store: Any, step_index: int) -> None:
+    def replace(self, store: DeviceSoaStore, step_index: int) -> None:
         """Replace the state; everything bound to the old one is let go."""
-        for kind in StepKind:
-            self.drop(kind)
+        self._let_go()
         self.runtime.restore_device_store(store, step_index)
+        self._seen = store, self.runtime.step_index
         self.proof.replace(store)
         self.replay.restored(step_index)
         self._torn = None
+
+    def _let_go(self) -> None:
+        for kind in StepKind:
+            self.drop(kind)
+        self.values = {}
+
+
+class _Bound(NamedTuple):
+    """A list of phases bound to the state."""
+
+    executor: Executor
+    phase_base: int
+    stepper: Stepper
+
+
+def _in_a_step() -> InvalidConfig:
+    return InvalidConfig(
+        "the control plane is in the middle of a step",
+        hint="a phase cannot use the plane that runs it, nor can two threads use one plane",
+    )
 
 
 def _lies_in(assignment: PartitionAssignment, first: int, last: int) -> bool:

@@ -23,7 +23,7 @@ from rustsim_hpc.partition import (
     PartitionPhaseReport,
 )
 from rustsim_hpc.phase_columns import PhaseColumns
-from rustsim_hpc.random import RowRandom
+from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.schema import Schema
 from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Work
 
@@ -70,7 +70,7 @@ class PartitionExecutablePhase:
         """
         if self._schema is not None and not isinstance(columns, PhaseColumns):
             columns = PhaseColumns(self._schema, columns, [array.flags.writeable for array in columns])
-        if self._stream_key is not None and context.random is None:
+        if self._stream_key is not None and context.random is None and context.step_index <= MAX_STEP:
             ids = context.row_start if self._ids is None else self._ids
             context = replace(context, random=RowRandom(self._stream_key, ids, rows, context.step_index))
         self._function(context, columns, rows)
@@ -197,7 +197,7 @@ def require_local(work: Work, executor: str) -> None:
 def refused_backend(
     partition: PartitionId, backend: PartitionExecutionBackend, executor: str
 ) -> Worker | None:
-    """Return the error of an executor that serves the local CPU alone, or None if that is what is asked for."""
+    """Return the error of an executor that serves the local CPU alone, None if that is asked for."""
     if isinstance(backend, PartitionExecutionBackend.LocalCpu):
         return None
     return Worker(
@@ -216,29 +216,24 @@ def describe(backend: PartitionExecutionBackend) -> str:
     return "the local CPU"
 
 
-def run_local_tasks(
-    tasks: Sequence[PartitionTask],
-    executor: str,
-    outcomes: Callable[[Sequence[PartitionTask]], Iterable[Callable[[], PartitionTaskResult]]],
-) -> list[PartitionTaskResult]:
-    """Collect one result a task, all tasks run to their end, of an executor that serves the local CPU only.
+def require_local_tasks(tasks: Sequence[PartitionTask], executor: str) -> None:
+    """Raise Worker if a task's backend is not the local CPU."""
+    for task in tasks:
+        if refusal := refused_backend(task.context().partition_id, task.context().backend, executor):
+            raise refusal
 
-    Args:
-        tasks: what to run.
-        executor: its name.
-        outcomes: for each task a call that returns its result or raises its failure.
+
+def collect_results(calls: Iterable[Callable[[], PartitionTaskResult]]) -> list[PartitionTaskResult]:
+    """Make all calls, one for each task in order, and return their results.
 
     Raises:
         PartitionExecutorError: the first failure in the order of tasks, the others attached.
     """
-    for task in tasks:
-        if refusal := refused_backend(task.context().partition_id, task.context().backend, executor):
-            raise refusal
     results: list[PartitionTaskResult] = []
     failures: list[PartitionExecutorError] = []
-    for outcome in outcomes(tasks):
+    for call in calls:
         try:
-            results.append(outcome())
+            results.append(call())
         except PartitionExecutorError as error:
             failures.append(error)
     if failures:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from rustsim_hpc.errors import MissingEndpoint, PartitionExecutorError, Worker, message_of
-from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult
+from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult, collect_results
 from rustsim_hpc.partition import PartitionExecutionBackend
 
 
@@ -42,13 +43,15 @@ class EndpointPartitionExecutor(Generic[Client]):
         return self._client
 
     def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
-        """Run the tasks one after the other at their endpoints.
+        """Run the tasks one after the other at their endpoints, all of them.
+
+        The first failure is raised, the others attached.
 
         Raises:
             PartitionExecutorError: ``Worker`` for another backend or a client's failure,
                 ``MissingEndpoint`` where the endpoint is empty.
         """
-        return [self._execute(task) for task in tasks]
+        return collect_results(partial(self._execute, task) for task in tasks)
 
     def _execute(self, task: PartitionTask) -> PartitionTaskResult:
         partition, backend = task.context().partition_id, task.context().backend

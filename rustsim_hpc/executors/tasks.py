@@ -1,8 +1,8 @@
-"""The seed's task boundary as a session: payloads out as copies, results checked, then copied beside the state."""
+"""The public task boundary as a session: payloads go out as copies, results are checked and then taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ import numpy as np
 from rustsim_hpc.checkpoint import PartitionCheckpoint
 from rustsim_hpc.columns import DeviceSoaCheckpoint
 from rustsim_hpc.errors import (
+    EngineControlPlaneError,
     ExecutorError,
     PartitionCheckpointError,
     PartitionExecutorError,
     Phase,
     ResultCountMismatch,
-    RustsimError,
     Worker,
+    message_of,
 )
 from rustsim_hpc.executors.base import (
     PartitionExecutablePhase,
@@ -24,11 +25,14 @@ from rustsim_hpc.executors.base import (
     PartitionTask,
     PartitionTaskResult,
 )
-from rustsim_hpc.fingerprint import digest_column, fingerprint_checkpoint
-from rustsim_hpc.model import ColumnPhase
-from rustsim_hpc.partition import PartitionExecutionContext, PartitionId
-from rustsim_hpc.program import ColumnCall, KernelStage
-from rustsim_hpc.work import Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.fingerprint import ReplayFingerprint, digest_column, fingerprint_checkpoint
+from rustsim_hpc.partition import PartitionExecutionContext, PartitionId, PartitionPhaseReport
+from rustsim_hpc.program import ColumnCall
+from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
+
+Array = np.ndarray[Any, Any]
+
+_LONGEST_US = 2**53
 
 
 class TaskSession:
@@ -41,7 +45,8 @@ class TaskSession:
         scheme: fingerprint scheme of the payloads.
 
     Raises:
-        ExecutorError: the program has row kernels, which only resident executors run.
+        ExecutorError: the program has row kernels, reductions or derived values, which only resident
+            executors run.
     """
 
     compile_seconds = 0.0
@@ -52,33 +57,35 @@ class TaskSession:
         self._executor = executor
         self._phase_base = phase_base
         self._scheme = scheme
-        self._calls = [item for segment in work.program.segments for item in segment.items]
-        if any(isinstance(item, KernelStage) for item in self._calls) or work.program.reductions:
+        items = [item for segment in work.program.segments for item in segment.items]
+        self._calls = [item for item in items if isinstance(item, ColumnCall)]
+        if len(self._calls) < len(work.program.phase_names) or len(work.program.segments) > 1:
             first = work.tasks[0].assignment.partition_id
-            raise ExecutorError(Worker(first, "row kernels and reductions need an executor of this package"))
+            message = "row kernels, reductions and derived values need an executor of this package"
+            raise ExecutorError(Worker(first, message))
 
-    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """Ship every partition, run all phases there, check what comes back."""
+    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:  # noqa: ARG002 (there is only one)
+        """Ship every partition, run all phases there, and take what comes back if all of it is right."""
         tasks = [self._task(task, frame) for task in self.work.tasks]
+        results: Any  # whatever somebody else's executor returns
         try:
             results = self._executor.execute(tasks)
-            self._check_count(results)
-            for place, (task, sent, result) in enumerate(zip(self.work.tasks, tasks, results, strict=True)):
-                self._check(task, sent, result, frame)
-                self._times(place, result)
-            for place, (task, result) in enumerate(zip(self.work.tasks, results, strict=True)):
-                self._take(place, task, result, frame)
         except PartitionExecutorError as error:
-            return [_failure(error, frame), *(_failure(other, frame) for other in error.others)]
-        except RustsimError as error:
-            return [_ours(error, self.work.tasks[0].assignment.partition_id)]
-        except Exception as error:
-            partition = self.work.tasks[0].assignment.partition_id
-            return [PhaseFailure(partition, None, 0, "", str(error) or type(error).__name__, "worker")]
-        except BaseException:
-            partition = self.work.tasks[0].assignment.partition_id
-            return [PhaseFailure(partition, None, 0, "", "partition worker thread panicked", "worker")]
-        return []
+            return [self._failure(one) for one in (error, *error.others)]
+        except Exception as error:  # noqa: BLE001 (somebody else's code: nothing of it may pass untyped)
+            return [self._failure(error)]
+        except BaseException as error:  # noqa: BLE001 (the same)
+            return [self._failure(error, PANICKED)]
+        expected = len(self.work.tasks)
+        if not isinstance(results, Sequence) or len(results) != expected:
+            actual = len(results) if isinstance(results, Sequence) else 0
+            return [self._failure(ResultCountMismatch(expected, actual))]
+        pairs = list(zip(self.work.tasks, results, strict=True))
+        failures = [self._check(task, result, frame) for task, result in pairs]
+        if not any(failures):
+            for place, (task, result) in enumerate(pairs):
+                self._take(place, task, result, frame)
+        return [failure for failure in failures if failure is not None]
 
     def close(self) -> None:
         """Nothing is held between steps."""
@@ -87,15 +94,7 @@ class TaskSession:
 
     def _task(self, task: Task, frame: Frame) -> PartitionTask:
         memory, assignment = self.work.memory, task.assignment
-        rows = slice(task.start, task.stop)
-        state = DeviceSoaCheckpoint(
-            None if self.work.ids is None else self.work.ids[rows].copy(),
-            [memory.current(column)[rows].copy() for column in range(len(memory.schema))],
-            memory.schema.names,
-            memory.schema,
-            row_offset=assignment.row_start,
-            rows=task.stop - task.start,
-        )
+        state = self._state(task, [memory.current(column) for column in range(len(memory.schema))])
         checkpoint = PartitionCheckpoint(
             assignment=assignment,
             step_index=frame.step_index,
@@ -112,65 +111,83 @@ class TaskSession:
             step_index=frame.step_index,
             params=self.work.params,
         )
-        phases = [_executable(item.column_phase) for item in self._calls if isinstance(item, ColumnCall)]
-        return PartitionTask(context, checkpoint, self._phase_base, phases)
+        return PartitionTask(context, checkpoint, self._phase_base, self._phases(state))
+
+    def _state(self, task: Task, columns: Sequence[Array]) -> DeviceSoaCheckpoint:
+        """Return a copy of a partition's rows of some columns (all of them, or none for the ids alone)."""
+        rows, schema = slice(task.start, task.stop), self.work.memory.schema
+        return DeviceSoaCheckpoint(
+            None if self.work.ids is None else self.work.ids[rows].copy(),
+            [column[rows].copy() for column in columns],
+            schema.names if columns else (),
+            schema if columns else None,
+            row_offset=task.assignment.row_start,
+            rows=task.stop - task.start,
+        )
+
+    def _phases(self, state: DeviceSoaCheckpoint) -> list[PartitionExecutablePhase]:
+        return [
+            PartitionExecutablePhase(
+                call.column_phase.name,
+                call.column_phase.fn,
+                schema=self.work.memory.schema,
+                stream_key=self.work.stream_key(call.column_phase.stream),
+                ids=None if state.default_ids else state.ids,
+            )
+            for call in self._calls
+        ]
 
     # -- back ----------------------------------------------------------------------------------------
 
-    def _check_count(self, results: Sequence[PartitionTaskResult]) -> None:
-        expected = len(self.work.tasks)
-        if not isinstance(results, Sequence) or len(results) != expected:
-            actual = len(results) if isinstance(results, Sequence) else 0
-            raise ResultCountMismatch(expected, actual)
-
-    def _check(self, task: Task, sent: PartitionTask, result: PartitionTaskResult, frame: Frame) -> None:
-        """Raise PartitionCheckpointError unless a result is what the request asked for."""
+    def _check(self, task: Task, result: Any, frame: Frame) -> PhaseFailure | None:
+        """Return what is wrong with one partition's result, or None."""
         partition = task.assignment.partition_id
-        if not isinstance(result, PartitionTaskResult):
-            raise Worker(partition, f"executor returned {type(result).__name__}, not a PartitionTaskResult")
-        got, want = result.checkpoint, sent.checkpoint()
-        state, original = got.state, want.state
-        name = repr(partition)
+        error: EngineControlPlaneError
+        try:
+            if not isinstance(result, PartitionTaskResult):
+                message = f"executor returned {type(result).__name__}, not a PartitionTaskResult"
+                raise Worker(partition, message)
+            problem = self._misfit(task, result.checkpoint, frame)
+            if not problem:
+                return None
+            named = partition
+            if problem.startswith("starts at row"):  # another one's result: it says itself whose
+                named = result.checkpoint.assignment.partition_id
+            error = PartitionCheckpointError(f"partition {named!r} {problem}", partition=named)
+        except Worker as source:
+            error = ExecutorError(source)
+        except Exception as source:  # noqa: BLE001 (objects that are only half of what they should be)
+            message = f"executor returned a broken result: {message_of(source)}"
+            error = ExecutorError(Worker(partition, message))
+        return PhaseFailure(partition, task.assignment.worker, None, "", str(error), "worker", error=error)
+
+    def _misfit(self, task: Task, got: PartitionCheckpoint, frame: Frame) -> str:
+        """Return in which way a payload is not what the request asked for, or ''."""
+        state: Any = got.state
+        fingerprint: Any = got.fingerprint
+        schema, rows = self.work.memory.schema, task.stop - task.start
         if got.assignment.row_start != task.assignment.row_start:
-            # Results in another order: the one that stands here names itself.
-            name = repr(got.assignment.partition_id)
-            problem = f"starts at row {got.assignment.row_start}, expected {task.assignment.row_start}"
-        elif got.assignment != task.assignment:
-            problem = "assignment does not match the request"
-        elif got.step_index != frame.step_index + 1:
-            problem = f"captured step {got.step_index}, expected {frame.step_index + 1}"
-        elif state.column_names != original.column_names or state.schema != original.schema:
-            problem = "schema does not match the request"
-        elif len(state.columns) != len(original.columns) or state.agent_count != original.agent_count:
-            problem = (
-                f"has assignment length {len(got.assignment)} but checkpoint contains {state.agent_count} rows"
-            )
-        elif any(
-            a.dtype != b.dtype or a.shape != b.shape for a, b in zip(state.columns, original.columns, strict=True)
-        ):
-            problem = "columns do not have the dtypes and lengths of the request"
-        elif not state.same_ids(self._sent_ids(task)):
-            problem = "row ids are not those of the request"
-        elif got.fingerprint.step_index != got.step_index or got.fingerprint != fingerprint_checkpoint(
-            got.step_index, state, got.fingerprint.scheme
-        ):
-            problem = "fingerprint mismatch"
-        else:
-            return
-        raise PartitionCheckpointError(f"partition {name} {problem}", partition=partition, step=frame.step_index)
-
-    def _sent_ids(self, task: Task) -> DeviceSoaCheckpoint:
-        """Return a payload without columns that carries the true ids, whatever became of the one sent."""
-        ids = None if self.work.ids is None else self.work.ids[task.start : task.stop]
-        return DeviceSoaCheckpoint(
-            ids, [], (), None, row_offset=task.assignment.row_start, rows=task.stop - task.start
-        )
-
-    def _times(self, place: int, result: PartitionTaskResult) -> None:
-        for report in result.phases:
-            position = report.phase_index - self._phase_base
-            if 0 <= position < self.board.times.shape[1]:
-                self.board.times[place, position] += report.elapsed_us * 1000
+            return f"starts at row {got.assignment.row_start}, expected {task.assignment.row_start}"
+        if got.assignment != task.assignment:
+            return f"has another assignment than the request: {got.assignment}"
+        if got.step_index != frame.step_index + 1:
+            return f"captured step {got.step_index}, expected {frame.step_index + 1}"
+        if not isinstance(state, DeviceSoaCheckpoint) or not isinstance(fingerprint, ReplayFingerprint):
+            return "is not a checkpoint"
+        if state.column_names != schema.names or state.schema != schema:
+            return "schema does not match the request"
+        if len(state.columns) != len(schema):
+            return f"has {len(state.columns)} columns, expected {len(schema)}"
+        if state.agent_count != rows:
+            return f"has assignment length {rows} but checkpoint contains {state.agent_count} rows"
+        for column, array in zip(schema.columns, state.columns, strict=True):
+            if array.dtype != np.dtype(column.dtype) or array.shape != (rows,):
+                found = f"{array.dtype} {array.shape}"
+                return f"column {column.name} is {found}, expected {column.dtype} ({rows},)"
+        if not state.same_ids(self._state(task, [])):
+            return "has other ids than the request"
+        actual = fingerprint_checkpoint(frame.step_index + 1, state, fingerprint.scheme)
+        return "" if fingerprint == actual else "fingerprint mismatch"
 
     def _take(self, place: int, task: Task, result: PartitionTaskResult, frame: Frame) -> None:
         memory, sides = self.work.memory, self.work.program.final_sides
@@ -180,27 +197,41 @@ class TaskSession:
             if frame.want_digest:
                 first = self.work.first_row + task.start
                 self.board.digests[place, column] = digest_column(target, first, column + 1)
+        reports: Any = result.phases
+        for report in reports if isinstance(reports, Sequence) else ():
+            self._time(place, report)
+
+    def _time(self, place: int, report: Any) -> None:
+        """Count a phase's time; reports prove nothing, so those that make no sense are left out."""
+        if not (isinstance(report, PartitionPhaseReport) and isinstance(report.elapsed_us, int)):
+            return
+        position = report.phase_index - self._phase_base
+        if 0 <= position < len(self._calls) and 0 <= report.elapsed_us < _LONGEST_US:
+            self.board.times[place, position] += report.elapsed_us * 1000
+
+    # -- failures ------------------------------------------------------------------------------------
+
+    def _failure(self, error: BaseException, message: str = "") -> PhaseFailure:
+        """Return an executor's error as a failure of the partition that it names.
+
+        One that names none is told of the first partition, whose number it then does not carry.
+        """
+        first = self.work.tasks[0].assignment.partition_id
+        if not isinstance(error, PartitionExecutorError):
+            whole = "the executor failed as a whole: which partition is not known"
+            hint = None if len(self.work.tasks) == 1 else whole
+            error = Worker(first, message or message_of(error), hint=hint)
+        error.others, partition = (), _partition_id(error, first)
+        position = self._position(error.phase) if isinstance(error, Phase) else None
+        typed = ExecutorError(error)
+        return PhaseFailure(partition, None, position, error.phase or "", str(error), "worker", error=typed)
+
+    def _position(self, phase: str) -> int | None:
+        names = self.work.program.phase_names
+        return names.index(phase) if phase in names else None
 
 
-def _executable(phase: ColumnPhase) -> PartitionExecutablePhase:
-    function: Callable[[Any, Any, int], None] = phase.fn
-    return PartitionExecutablePhase(phase.name, function)
-
-
-def _failure(error: BaseException, frame: Frame) -> PhaseFailure:
-    if isinstance(error, Phase):
-        return PhaseFailure(_id(error.partition), None, error.phase_index or 0, error.phase, error.message)
-    if isinstance(error, Worker):
-        return PhaseFailure(_id(error.partition), None, 0, error.phase or "", error.message, "worker")
-    if isinstance(error, PartitionExecutorError):
-        partition = getattr(error, "partition", None)
-        return _ours(ExecutorError(error), _id(partition) if partition is not None else PartitionId(0))
-    return PhaseFailure(PartitionId(0), None, 0, "", str(error), "worker")
-
-
-def _ours(error: RustsimError, partition: PartitionId) -> PhaseFailure:
-    return PhaseFailure(partition, None, 0, error.phase or "", str(error), "worker", error=error)
-
-
-def _id(partition: Any) -> PartitionId:
-    return PartitionId(partition.value)
+def _partition_id(error: PartitionExecutorError, default: PartitionId) -> PartitionId:
+    """Return the partition that an executor's error names, whatever the executor put there."""
+    named = error.partition
+    return named if isinstance(named, PartitionId) else default

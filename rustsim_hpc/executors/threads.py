@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from queue import SimpleQueue
 
-from rustsim_hpc.errors import InvalidConfig, PartitionExecutorError
+from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of
 from rustsim_hpc.executors.base import (
     PartitionTask,
     PartitionTaskResult,
+    collect_results,
     execute_partition_task,
     require_local,
+    require_local_tasks,
 )
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.work import Frame, PhaseFailure, Work
@@ -27,48 +32,97 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+class _Worker:
+    """One thread of a session and what it is asked to do; orders are numbered."""
+
+    def __init__(self, number: int, wake: SimpleQueue[None]) -> None:
+        self.orders: SimpleQueue[Callable[[], list[PhaseFailure]] | None] = SimpleQueue()
+        self.asked = 0
+        self.answered = 0
+        self.outcome: list[PhaseFailure] | BaseException = []
+        self._wake = wake
+        self.thread = threading.Thread(target=self._serve, name=f"rustsim-partitions-{number}", daemon=True)
+
+    def ask(self, order: Callable[[], list[PhaseFailure]]) -> None:
+        """Hand over an order; the count follows it, so that Ctrl-C in between lets nobody wait in vain."""
+        self.orders.put(order)
+        self.asked += 1
+
+    def _serve(self) -> None:
+        """Do orders until there is None; whatever goes wrong is an answer, since somebody waits for one."""
+        while (order := self.orders.get()) is not None:
+            try:
+                self.outcome = order()
+            except BaseException as error:  # noqa: BLE001
+                self.outcome = error
+            # An order holds the session: kept here, it would never be collected, and this thread never end.
+            del order
+            self.answered += 1
+            self._wake.put(None)
+
+
 class ThreadedSession(LocalSession):
-    """A rank's partitions, each thread with a fixed run of them; the calling thread takes the first."""
+    """A rank's partitions, each thread with a fixed run of them; the calling thread takes the first.
+
+    Raises:
+        ExecutorError: the system gives no more threads.
+    """
 
     def __init__(self, work: Work, threads: int) -> None:
         super().__init__(work)
         count = max(1, min(threads, len(work.tasks)))
         bounds = [len(work.tasks) * k // count for k in range(count + 1)]
-        self._shares = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-        self._done: SimpleQueue[list[PhaseFailure]] = SimpleQueue()
-        self._queues: list[SimpleQueue[Callable[[], None] | None]] = []
-        self._threads: list[threading.Thread] = []
-        for number in range(1, count):
-            queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-            thread = threading.Thread(
-                target=_serve, args=(queue,), name=f"rustsim-partitions-{number}", daemon=True
-            )
-            thread.start()
-            self._queues.append(queue)
-            self._threads.append(thread)
+        self._shares = [range(a, b) for a, b in pairwise(bounds)]
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._workers: list[_Worker] = []
+        # A plane that is dropped without being closed must not leave its threads waiting for ever.
+        self._end = weakref.finalize(self, _end, self._workers)
+        try:
+            for number in range(1, count):
+                worker = _Worker(number, self._wake)
+                worker.thread.start()
+                self._workers.append(worker)
+        except RuntimeError as error:
+            self.close()
+            partition = work.tasks[0].assignment.partition_id
+            message = f"cannot start {count} threads: {message_of(error)}"
+            raise ExecutorError(Worker(partition, message, hint="take fewer threads")) from error
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition; returns when all threads have done their share."""
-        for queue, places in zip(self._queues, self._shares[1:], strict=True):
-            queue.put(lambda places=places: self._done.put(self.run_places(segment, frame, places)))  # type: ignore[misc]
+        self._wait()  # for threads of a step that Ctrl-C broke off: they must not write into this one
+        workers = self._workers  # a phase that adds phases closes this session while it runs
+        for worker, places in zip(workers, self._shares[1:], strict=True):
+            worker.ask(partial(self.run_places, segment, frame, places))
         failures = self.run_places(segment, frame, self._shares[0])
-        for _ in self._queues:
-            failures = failures + self._done.get()
+        self._wait()
+        for worker in workers:
+            if isinstance(worker.outcome, BaseException):
+                raise worker.outcome
+            failures = failures + worker.outcome
         return sorted(failures, key=lambda failure: failure.partition)
+
+    def _wait(self) -> None:
+        """Return when all threads have answered all orders."""
+        for worker in self._workers:
+            while worker.answered < worker.asked:
+                self._wake.get()
+        while not self._wake.empty():  # of those that were done before anybody waited
+            self._wake.get()
 
     def close(self) -> None:
         """End the threads."""
-        for queue in self._queues:
-            queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._queues, self._threads = [], []
+        self._end()
+        for worker in self._workers:
+            if worker.thread is not threading.current_thread():
+                worker.thread.join()
+        self._workers, self._shares = [], self._shares[:1]
         super().close()
 
 
-def _serve(queue: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := queue.get()) is not None:
-        job()
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.orders.put(None)
 
 
 class LocalThreadedPartitionExecutor:
@@ -86,6 +140,11 @@ class LocalThreadedPartitionExecutor:
             raise InvalidConfig(f"threads must be at least 1, got {threads}")
         self.threads = threads
 
+    @classmethod
+    def new(cls) -> LocalThreadedPartitionExecutor:
+        """Build one with a thread for each core."""
+        return cls()
+
     def attach(self, work: Work) -> LocalSession:
         """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`)."""
         require_local(work, self.name)
@@ -95,16 +154,9 @@ class LocalThreadedPartitionExecutor:
         """Run self-contained tasks; the first failure in partition order is raised, the others attached.
 
         Raises:
-            PartitionExecutorError: a phase or its thread failed.
+            PartitionExecutorError: a phase or its thread failed, or a task asks for another backend.
         """
-        results: list[PartitionTaskResult] = []
-        failures: list[PartitionExecutorError] = []
+        require_local_tasks(tasks, self.name)
         with ThreadPoolExecutor(self.threads or usable_cores()) as pool:
-            for future in [pool.submit(execute_partition_task, task) for task in tasks]:
-                try:
-                    results.append(future.result())
-                except PartitionExecutorError as error:
-                    failures.append(error)
-        if failures:
-            raise failures[0].add_facts(others=tuple(failures[1:]))
-        return results
+            futures = [pool.submit(execute_partition_task, task) for task in tasks]
+            return collect_results(future.result for future in futures)
