@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -138,6 +139,8 @@ class _Shared:
         self._heading = _round_up(max(buffers.columns, 1), mmap.PAGESIZE)
         self._offsets, self._totals = self._arrange()
         self.fds = self._create() if fds is None else fds
+        # A store that is dropped without being closed must not keep its files, which are the memory itself.
+        self._close_fds = weakref.finalize(self, _close_files, self.fds)
         self._maps: dict[int, mmap.mmap] = {}
         self._bytes: dict[int, Array] = {}
         try:
@@ -174,9 +177,9 @@ class _Shared:
         fds: list[int] = []
         try:
             for total in self._totals:
-                fds.append(_anonymous_file())
+                fds.append(anonymous_file())
                 os.ftruncate(fds[-1], total)
-            _claim(fds[0], 0, self._heading)
+            claim(fds[0], 0, self._heading)
         except (OSError, OverflowError) as error:
             for fd in fds:
                 os.close(fd)
@@ -188,16 +191,11 @@ class _Shared:
         side = self._buffers.side(number)
         if number not in self._claimed and self._writable and size:
             try:
-                _claim(self.fds[side], offset, size)
+                claim(self.fds[side], offset, size)
             except OSError as error:
                 raise self._buffers.shortage(number, "shared", error) from error
             self._claimed.add(number)
         return self._side(side)[offset : offset + size]
-
-    def _close_fds(self) -> None:
-        for fd in self.fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
 
     def close(self) -> None:
         self._bytes.clear()
@@ -209,7 +207,14 @@ class _Shared:
         self._close_fds()
 
 
-def _anonymous_file() -> int:
+def _close_files(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def anonymous_file() -> int:
+    """Return a descriptor of a new, empty file in memory that has no name."""
     if hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):
             return os.memfd_create("rustsim-columns")
@@ -220,7 +225,8 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _claim(fd: int, offset: int, size: int) -> None:
+def claim(fd: int, offset: int, size: int) -> None:
+    """Make sure that a range of an anonymous file has memory behind it; raises OSError if it cannot be had."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, offset, size)
 
