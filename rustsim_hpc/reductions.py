@@ -79,7 +79,7 @@ def finish_reduction(reduction: Reduction, dtype: str, state: Array) -> Any:
     """
     if reduction.kind in _EMPTY and state[0] == _EMPTY[reduction.kind] and not state[1]:
         return _reduce().finish(reduction.kind, dtype, _reduce().new(reduction.kind, dtype))
-    value = _reduce().finish(reduction.kind, dtype, state)
+    value = _reduce().finish(reduction.kind, dtype, state, keyed=reduction.key is not None)
     if isinstance(value, np.ndarray):
         value.flags.writeable = False
     return value

@@ -34,6 +34,11 @@ def sum_all(state, values):
 
 
 @njit(error_model="numpy")
+def fold_all(state, values):
+    reduce.fold_sum(state, values)
+
+
+@njit(error_model="numpy")
 def count_all(state, values):
     for value in values:
         reduce.add_count(state, value)
@@ -260,6 +265,17 @@ def test_integer_sum_at_the_edge_of_int64(total):
     else:
         with pytest.raises(OverflowError, match=str(total)):
             reduced("sum", parts, (1,))
+
+
+def test_compiled_and_called_from_python_are_the_same():
+    for values in (np.array([0.1, -3.5, np.inf]), np.array([3, -4, 2**62])):
+        state, by_hand, folded = (reduce.new("sum", values.dtype) for _ in range(3))
+        sum_all(state, values)
+        fold_all(folded, values)
+        for value in values:
+            reduce.add_sum(by_hand, value)
+        assert np.array_equal(state, by_hand)
+        assert reduce.finish("sum", values.dtype, folded) == reduce.finish("sum", values.dtype, state)
 
 
 def test_bools_are_summed_as_integers():

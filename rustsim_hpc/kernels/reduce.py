@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numpy.typing import DTypeLike, NDArray
 
 from rustsim_hpc.kernels import exact_sum
@@ -45,13 +45,6 @@ _LOW, _SIGNED_LOW, _32, _SIGNED_32 = _U(2**32 - 1), _I(2**32 - 1), _U(32), _I(32
 
 
 # -- Types -------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _is_float(_context: Any, value: Any) -> Any:
-    """Return whether a value, or an array's items, are floats: a constant; branches on it vanish."""
-    constant = int(isinstance(getattr(value, "dtype", value), types.Float))
-    return types.boolean(value), lambda *_: ir.Constant(ir.IntType(1), constant)
 
 
 @intrinsic
@@ -82,13 +75,14 @@ def _add_integer(state, value):  # type: ignore[no-untyped-def]
     state[1] += _I(bits >> _32) - (_I(value < 0) << _SIGNED_32)
 
 
-@njit(**_INLINE)
-def add_sum(state, value):  # type: ignore[no-untyped-def]
+def add_sum(state: Any, value: Any) -> None:
     """Add a float to a sum of floats, or an integer or bool to a sum of integers."""
-    if _is_float(value):
-        exact_sum.add(state, value)
-    else:
-        _add_integer(state, value)
+    (exact_sum.add if isinstance(value, (float, np.floating)) else _add_integer)(state, value)
+
+
+@overload(add_sum, jit_options=_INLINE)
+def _typed_add_sum(state, value):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return (exact_sum.add if isinstance(value, types.Float) else _add_integer).py_func
 
 
 @njit(**_INLINE)
@@ -142,13 +136,19 @@ def add_keyed_sum(state, key, value):  # type: ignore[no-untyped-def]
 
 
 @njit(**_CALLED)
-def fold_sum(state, values):  # type: ignore[no-untyped-def]
-    """Add an array of values (1-D, contiguous) to a sum: `add_sum` of each; floats several times as fast."""
-    if _is_float(values):
-        exact_sum.fold(state, values)
-    else:
-        for i in range(values.size):
-            _add_integer(state, values[i])
+def _fold_integers(state, values):  # type: ignore[no-untyped-def]
+    for i in range(values.size):
+        _add_integer(state, values[i])
+
+
+def fold_sum(state: Any, values: Any) -> None:
+    """Add an array (1-D, contiguous) to a sum: `add_sum` of each, but floats several times as fast."""
+    (exact_sum.fold if values.dtype.kind == "f" else _fold_integers)(state, values)
+
+
+@overload(fold_sum, jit_options=_CALLED)
+def _typed_fold_sum(state, values):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return (exact_sum.fold if isinstance(values.dtype, types.Float) else _fold_integers).py_func
 
 
 @njit(**_INLINE)
