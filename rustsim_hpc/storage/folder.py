@@ -113,24 +113,39 @@ def check_first(path: Path, manifest: Manifest) -> None:
 def publish(path: Path, first: Path, proof: Path) -> None:
     """Give a checkpoint's first file and its proof, both durable under temporary names, their names.
 
+    `settle` makes it last.
+
     Raises:
         OSError: a rename failed; the checkpoint that had the name is as it was.
     """
-    replaced = path.exists()
     previous = previous_path(path)
-    if replaced:
-        previous.unlink(missing_ok=True)
-        if proof_path(path).exists():
-            write_atomic(previous, proof_path(path).read_bytes())
-    proof.replace(proof_path(path))
-    # The proof has to be on the disk before the file that it proves: a crash may keep only the later rename.
-    fsync_folder(path.parent)
-    first.replace(path)
-    fsync_folder(path.parent)
-    if replaced:
+    if path.exists() and proof_path(path).exists():
+        write_atomic(previous, proof_path(path).read_bytes())
+    try:
+        proof.replace(proof_path(path))
+        # On the disk before the file that it proves: a crash may keep the later rename only.
+        fsync_folder(path.parent)
+        first.replace(path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            previous.unlink(missing_ok=True)
-            _remove(_shards(path, keep=_owned_shards(path)))
+            if previous.exists():
+                previous.replace(proof_path(path))
+            elif not path.exists():
+                proof_path(path).unlink(missing_ok=True)
+        raise
+
+
+def settle(path: Path) -> None:
+    """Make a checkpoint that has just got its name last, and remove what it replaced.
+
+    Raises:
+        OSError: the folder cannot be synced. The checkpoint is there all the same.
+    """
+    fsync_folder(path.parent)
+    # What cannot be removed now is swept at the next start.
+    with contextlib.suppress(OSError, CheckpointFileError):
+        previous_path(path).unlink(missing_ok=True)
+        _remove(_shards(path, keep=_owned_shards(path)))
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -105,8 +105,10 @@ def plan_master(header: CheckpointHeader, shards: Sequence[tuple[str, int, int]]
         for index, path, dtype, column in datasets(header):
             if shards:
                 layout = h5py.VirtualLayout(shape=(header.rows,), dtype=dtype)
+                # HDF5 takes a % in these names for a pattern.
+                source = path.replace("%", "%%")
                 for name, start, stop in shards:
-                    layout[start:stop] = h5py.VirtualSource(name, path, shape=(stop - start,), dtype=dtype)
+                    layout[start:stop] = h5py.VirtualSource(name, source, shape=(stop - start,), dtype=dtype)
                 dataset = file.create_virtual_dataset(path, layout)
             else:
                 dataset = contiguous(file, path, dtype, 0)

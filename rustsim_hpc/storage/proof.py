@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ _HEAD = b'{"xxh3_128": "'
 _NECK = b'",\n "proof": '
 _TAIL = b"}\n"
 _HEX = 32
+_THREADED_BLOCKS = 16
 # Not the content is wrong, but it could not be reached; what these say of a disk's content, nobody knows.
 _OUT_OF_REACH = {
     errno.EACCES,
@@ -288,16 +289,12 @@ def check_blocks(folder: Path, work: list[tuple[FileProof, int, int]]) -> None:
                     f"{min((block + 1) * BLOCK_BYTES, file.size)} are not those that were written"
                 )
 
-    run_all(check, pieces)
-
-
-def run_all(function: Callable[[Any], None], items: list[Any]) -> None:
-    """Call `function` on every item, on threads if there are several; raise the first failure in order."""
-    threads = min(len(items), len(os.sched_getaffinity(0)), 4)
-    if threads < 2:
-        for item in items:
-            function(item)
+    # Threads pay from a few dozen megabytes on.
+    threads = min(len(pieces), len(os.sched_getaffinity(0)), 4)
+    if threads < 2 or sum(last - first for _, first, last in pieces) < _THREADED_BLOCKS:
+        for piece in pieces:
+            check(piece)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="rustsim-proof") as pool:
-        for _ in pool.map(function, items):
+        for _ in pool.map(check, pieces):
             pass

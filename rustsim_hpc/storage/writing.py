@@ -24,7 +24,7 @@ from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.files import fsync_folder, temporary_path
 from rustsim_hpc.fingerprint import StateView, digest_sums, digest_value
 from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
-from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, shards_path
+from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
 from rustsim_hpc.storage.hdf5 import (
     FileImage,
     Segment,
@@ -79,6 +79,7 @@ class Attempt:
     ) -> None:
         self.path = checkpoint_path(folder, header.step_index)
         self.header, self.view, self.team, self.options = header, view, team, options
+        self.published = False
         self.sharded = team.size > 1 and options.layout != "single"
         error, names = self._misfit(), None
         if team.rank == 0 and error is None:
@@ -270,6 +271,8 @@ class Attempt:
         self._write_small(self.proof, render_manifest(Manifest(header, layout, tuple(files))))
         with file_errors(self.path, "publish"):
             publish(self.path, self.first, self.proof)
+            self.published = True
+            settle(self.path)
         # What cannot be removed now is tried again after the next one.
         with contextlib.suppress(CheckpointFileError):
             retain(self.path.parent, self.options.keep, self.options.keep_every)
@@ -282,6 +285,9 @@ class Attempt:
 
     def take_back(self) -> None:
         """Remove what this rank has written, after all ranks know that the attempt failed. Collective."""
+        if self.team.bcast(self.published):
+            # It has its name, and only failed after that.
+            return
         with contextlib.suppress(OSError):
             self.shard.unlink(missing_ok=True)
         self.team.barrier()
