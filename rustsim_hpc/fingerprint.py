@@ -30,6 +30,9 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _KEY_TAG = int.from_bytes(b"digest:K", "big")
 _MULTIPLIER_TAG = int.from_bytes(b"digest:M", "big")
+# From here on hashing in pieces is faster, and worth loading.
+_PARALLEL_BYTES = 1 << 16
+_IDS_AT_ONCE = 1 << 15
 _PACK_U64 = struct.Struct("<Q").pack
 
 AnyArray = NDArray[Any]
@@ -192,14 +195,20 @@ def fingerprint_view(view: StateView, scheme: str = "fnv1a") -> ReplayFingerprin
 def fnv1a_bytes(state: int, data: bytes | AnyArray) -> int:
     """Return the FNV-1a state after `data`: bytes, or the raw bytes of an array's values in row order."""
     view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else _bytes_of(data)
-    return int(_kernels().fnv1a_chain(np.uint64(state), view)) if view.size else state
+    if view.size == 0:
+        return state
+    if view.size < _PARALLEL_BYTES:
+        return int(_kernels().fnv1a_chain(np.uint64(state), view))
+    from rustsim_hpc.kernels.fnv_parallel import fnv1a_pieces
+
+    return int(fnv1a_pieces(np.uint64(state), view))
 
 
 def fnv1a_default_ids(state: int, start: int, stop: int) -> int:
-    """Return the FNV-1a state after the ids in [start, stop), eight bytes each, without an array of them."""
-    if start >= stop:
-        return state
-    return int(_kernels().fnv1a_counting(np.uint64(state), np.uint64(start), np.uint64(stop)))
+    """Return the FNV-1a state after the ids in [start, stop), eight bytes each, without an array of all."""
+    for first in range(start, stop, _IDS_AT_ONCE):
+        state = fnv1a_bytes(state, np.arange(first, min(stop, first + _IDS_AT_ONCE), dtype=np.uint64))
+    return state
 
 
 def fnv1a_ids(state: int, ids: NDArray[np.uint64] | None, start: int, stop: int) -> int:

@@ -184,6 +184,37 @@ def test_fnv1a_equals_its_twin_at_every_length():
         assert fnv1a_bytes(12345, np.frombuffer(data[:length], np.uint8)) == expected
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    state=st.integers(0, U64), rows=st.integers(0, 20 * 4096), seed=st.integers(0, 99), alike=st.booleans()
+)
+def test_hashing_in_pieces_equals_the_chain(state, rows, seed, alike):
+    from rustsim_hpc.kernels.fnv_parallel import fnv1a_pieces
+    from rustsim_hpc.kernels.hashing import fnv1a_chain
+
+    rng = np.random.default_rng(seed)
+    data = np.full(rows, seed, np.uint8) if alike else np.frombuffer(rng.bytes(rows), np.uint8)
+    assert fnv1a_pieces(np.uint64(state), data) == fnv1a_chain(np.uint64(state), data)
+
+
+def test_the_low_byte_of_a_piece_is_settled_from_every_start():
+    from rustsim_hpc.kernels.fnv_parallel import PIECE, low_byte_after
+
+    rng = np.random.default_rng(4)
+    data = np.frombuffer(rng.bytes(PIECE + 3), np.uint8)
+    scratch = rng.integers(0, U64, (34, 72), dtype=np.uint64)  # whatever an earlier piece left there
+    for low in range(256):
+        expected = low
+        for byte in data[3:].tolist():
+            expected = (expected ^ byte) * 0xB3 % 256
+        assert low_byte_after(data, np.uint64(3), np.uint64(low), scratch) == expected
+
+
+def test_a_large_column_is_hashed_in_pieces_to_the_same_value():
+    column = random_column(np.random.default_rng(11), "float64", 20_001)
+    assert fnv1a_bytes(77, column) == reference.fnv1a(77, column.tobytes())
+
+
 def test_arrays_of_any_layout_hash_by_value():
     rng = np.random.default_rng(3)
     column = random_column(rng, "int32", 100)

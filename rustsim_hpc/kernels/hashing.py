@@ -65,20 +65,17 @@ def load_pair(_context: Any, array: Any, _index: Any) -> Any:
     return types.uint64(array, types.uint64), _loader(min(2 * bits, 64), bits // 8)
 
 
+@intrinsic
+def load_eight(_context: Any, array: Any, _index: Any) -> Any:
+    """Load eight bytes of a contiguous uint8 array, the first in the low bits; they need no alignment."""
+    return types.uint64(array, types.uint64), _loader(64, 1)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     """Return the FNV-1a state after the bytes `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
     for byte in data:
         state = (state ^ _U(byte)) * _FNV_PRIME
-    return state
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def fnv1a_counting(state, start, stop):  # type: ignore[no-untyped-def]
-    """Return the FNV-1a state after the numbers in [start, stop), eight little-endian bytes each (uint64)."""
-    for number in range(start, stop):
-        for shift in range(_U(0), _U(64), _U(8)):
-            state = (state ^ ((number >> shift) & _U(0xFF))) * _FNV_PRIME
     return state
 
 
