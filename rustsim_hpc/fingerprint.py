@@ -30,9 +30,9 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _KEY_TAG = int.from_bytes(b"digest:K", "big")
 _MULTIPLIER_TAG = int.from_bytes(b"digest:M", "big")
-# From here on hashing in pieces is faster, and worth loading.
-_PARALLEL_BYTES = 1 << 16
-_IDS_AT_ONCE = 1 << 15
+# From here on hashing in pieces, which is faster, is worth the second that loading or compiling it takes.
+_PARALLEL_BYTES = 1 << 20
+_IDS_AT_ONCE = 1 << 17
 _PACK_U64 = struct.Struct("<Q").pack
 
 AnyArray = NDArray[Any]

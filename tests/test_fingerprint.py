@@ -211,8 +211,10 @@ def test_the_low_byte_of_a_piece_is_settled_from_every_start():
 
 
 def test_a_large_column_is_hashed_in_pieces_to_the_same_value():
-    column = random_column(np.random.default_rng(11), "float64", 20_001)
+    column = random_column(np.random.default_rng(11), "float64", 140_001)
     assert fnv1a_bytes(77, column) == reference.fnv1a(77, column.tobytes())
+    ids = np.arange(5, 140_006, dtype=np.uint64)
+    assert fnv1a_default_ids(77, 5, 140_006) == reference.fnv1a(77, ids.tobytes())
 
 
 def test_arrays_of_any_layout_hash_by_value():

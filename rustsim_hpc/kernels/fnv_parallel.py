@@ -127,7 +127,7 @@ def low_byte_after(data, start, low, scratch):  # type: ignore[no-untyped-def]
 
 @njit(**_OPTIONS)
 def fnv1a_pieces(state, data):  # type: ignore[no-untyped-def]
-    """Return what `fnv1a_chain` does: the state after `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
+    """Return what `fnv1a_chain` does: the state after `data` (uint8, 1-D, contiguous) from one (uint64)."""
     scratch = np.empty(_SCRATCH, np.uint64)
     piece = _U(PIECE)
     at = _U(0)
