@@ -212,6 +212,15 @@ def test_a_restore_truncates_the_stream_and_moves_the_cursor():
     run(recorder, [1])
 
 
+def test_forgetting_what_was_recorded_keeps_the_place():
+    recorder = ReplayRecorder(ReplayMode.verify(stream([1, 2, 3])), "fnv1a", 0)
+    run(recorder, [1, 2])
+    recorder.forget()
+    assert recorder.recorded == ()
+    run(recorder, [3])
+    assert recorder.recorded == stream([3])
+
+
 def test_a_runtime_that_is_ahead_is_verified_from_there():
     recorder = ReplayRecorder(ReplayMode.verify(stream([1, 2, 3, 4])), "fnv1a", 2)
     run(recorder, [3, 4])
