@@ -17,6 +17,7 @@ from rustsim_hpc.model import Check, Model, Output, Phase, where
 from rustsim_hpc.outputs import Arrays, Sample, Series
 from rustsim_hpc.params import Params, bind_params
 from rustsim_hpc.schema import Schema
+from rustsim_hpc.team import Team
 from rustsim_hpc.work import Work
 
 Array = np.ndarray[Any, Any]
@@ -66,13 +67,21 @@ class BoundModel:
         seed: seed of all random streams.
         agents: rows of the whole population.
         reference: how a worker process finds the model again (see :mod:`rustsim_hpc.model_source`), or None.
+        tables: the model's tables, where another process has made them already.
 
     Raises:
         ModelError: anything about the model, a parameter or a table that cannot be right.
     """
 
     def __init__(
-        self, model: Model, params: Mapping[str, Any], *, seed: int, agents: int, reference: Any = None
+        self,
+        model: Model,
+        params: Mapping[str, Any],
+        *,
+        seed: int,
+        agents: int,
+        reference: Any = None,
+        tables: Mapping[str, Array] | None = None,
     ) -> None:
         self.model = model
         self.schema: Schema = model.schema()
@@ -83,8 +92,10 @@ class BoundModel:
         self.reference = reference
         self.checks: tuple[Check, ...] = tuple(model.checks)
         self.outputs: tuple[Output, ...] = tuple(model.outputs)
-        self.tables = _tables(model, self.params)
-        _require(isinstance(model.step_length, int | float) and model.step_length > 0, "step_length must be > 0")
+        self.tables = _tables(model, self.params) if tables is None else dict(tables)
+        _require(
+            isinstance(model.step_length, int | float) and model.step_length > 0, "step_length must be > 0"
+        )
         for check in self.checks:
             _require(isinstance(check, Check), f"checks: {check!r} is not a check")
         for output in self.outputs:
@@ -140,7 +151,9 @@ class BoundModel:
         names = self.schema.names
         if isinstance(made, Mapping):
             for name in made:
-                _require(name in names, f'initialise ({where(fn)}): no column "{name}"{nearest(str(name), names)}')
+                _require(
+                    name in names, f'initialise ({where(fn)}): no column "{name}"{nearest(str(name), names)}'
+                )
             missing = [name for name in names if name not in made]
             _require(not missing, f"initialise ({where(fn)}) gives no values for {', '.join(missing)}")
             return [np.asarray(made[name]) for name in names]
@@ -163,6 +176,15 @@ class BoundModel:
                     "of more rows",
                     hint="make each row's values from its global row number alone",
                 )
+
+    def share_tables(self, team: Team) -> None:
+        """Keep the tables once a machine: the copy of its first rank, read-only for the others. Collective.
+
+        Raises:
+            TeamError: a machine has no room for them.
+        """
+        if team.size > 1:
+            self.tables = {name: team.node_shared_array(table) for name, table in sorted(self.tables.items())}
 
     # -- the program ---------------------------------------------------------------------------------
 

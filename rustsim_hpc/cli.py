@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 import click
 
 from rustsim_hpc.cli_common import Session
+from rustsim_hpc.cli_fork import fork
 from rustsim_hpc.cli_look import doctor, inspect, plan
 from rustsim_hpc.cli_run import resume, run
 from rustsim_hpc.errors import RustsimError
@@ -53,7 +54,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, resume, inspect, plan, doctor):
+for _command in (run, resume, fork, inspect, plan, doctor):
     cli.add_command(_command)
 
 

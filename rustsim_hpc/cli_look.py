@@ -25,7 +25,7 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
 
     Exit code 5 if something in it does not hold: a truncated file, a flipped bit, a missing column.
     """
-    from rustsim_hpc.launch import inspect_path
+    from rustsim_hpc.inspection import inspect_path
 
     found = inspect_path(path)
     session.say(json.dumps(found.to_dict()) if as_json else found.text())

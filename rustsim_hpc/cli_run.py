@@ -10,7 +10,7 @@ import click
 from rustsim_hpc.cli_common import Session, debug_option, job_options, overrides
 
 if TYPE_CHECKING:
-    from rustsim_hpc.job import RunOptions
+    from rustsim_hpc.job import JobSpec, Override, RunOptions
     from rustsim_hpc.summary import RunSummary
 
 _RUN_EXAMPLES = """\b
@@ -30,6 +30,7 @@ _RESUME_EXAMPLES = """\b
 Examples:
   rustsim-hpc resume runs/first
   rustsim-hpc resume runs/first --steps 365
+  rustsim-hpc resume runs/first --at 60
   mpirun -n 2 rustsim-hpc resume runs/first
 """
 
@@ -68,37 +69,51 @@ def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> 
         return 0
     from rustsim_hpc.launch import run_job
 
-    return _finish(session, options, run_job(spec, options, session.team))
+    return finish(session, options, run_job(spec, options, session.team))
 
 
 @click.command(epilog=_RESUME_EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--at", type=int, metavar="STEP", help="Go on from the checkpoint of this step, not from the newest one."
+)
 @job_options(
     "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--check", "--time-limit",
     "--checkpoint-every", "--no-progress", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj
-def resume(session: Session, /, folder: Path, **given: Any) -> int:
+def resume(session: Session, /, folder: Path, at: int | None, **given: Any) -> int:
     """Go on with the run in DIR from its newest proven checkpoint.
 
     The run ends with the same bits as if it had never stopped, on any number of ranks and partitions.
     Without any checkpoint it starts at step 0; a finished run prints its summary.
     """
+    spec, options = read_folder_job(session, folder, overrides(given))
+    from rustsim_hpc.launch import resume_run
+
+    return finish(session, options, resume_run(folder, spec, options, session.team, at=at))
+
+
+def read_folder_job(session: Session, folder: Path, changes: list[Override]) -> tuple[JobSpec, RunOptions]:
+    """Read the job that a run's folder keeps, with what the command line sets over it, on all ranks.
+
+    Raises:
+        RunFolderError: it is not the folder of a run.
+        JobError: a change cannot be right.
+    """
     from rustsim_hpc.errors import RunFolderError
     from rustsim_hpc.job import read_job
 
-    def read() -> Any:
+    def read() -> tuple[JobSpec, RunOptions]:
         if not (folder / "job.toml").is_file():
             raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
-        return read_job(folder / "job.toml", overrides(given), debug=session.debug)
+        return read_job(folder / "job.toml", changes, debug=session.debug)
 
-    spec, options = session.on_all(read)
-    from rustsim_hpc.launch import resume_run
-
-    return _finish(session, options, resume_run(folder, spec, options, session.team))
+    return session.on_all(read)
 
 
-def _finish(session: Session, options: RunOptions, summary: RunSummary) -> int:
+def finish(session: Session, options: RunOptions, summary: RunSummary) -> int:
+    """Print how a run ended, and return the exit code."""
     session.say(summary.text(), *([summary.to_json()] if options.json else []))
     return summary.exit_code

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import numpy as np
 
 from rustsim_hpc.agreement import agree
@@ -59,6 +59,7 @@ class JobRun:
         folder: the run's folder, held.
         team: the ranks.
         resumed_from: the restored step, or None.
+        forked: the state comes from another run's checkpoint, so this one saves it first.
         progress: show a bar if this is a terminal.
     """
 
@@ -72,10 +73,11 @@ class JobRun:
         team: Team,
         *,
         resumed_from: int | None,
+        forked: bool,
         progress: bool,
     ) -> None:
         self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
-        self.folder, self.team, self.resumed_from = folder, team, resumed_from
+        self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
         self._first = team.rank == 0
         self._bar = Progress(
             spec.run.name,
@@ -123,6 +125,8 @@ class JobRun:
             self._on_first(self._open)
             self._opened = True
             self._record_first()
+            if self.forked:
+                self._checkpoint()
             result = self._loop(stop, watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
             self._last_checkpoint()
@@ -174,7 +178,9 @@ class JobRun:
                 self._log.append(fingerprint, self.plane.column_values())
             except Exception as error:  # told to all ranks below
                 failure = error
-        due = [output for output in self.outputs.declarations if step % getattr(output, "every", step + 1) == 0]
+        due = [
+            output for output in self.outputs.declarations if step % getattr(output, "every", step + 1) == 0
+        ]
         if due:
             self._write_outputs(step, failure)
         elif failure is not None or self._log_can_fail(fingerprint):
@@ -204,10 +210,14 @@ class JobRun:
             rows = output.rows_of(self.model.agents)
             mine = rows[(rows >= store.row_offset) & (rows < store.row_offset + store.agent_count)]
             local = mine - store.row_offset
-            parts = self.team.gather((mine, [store.column(self.model.schema.index(n))[local] for n in output.columns]))
+            parts = self.team.gather(
+                (mine, [store.column(self.model.schema.index(n))[local] for n in output.columns])
+            )
             if parts is not None:
                 where = np.concatenate([part[0] for part in parts])
-                order = np.argsort(where, kind="stable")[np.argsort(np.argsort(rows, kind="stable"), kind="stable")]
+                order = np.argsort(where, kind="stable")[
+                    np.argsort(np.argsort(rows, kind="stable"), kind="stable")
+                ]
                 made[output.file] = {
                     name: np.concatenate([part[1][k] for part in parts])[order]
                     for k, name in enumerate(output.columns)
@@ -278,11 +288,13 @@ class JobRun:
     # -- beginning and end ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self.outputs.open(self.resumed_from)
+        self.outputs.open(self.resumed_from, self.plane.runtime.step_index)
         self._metrics = MetricsLog(self.folder.path, self.resumed_from)
         if self.spec.replay.mode == "record":
             self._log = ReplayLogWriter(
-                self.folder.replay_log, replay_header(self.spec, self.model, self.plane), resume_step=self.resumed_from
+                self.folder.replay_log,
+                replay_header(self.spec, self.model, self.plane),
+                resume_step=self.resumed_from,
             )
 
     def _record_first(self) -> None:
@@ -344,7 +356,7 @@ class JobRun:
 
     def _warn(self, text: str) -> None:
         if self._first:
-            click.echo(text, err=True)
+            sys.stderr.write(f"{text}\n")
 
 
 def storage_options(spec: JobSpec) -> StorageOptions:

@@ -3,60 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from rustsim_hpc.agreement import agree, agree_hash
-from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.agreement import on_all
 from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control_plane import EngineControlPlane
 from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
-from rustsim_hpc.executors.inline import InlinePartitionExecutor
-from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec, RunOptions
 from rustsim_hpc.job_run import JobRun, LoopResult
-from rustsim_hpc.memory import ColumnMemory, Kind
-from rustsim_hpc.model_source import load_model
 from rustsim_hpc.partition import PartitionPlan
-from rustsim_hpc.plan import RankPart, RunPlan, partition_count, plan_run, rank_part, worker_count
+from rustsim_hpc.plan import RunPlan, partition_count, plan_run, worker_count
+from rustsim_hpc.prepared import Prepared, bind, executor_of, facts, prepare, replay_mode
 from rustsim_hpc.program import plan_program
-from rustsim_hpc.replay import ReplayMode
-from rustsim_hpc.replay_log import read_replay_log
+from rustsim_hpc.reductions import meeting_bytes
+from rustsim_hpc.restored import (
+    forked_rows,
+    lineage_of,
+    machine_differences,
+    restored_store,
+    rows_for,
+    set_aside_later,
+)
 from rustsim_hpc.run_folder import RunFolder, fresh_folder
 from rustsim_hpc.run_reader import open_run
-from rustsim_hpc.run_record import RunFacts
 from rustsim_hpc.runtime import ColumnarRuntime
-from rustsim_hpc.stepping import Executor
-from rustsim_hpc.storage.reading import LoadedCheckpoint, load_newest
+from rustsim_hpc.storage.reading import load_newest, on_first_rank
 from rustsim_hpc.summary import RunSummary
 from rustsim_hpc.team import Team
-from rustsim_hpc.version import __version__
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A job on this rank, checked as far as it can be without allocating or writing anything."""
-
-    spec: JobSpec
-    model: BoundModel
-    partitions: int
-    part: RankPart
-    team: Team
-
-    @property
-    def kind(self) -> Kind:
-        """Where the columns live."""
-        wanted = self.spec.run.memory
-        if wanted == "device":
-            raise JobError("[run] memory = device needs backend = cuda")
-        if wanted != "auto":
-            return wanted
-        return "shared" if self.team.size > 1 or self.spec.run.executor == "processes" else "heap"
 
 
 def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
@@ -65,12 +39,12 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
     Raises:
         RustsimError: it cannot be started, or ended in a failure; the same on every rank.
     """
-    prepared = _prepare(spec, team)
-    path = team.bcast(_on_all(team, lambda: _choose_folder(spec, options, team)))
-    folder = RunFolder.create(path, spec.to_toml(), _facts(prepared), team, force=options.force)
+    prepared = prepare(spec, team)
+    path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
+    folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
     part = prepared.part
-    store = _on_all(team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind))
-    return _run(prepared, folder, store, 0, None, options)
+    store = on_all(team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind))
+    return _run(prepared, folder, store, 0, options)
 
 
 def resume_run(
@@ -81,24 +55,60 @@ def resume_run(
     Raises:
         RustsimError: as :func:`run_job`; also when no checkpoint can be used.
     """
-    prepared = _prepare(spec, team)
-    finished = _on_all(team, lambda: _finished(path, spec))
+    prepared = prepare(spec, team)
+    finished = on_all(team, lambda: _finished(path, spec))
     if finished is not None and at is None:
         return finished
-    folder = RunFolder.reopen(path, _facts(prepared), team)
+    folder = RunFolder.reopen(path, facts(prepared), team)
     try:
-        loaded = load_newest(folder.checkpoints, team, lambda header: _rows_for(prepared, header), at=at)
+        loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at=at)
         if loaded is None:
             part = prepared.part
-            store = _on_all(team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind))
-            return _run(prepared, folder, store, 0, None, options)
+            store = on_all(
+                team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind)
+            )
+            return _run(prepared, folder, store, 0, options)
         for rejected, reason in loaded.rejected:
             _say(team, f"warning: {rejected.name} does not prove itself and was moved aside: {reason}")
-        store = _on_all(team, lambda: _restored_store(prepared, loaded))
+        step = loaded.header.step_index
+        if at is not None:
+            on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
+        store = on_all(team, lambda: restored_store(prepared, loaded))
+        on_all(team, lambda: folder.update(session={"resumed_from": step}))
+        for line in machine_differences(folder):
+            _say(team, f"warning: {line}")
     except BaseException:
         folder.release()
         raise
-    return _run(prepared, folder, store, loaded.header.step_index, loaded, options)
+    return _run(prepared, folder, store, step, options, resumed_from=step)
+
+
+def fork_run(
+    parent: Path, spec: JobSpec, options: RunOptions, team: Team, *, at: int | None = None
+) -> RunSummary:
+    """Run a new job from a checkpoint of another run, with what the caller changed. Collective.
+
+    Args:
+        parent: the folder of the run to start from; only read.
+        spec: the parent's job with the changes made.
+        at: step of the parent's checkpoint; the newest that proves itself if None.
+
+    Raises:
+        RustsimError: as :func:`run_job`; also when the parent has no such checkpoint or other columns.
+    """
+    if options.out is None:
+        raise JobError("fork needs a folder for the new run", hint="give one with --out")
+    prepared = prepare(spec, team)
+    loaded = load_newest(parent / "checkpoints", team, lambda header: forked_rows(prepared, header), at=at)
+    if loaded is None:
+        raise CheckpointFileError(f"{parent} has no checkpoint to start from", damaged=False)
+    step = loaded.header.step_index
+    lineage = on_all(team, lambda: lineage_of(parent, spec, loaded))
+    folder = RunFolder.create(
+        options.out, spec.to_toml(), facts(prepared, lineage), team, force=options.force
+    )
+    store = on_all(team, lambda: restored_store(prepared, loaded))
+    return _run(prepared, folder, store, step, options, forked=True)
 
 
 def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
@@ -107,112 +117,41 @@ def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
     Raises:
         ModelError: the model cannot be right.
     """
-    model = _bind(spec)
+    model = bind(spec)
     program = plan_program(
         model.schema, model.phases, two_sided=spec.run.guard == "rollback", **model.program_options()
     )
-    from rustsim_hpc.reductions import meeting_bytes
-
     return plan_run(spec, model.schema, program.swapped, meeting_bytes(program, model.params), ranks)
-
-
-# -- preparing ---------------------------------------------------------------------------------------
-
-
-def _bind(spec: JobSpec) -> BoundModel:
-    model, reference = load_model(spec.model.module)
-    return BoundModel(
-        model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference
-    )
-
-
-def _prepare(spec: JobSpec, team: Team) -> _Prepared:
-    """Bind the model on every rank, check what can be checked, and compare the ranks."""
-
-    def bind() -> BoundModel:
-        model = _bind(spec)
-        plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
-        if spec.run.backend == "cuda":
-            raise JobError("[run] backend = cuda: there is no CUDA executor in this version")
-        return model
-
-    model = _on_all(team, bind)
-    agree_hash(team, "package version", __version__)
-    agree_hash(team, "job file", spec.sha256())
-    agree_hash(team, "model source", model.identity())
-    partitions = partition_count(spec, team.size)
-    return _Prepared(spec, model, partitions, rank_part(spec.run.agents, partitions, team.size, team.rank), team)
-
-
-def _choose_folder(spec: JobSpec, options: RunOptions, team: Team) -> Path:
-    if options.out is not None:
-        return options.out
-    return fresh_folder(spec.run.name).absolute() if team.rank == 0 else Path()
-
-
-def _facts(prepared: _Prepared) -> RunFacts:
-    spec, model = prepared.spec, prepared.model
-    return RunFacts(
-        job=spec.run.name,
-        seed=spec.run.seed,
-        agents=spec.run.agents,
-        steps=spec.run.steps,
-        params=model.params.plain(),
-        model=spec.model.module,
-        model_hash=model.identity(),
-        executor=spec.run.executor,
-        workers=worker_count(spec),
-        partitions=prepared.partitions,
-        fingerprint_scheme=spec.replay.fingerprint,
-        command=tuple(sys.argv),
-    )
-
-
-def _executor(spec: JobSpec) -> Executor:
-    if spec.run.executor == "threads":
-        return LocalThreadedPartitionExecutor(worker_count(spec))
-    if spec.run.executor == "processes":
-        from rustsim_hpc.executors.processes import ProcessPartitionExecutor
-
-        return ProcessPartitionExecutor(worker_count(spec))
-    return InlinePartitionExecutor()
-
-
-def _replay_mode(prepared: _Prepared) -> ReplayMode:
-    table = prepared.spec.replay
-    if table.verify is None:
-        return ReplayMode.record(table.interval) if table.mode == "record" else ReplayMode.off()
-    log = _on_all(prepared.team, lambda: read_replay_log(Path(table.verify or "")))
-    return ReplayMode.verify(log.entries, log.header.interval)
 
 
 # -- running -----------------------------------------------------------------------------------------
 
 
 def _run(
-    prepared: _Prepared,
+    prepared: Prepared,
     folder: RunFolder,
     store: DeviceSoaStore,
     step_index: int,
-    loaded: LoadedCheckpoint | None,
     options: RunOptions,
+    *,
+    resumed_from: int | None = None,
+    forked: bool = False,
 ) -> RunSummary:
     """Build the plane on a store, run the steps that are left, and record how it ended."""
     spec, team = prepared.spec, prepared.team
-    executor = _executor(spec)
+    executor = executor_of(spec, folder.lock.descriptors)
     plane: EngineControlPlane | None = None
-    resumed_from = None if loaded is None else step_index
     try:
-        plane = _on_all(team, lambda: _plane(prepared, store, step_index))
+        plane = on_all(team, lambda: _plane(prepared, store, step_index))
         run = JobRun(
             spec, prepared.model, plane, executor, folder, team,
-            resumed_from=resumed_from, progress=options.progress,
+            resumed_from=resumed_from, forked=forked, progress=options.progress,
         )  # fmt: skip
         result = run.run()
         fingerprint = plane.fingerprint()
         _draw(run, folder, team)
         summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)
-        _on_all(team, lambda: folder.finish(
+        on_all(team, lambda: folder.finish(
             "done" if result.stopped is None else "stopped",
             exit_code=summary.exit_code, step_index=summary.step_index,
             fingerprint=fingerprint.value, reason=result.stopped,
@@ -229,10 +168,10 @@ def _run(
         folder.release()
 
 
-def _plane(prepared: _Prepared, store: DeviceSoaStore, step_index: int) -> EngineControlPlane:
+def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> EngineControlPlane:
     spec = prepared.spec
     config = ControlPlaneConfig(
-        replay_mode=_replay_mode(prepared),
+        replay_mode=replay_mode(prepared),
         partition_plan=PartitionPlan.row_ranges(spec.run.agents, prepared.partitions),
         guard=StepGuard(spec.run.guard),
         fingerprint=spec.replay.fingerprint,
@@ -244,16 +183,22 @@ def _plane(prepared: _Prepared, store: DeviceSoaStore, step_index: int) -> Engin
     return plane
 
 
+def _choose_folder(spec: JobSpec, options: RunOptions, team: Team) -> Path:
+    if options.out is not None:
+        return options.out
+    return fresh_folder(spec.run.name).absolute() if team.rank == 0 else Path()
+
+
 def _draw(run: JobRun, folder: RunFolder, team: Team) -> None:
     def draw() -> None:
         if team.rank == 0:
             run.outputs.draw_pictures(open_run(folder.path))
 
-    _on_all(team, draw)
+    on_all(team, draw)
 
 
 def _summary(
-    prepared: _Prepared,
+    prepared: Prepared,
     folder: RunFolder,
     run: JobRun,
     plane: EngineControlPlane,
@@ -282,16 +227,6 @@ def _summary(
     )
 
 
-def _note_failure(folder: RunFolder, code: int, step: int, reason: str) -> None:
-    try:
-        folder.finish("failed", exit_code=code, step_index=step, reason=reason)
-    except RustsimError as error:  # the failure that is being reported matters more
-        sys.stderr.write(f"warning: {error}\n")
-
-
-# -- resuming ----------------------------------------------------------------------------------------
-
-
 def _finished(path: Path, spec: JobSpec) -> RunSummary | None:
     """Return the summary of a run that has reached its last step, or None."""
     run = open_run(path)
@@ -315,53 +250,11 @@ def _finished(path: Path, spec: JobSpec) -> RunSummary | None:
     )
 
 
-def _rows_for(prepared: _Prepared, header: Any) -> tuple[int, int]:
-    """Return this rank's rows of a checkpoint that is this run's.
-
-    Raises:
-        CheckpointFileError: it is of another model, population, seed or parameters.
-    """
-    spec, model = prepared.spec, prepared.model
-    if header.schema != model.schema:
-        raise CheckpointFileError(
-            f"the checkpoint of step {header.step_index} has other columns than the model", damaged=False
-        )
-    for what, theirs, ours in (
-        ("agents", header.rows, spec.run.agents),
-        ("seed", header.seed, spec.run.seed),
-        ("parameters", dict(header.parameters), model.params.plain()),
-        ("model source", header.model.get("identity"), model.identity()),
-    ):
-        if theirs != ours:
-            raise CheckpointFileError(
-                f"the checkpoint of step {header.step_index} is of another run: {what} {theirs}, here {ours}",
-                damaged=False,
-                hint="use `rustsim-hpc fork` to go on with something changed",
-            )
-    return prepared.part.row_start, prepared.part.row_stop
-
-
-def _restored_store(prepared: _Prepared, loaded: LoadedCheckpoint) -> DeviceSoaStore:
-    view, part = loaded.rows, prepared.part
-    rows = part.row_stop - part.row_start
-    memory = ColumnMemory(prepared.model.schema, rows, prepared.kind, with_ids=view.ids is not None)
-    for column, values in enumerate(view.columns):
-        memory.current(column)[:] = values
-    if view.ids is not None and memory.ids is not None:
-        memory.ids[:] = view.ids
-    return DeviceSoaStore(memory, row_offset=part.row_start, total_rows=prepared.spec.run.agents)
-
-
-def _on_all(team: Team, make: Callable[[], T]) -> T:
-    """Return ``make()``, which every rank calls; if it raises on one, the same error is raised on all."""
-    failure: Exception | None = None
-    made: list[T] = []
+def _note_failure(folder: RunFolder, code: int, step: int, reason: str) -> None:
     try:
-        made.append(make())
-    except Exception as error:  # told to all ranks
-        failure = error
-    agree(team, failure)
-    return made[0]
+        folder.finish("failed", exit_code=code, step_index=step, reason=reason)
+    except RustsimError as error:  # the failure that is being reported matters more
+        sys.stderr.write(f"warning: {error}\n")
 
 
 def _say(team: Team, text: str) -> None:

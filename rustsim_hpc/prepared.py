@@ -1,0 +1,121 @@
+"""A job made ready on this rank: the model bound, the ranks compared, the cut decided; nothing allocated yet."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rustsim_hpc.agreement import agree_hash, on_all
+from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.errors import JobError
+from rustsim_hpc.executors.inline import InlinePartitionExecutor
+from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+from rustsim_hpc.job import JobSpec
+from rustsim_hpc.memory import Kind
+from rustsim_hpc.model_source import load_model
+from rustsim_hpc.plan import RankPart, partition_count, rank_part, worker_count
+from rustsim_hpc.program import plan_program
+from rustsim_hpc.replay import ReplayMode
+from rustsim_hpc.replay_log import read_replay_log
+from rustsim_hpc.run_record import RunFacts
+from rustsim_hpc.stepping import Executor
+from rustsim_hpc.team import Team
+from rustsim_hpc.version import __version__
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job on this rank, checked as far as it can be without allocating or writing anything."""
+
+    spec: JobSpec
+    model: BoundModel
+    partitions: int
+    part: RankPart
+    team: Team
+
+    @property
+    def kind(self) -> Kind:
+        """Where the columns live."""
+        wanted = self.spec.run.memory
+        if wanted == "device":
+            raise JobError("[run] memory = device needs backend = cuda")
+        if wanted != "auto":
+            return wanted
+        return "shared" if self.team.size > 1 or self.spec.run.executor == "processes" else "heap"
+
+
+def bind(spec: JobSpec) -> BoundModel:
+    """Load a job's model and bind it.
+
+    Raises:
+        ModelError: it cannot be right.
+    """
+    model, reference = load_model(spec.model.module)
+    return BoundModel(model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference)
+
+
+def prepare(spec: JobSpec, team: Team) -> Prepared:
+    """Bind the model on every rank, check what can be checked, and compare the ranks."""
+
+    def bind_here() -> BoundModel:
+        model = bind(spec)
+        plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
+        if spec.run.backend == "cuda":
+            raise JobError("[run] backend = cuda: there is no CUDA executor in this version")
+        return model
+
+    model = on_all(team, bind_here)
+    agree_hash(team, "package version", __version__)
+    agree_hash(team, "job file", spec.sha256())
+    agree_hash(team, "model source", model.identity())
+    model.share_tables(team)
+    partitions = partition_count(spec, team.size)
+    return Prepared(
+        spec, model, partitions, rank_part(spec.run.agents, partitions, team.size, team.rank), team
+    )
+
+
+def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts:
+    """Return what a run's record says of the job."""
+    spec, model = prepared.spec, prepared.model
+    return RunFacts(
+        job=spec.run.name,
+        seed=spec.run.seed,
+        agents=spec.run.agents,
+        steps=spec.run.steps,
+        params=model.params.plain(),
+        model=spec.model.module,
+        model_hash=model.identity(),
+        executor=spec.run.executor,
+        workers=worker_count(spec),
+        partitions=prepared.partitions,
+        fingerprint_scheme=spec.replay.fingerprint,
+        command=tuple(sys.argv),
+        lineage=lineage,
+    )
+
+
+def executor_of(spec: JobSpec, inherit: tuple[int, ...] = ()) -> Executor:
+    """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
+    if spec.run.executor == "threads":
+        return LocalThreadedPartitionExecutor(worker_count(spec))
+    if spec.run.executor == "processes":
+        from rustsim_hpc.executors.processes import ProcessPartitionExecutor
+
+        return ProcessPartitionExecutor(worker_count(spec), inherit_fds=inherit)
+    return InlinePartitionExecutor()
+
+
+def replay_mode(prepared: Prepared) -> ReplayMode:
+    """Return what the job does with fingerprints. Collective.
+
+    Raises:
+        ReplayLogError: the log to verify against cannot be read.
+    """
+    table = prepared.spec.replay
+    if table.verify is None:
+        return ReplayMode.record(table.interval) if table.mode == "record" else ReplayMode.off()
+    log = on_all(prepared.team, lambda: read_replay_log(Path(table.verify or "")))
+    return ReplayMode.verify(log.entries, log.header.interval)
