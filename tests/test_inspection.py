@@ -1,0 +1,130 @@
+"""Looking at runs, checkpoints and logs: what is whole proves itself; what is not is told, whatever it is."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rustsim_hpc.errors import RunFolderError
+from rustsim_hpc.inspection import Inspection, inspect_path
+from rustsim_hpc.job import Override, RunOptions, read_job
+from rustsim_hpc.launch import run_job
+from rustsim_hpc.team import SoloTeam
+
+JOB = Path(__file__).parents[1] / "jobs" / "particles.toml"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    sets = [
+        Override.parse("run.agents=40"),
+        Override.parse("run.steps=6"),
+        Override.parse("checkpoint.every=3"),
+        Override.parse("replay.mode=record"),
+    ]
+    spec, _ = read_job(JOB, sets, environ={})
+    run_job(spec, RunOptions(out=folder, progress=False), SoloTeam())
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "step_0000000006.h5"
+
+
+def test_whole_run(run: Path) -> None:
+    found = inspect_path(run)
+    assert (found.kind, found.problems, found.exit_code) == ("run", (), 0)
+    assert (found.facts["name"], found.facts["status"], found.facts["step_index"]) == ("particles", "done", 6)
+    assert list(found.facts["checkpoints"]) == ["step_0000000003.h5", "step_0000000006.h5"]
+    assert found.facts["replay"] == "6 entries, digest"
+    assert json.loads(json.dumps(found.to_dict()))["proved"] is True
+    assert "everything here proves itself" in found.text()
+
+
+def test_parts_of_a_run(run: Path) -> None:
+    by_file = inspect_path(checkpoint(run))
+    assert (by_file.kind, by_file.exit_code, by_file.facts["rows"]) == ("checkpoint", 0, 40)
+    proof = inspect_path(checkpoint(run).with_suffix(".proof.json"))
+    assert proof == by_file
+    log = inspect_path(run / "replay.jsonl")
+    assert (log.kind, log.exit_code, log.facts["entries"]) == ("replay log", 0, 6)
+    assert log.facts["last"]["value"] == by_file.facts["fingerprint"]
+    folder = inspect_path(run / "checkpoints")
+    assert (folder.kind, folder.exit_code, len(folder.facts["checkpoints"])) == (
+        "folder of checkpoints",
+        0,
+        2,
+    )
+
+
+def test_flipped_and_cut_checkpoint(run: Path) -> None:
+    path = checkpoint(run)
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole[: len(whole) // 2], b"", whole[:1000] + b"\0\1" + whole[1002:]):
+        path.write_bytes(data)
+        assert inspect_path(path).exit_code == 5
+        found = inspect_path(run)
+        assert found.exit_code == 5
+        assert found.facts["checkpoints"][path.name] == "does not hold"
+        assert found.facts["checkpoints"]["step_0000000003.h5"] != "does not hold"
+    path.unlink()
+    assert inspect_path(path.with_suffix(".proof.json")).exit_code == 5
+
+
+def test_log_of_another_run(run: Path) -> None:
+    """Each part proves itself, and still they do not belong together."""
+    sets = [Override.parse(f"run.{key}") for key in ("agents=40", "steps=6")]
+    sets += [Override.parse("replay.mode=record"), Override.parse("params.dt=0.2")]
+    spec, _ = read_job(JOB, sets, environ={})
+    run_job(spec, RunOptions(out=run.with_name("other"), progress=False), SoloTeam())
+    shutil.copy(run.with_name("other") / "replay.jsonl", run / "replay.jsonl")
+    found = inspect_path(run)
+    assert found.exit_code == 5
+    assert any("step 6" in problem and "replay.jsonl" in problem for problem in found.problems)
+
+
+def test_whatever_the_bytes(run: Path) -> None:
+    """Flipped, cut and foreign bytes in any file of a run: always an answer, never an exception."""
+    dice = random.Random(5)
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
+    for path in files:
+        whole = path.read_bytes()
+        broken = [
+            whole[: dice.randrange(len(whole))],
+            dice.randbytes(len(whole)),
+            b"\x89HDF\r\n\x1a\n",
+            b"{}",
+            b"\xff",
+        ]
+        for _ in range(6):
+            place = dice.randrange(len(whole))
+            broken.append(
+                whole[:place] + bytes([whole[place] ^ (1 << dice.randrange(8))]) + whole[place + 1 :]
+            )
+        for data in broken:
+            path.write_bytes(data)
+            for target in (run, path):
+                found = inspect_path(target)
+                assert isinstance(found, Inspection)
+                assert found.exit_code in (0, 5)
+                json.dumps(found.to_dict())
+                found.text()
+        path.write_bytes(whole)
+    assert inspect_path(run).exit_code == 0
+
+
+def test_nothing_to_look_at(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no such file"):
+        inspect_path(tmp_path / "none")
+    with pytest.raises(RunFolderError, match="neither a run's folder"):
+        inspect_path(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    assert inspect_path(tmp_path / "notes.txt").exit_code == 5
