@@ -71,8 +71,15 @@ class Engine(ModuleType):
     def run_job(self, spec: JobSpec, options: RunOptions, team: Any) -> RunSummary:
         return self._end("run", spec, options, team.size)
 
-    def resume_run(self, folder: Path, spec: JobSpec, options: RunOptions, team: Any) -> RunSummary:
-        return self._end("resume", folder, spec, options, team.size)
+    def resume_run(
+        self, folder: Path, spec: JobSpec, options: RunOptions, team: Any, *, at: int | None
+    ) -> RunSummary:
+        return self._end("resume", folder, spec, at)
+
+    def fork_run(
+        self, folder: Path, spec: JobSpec, options: RunOptions, team: Any, *, at: int | None
+    ) -> RunSummary:
+        return self._end("fork", folder, spec, at)
 
 
 def summary(stopped: str | None = None) -> RunSummary:
@@ -181,9 +188,11 @@ def test_resume_reads_the_folder(call: Call, engine: Engine, job: Path) -> None:
     folder.mkdir()
     (folder / "job.toml").write_text(job.read_text().replace("flock.py", str(job.parent / "flock.py")))
     assert call("resume", folder, "--steps", 9, "--partitions", 3)[0] == 0
-    [(_, given, spec, _, _)] = engine.calls
-    assert given == folder
+    assert call("fork", folder, "--at", 3, "--set", "params.dt=2.0")[0] == 0
+    [(_, given, spec, at), (name, again, changed, step)] = engine.calls
+    assert (given, at) == (folder, None)
     assert (spec.run.steps, spec.run.partitions) == (9, 3)
+    assert (name, again, changed.params, step) == ("fork", folder, {"dt": 2.0}, 3)
     code, _, err = call("resume", job.parent)
     assert code == 2
     assert "no job.toml" in err
