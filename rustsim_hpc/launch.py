@@ -246,7 +246,7 @@ def _finished(path: Path, spec: JobSpec) -> RunSummary | None:
         fingerprint_scheme=spec.replay.fingerprint,
         seconds=0.0,
         checkpoints=tuple(run.checkpoints().values()),
-        outputs={name: path / name for name in run.outputs},
+        outputs={name: path / name for name in run.outputs()},
     )
 
 
