@@ -58,7 +58,9 @@ class Inspection:
         """Return what was found for a reader."""
         lines = [f"{self.kind} {self.path}"]
         for name, value in self.facts.items():
-            if isinstance(value, list | dict) and value:
+            if name == "lineage" and value:
+                lines += ["  lineage", *_tree(value)]
+            elif isinstance(value, list | dict) and value:
                 entries = (
                     value.items() if isinstance(value, dict) else ((_plain(entry), "") for entry in value)
                 )
@@ -180,8 +182,9 @@ def _run(folder: Path) -> Inspection:
     if run is None:
         return Inspection(folder, "run", {}, tuple(problems))
     facts: dict[str, Any] = {}
-    for name in ("name", "status", "step_index", "steps", "agents", "seed", "params", "lineage"):
+    for name in ("name", "status", "step_index", "steps", "agents", "seed", "params"):
         facts[name] = _attempt(problems, lambda name=name: getattr(run, name))  # type: ignore[misc]
+    facts["lineage"] = _attempt(problems, lambda: _lineage(run))
     stated: _Stated = {}
     facts["replay"] = _run_log(run, problems, stated)
     paths = _attempt(problems, run.checkpoints) or {}
@@ -189,6 +192,35 @@ def _run(folder: Path) -> Inspection:
     facts["outputs"] = _attempt(problems, run.outputs)
     _final_state(run, problems, stated)
     return Inspection(folder, "run", facts, tuple(problems))
+
+
+def _lineage(run: Run) -> list[dict[str, Any]]:
+    """Return where a run comes from: its parent, then the parent's parent, as far as folders are there."""
+    found: list[dict[str, Any]] = []
+    seen = {run.record.get("run_id")}
+    origin = run.lineage
+    while origin:
+        facts = {name: str(origin[name]) for name in ("parent", "run_id", "fingerprint")}
+        changes = {str(key): [old, new] for key, (old, new) in origin["changes"].items()}
+        found.append({**facts, "step": int(origin["step"]), "changes": changes})
+        parent = Path(origin["parent"])
+        if origin["run_id"] in seen or not (parent / RECORD).exists():
+            break
+        seen.add(origin["run_id"])
+        ancestor = open_run(parent)
+        if ancestor.record.get("run_id") != origin["run_id"]:
+            break  # another run has taken the folder since
+        origin = ancestor.lineage
+    return found
+
+
+def _tree(lineage: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for depth, origin in enumerate(lineage):
+        changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in origin["changes"].items())
+        what = f"{origin['parent']} at step {origin['step']} ({origin['fingerprint']})"
+        lines.append(f"    {'   ' * depth}└─ from {what}; changed: {changes or 'nothing'}")
+    return lines
 
 
 def _run_log(run: Run, problems: list[str], stated: _Stated) -> str | None:

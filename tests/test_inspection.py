@@ -10,7 +10,7 @@ import pytest
 from rustsim_hpc.errors import RunFolderError
 from rustsim_hpc.inspection import Inspection, inspect_path
 from rustsim_hpc.job import Override, RunOptions, read_job
-from rustsim_hpc.launch import run_job
+from rustsim_hpc.launch import fork_run, run_job
 from rustsim_hpc.team import SoloTeam
 
 JOB = Path(__file__).parents[1] / "jobs" / "particles.toml"
@@ -89,6 +89,28 @@ def test_log_of_another_run(run: Path) -> None:
     found = inspect_path(run)
     assert found.exit_code == 5
     assert any("step 6" in problem and "replay.jsonl" in problem for problem in found.problems)
+
+
+def test_lineage_is_a_tree(run: Path) -> None:
+    spec, _ = read_job(run / "job.toml", [Override.parse("params.dt=0.2")], environ={})
+    child, grandchild = run.with_name("child"), run.with_name("grandchild")
+    fork_run(run, spec, RunOptions(out=child, progress=False), SoloTeam(), at=3)
+    fork_run(child, spec, RunOptions(out=grandchild, progress=False), SoloTeam(), at=None)
+    [parent, first] = inspect_path(grandchild).facts["lineage"]
+    assert (parent["parent"], parent["step"], parent["changes"]) == (str(child), 6, {})
+    assert (first["parent"], first["step"]) == (str(run), 3)
+    assert first["changes"]["params.dt"][1] == 0.2
+    text = inspect_path(grandchild).text()
+    assert f"    └─ from {child} at step 6" in text
+    assert f"       └─ from {run} at step 3" in text
+    shutil.rmtree(child)
+    assert len(inspect_path(grandchild).facts["lineage"]) == 1
+    record = json.loads((grandchild / "run.json").read_text())
+    for lineage in ({}, {"parent": 3}, [], "x", {**record["lineage"], "changes": {"a": 1}}):
+        (grandchild / "run.json").write_text(json.dumps({**record, "lineage": lineage}))
+        found = inspect_path(grandchild)
+        assert found.exit_code == (5 if lineage else 0)
+        assert found.text()
 
 
 def test_whatever_the_bytes(run: Path) -> None:
