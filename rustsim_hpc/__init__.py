@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from rustsim_hpc.executors.endpoint import EndpointPartitionExecutor, ExternalPartitionClient
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
+    from rustsim_hpc.executors.processes import ProcessPartitionExecutor
     from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
     from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
     from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
@@ -92,6 +93,7 @@ _HOMES = {
     ),
     "executors.endpoint": ("EndpointPartitionExecutor", "ExternalPartitionClient"),
     "executors.inline": ("InlinePartitionExecutor",),
+    "executors.processes": ("ProcessPartitionExecutor",),
     "executors.threads": ("LocalThreadedPartitionExecutor",),
     "fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
     "metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
@@ -176,6 +178,7 @@ __all__ = [
     "PartitionWorker",
     "PartitionedStep",
     "Picture",
+    "ProcessPartitionExecutor",
     "Reduction",
     "ReplayFingerprint",
     "ReplayMode",

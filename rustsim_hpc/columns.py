@@ -315,6 +315,17 @@ class DeviceSoaStore:
             rows=rows.stop - start,
         )
 
+    def move_to(self, kind: Kind) -> None:
+        """Move the columns to memory of another kind; arrays taken from here before are no longer the state.
+
+        Raises:
+            ColumnMemoryError: the memory cannot be had; nothing has changed.
+        """
+        old = self.memory
+        if old.kind != kind:
+            self.memory = _filled_memory(old.schema, old.rows, kind, old.ids, self.columns)
+            old.close()
+
     def close(self) -> None:
         """Let go of the memory."""
         self.memory.close()

@@ -226,7 +226,7 @@ def anonymous_file() -> int:
 
 
 def claim(fd: int, offset: int, size: int) -> None:
-    """Make sure that a range of an anonymous file has memory behind it; raises OSError if it cannot be had."""
+    """Make sure that there is memory behind a range of an anonymous file; raises OSError if there is not."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, offset, size)
 

@@ -91,7 +91,7 @@ class PartitionRun:
         try:
             for item in segment.items:
                 if isinstance(item, ColumnCall):
-                    self._phase = item.phase
+                    self._phase = status[1] = item.phase
                     self._run_column_phase(item, frame)
                 else:
                     self._phase = item.ops[0].phase

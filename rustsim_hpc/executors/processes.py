@@ -1,0 +1,252 @@
+"""Partitions on worker processes of this machine, over columns in shared memory; no GIL between them.
+
+Each worker is a fresh interpreter that maps the columns, finds the model again by its reference, and owns a
+fixed run of the partitions. A step sends it a few bytes. Nothing that is shared has a name, so nothing can be
+left behind, whoever dies first and however.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of
+from rustsim_hpc.executors.base import (
+    OBSERVE,
+    PartitionTask,
+    PartitionTaskResult,
+    collect_results,
+    execute_partition_task,
+    require_local,
+    require_local_tasks,
+)
+from rustsim_hpc.executors.threads import usable_cores
+from rustsim_hpc.executors.wire import ORDER, encode_values, value_names
+from rustsim_hpc.executors.worker_handle import START_SECONDS, WorkerHandle, end_all
+from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, worker_starts
+from rustsim_hpc.reductions import new_board
+from rustsim_hpc.shared_arrays import SharedArrays
+from rustsim_hpc.work import Frame, PhaseFailure, Work
+
+_WORDS = 8  # int64 of a worker: a cache line
+
+
+class ProcessSession:
+    """A rank's partitions on worker processes, each with a fixed run of them.
+
+    Args:
+        work: the bound program; its columns lie in shared memory.
+        workers: how many processes at most.
+        pin: keep each on a core of its own.
+        inherit_fds: descriptors that the workers hold open.
+
+    Raises:
+        ExecutorError: phases that workers cannot find again, or workers that cannot start.
+        ColumnMemoryError: the columns are not in shared memory, or there is no memory left.
+    """
+
+    def __init__(self, work: Work, workers: int, *, pin: bool, inherit_fds: Sequence[int]) -> None:
+        self.work = work
+        self.board = new_board(work)
+        count, tasks = min(workers, len(work.tasks)), len(work.tasks)
+        shares = [range(tasks * k // count, tasks * (k + 1) // count) for k in range(count)]
+        self._workers = [WorkerHandle(number, places) for number, places in enumerate(shares)]
+        # A plane that is dropped without being closed must not leave its workers behind.
+        self._end = weakref.finalize(self, end_all, self._workers, os.getpid())
+        self._shared = _shared_arrays(work, self.board.nbytes, count)
+        self.board.move_to(self._shared.arrays[0])
+        self._words = self._shared.arrays[1]
+        self._words[:, RUNNING] = IDLE
+        self._compiled = np.zeros(count, np.int64)
+        starts = worker_starts(work, shares, self._shared.layout, pin=pin, inherited=inherit_fds)
+        self._starts = [pickle.dumps(start) for start in starts]
+        self._fds = (self._shared.layout.fd, *work.memory.handles().fds, *inherit_fds)
+        self._names = value_names(work.program)
+        self._values: dict[str, Any] | None = None
+        self._sent: dict[str, Any] = {}
+        self._order = bytearray(ORDER.size)
+        problems = self._start(self._workers)
+        if problems:
+            self.close()
+            raise ExecutorError(Worker(problems[0].partition, problems[0].message))
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that the slowest worker spent on compiling or loading kernels so far."""
+        return float((self._compiled + self._words[: len(self._compiled), COMPILE_NS]).max(initial=0)) / 1e9
+
+    # -- a segment -----------------------------------------------------------------------------------
+
+    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
+        """Run one segment on every partition; returns when all workers have answered or are dead.
+
+        Workers that died are replaced first. That one died is a failure of the step that finds it out.
+        """
+        program = self.work.program
+        items = program.observe if segment == OBSERVE else program.segments[segment]
+        if items is None or not items.items:
+            return []
+        try:
+            dead = [worker for worker in self._workers if not worker.alive]
+            if dead and (problems := self._start(dead)):
+                return problems
+            message = self._message(segment, frame)
+            sent = [worker.order(message) for worker in self._workers]
+            failures: list[PhaseFailure] = []
+            for worker, reached in zip(self._workers, sent, strict=True):
+                answer = worker.answer() if reached else None
+                failures += [self._death(worker)] if answer is None else answer
+        except BaseException:
+            # Ctrl-C, say. Workers that are still at it must not write into a later step, nor answer to it.
+            for worker in self._workers:
+                if worker.busy:
+                    worker.kill()
+            self._values = None
+            raise
+        return failures
+
+    def _message(self, segment: int, frame: Frame) -> bytes | bytearray:
+        """Return an order: the segment, the step, and the values that workers do not know yet."""
+        values = frame.values
+        afresh = values is not self._values
+        if afresh:
+            self._values, self._sent = values, {}
+        data = b""
+        if len(values) != len(self._sent) or any(self._sent[name] is not values[name] for name in values):
+            news = {name: value for name, value in values.items() if self._sent.get(name) is not value}
+            data = encode_values(news, self._names)
+            self._sent = dict(values)
+        ORDER.pack_into(self._order, 0, segment, frame.want_digest, afresh, frame.step_index, len(data))
+        return self._order + data if data else self._order
+
+    # -- workers come and go -------------------------------------------------------------------------
+
+    def _start(self, workers: Sequence[WorkerHandle]) -> list[PhaseFailure]:
+        """Start workers, all at the same time, and wait until they are ready; return those that are not."""
+        self._values = None
+        problems: dict[int, str] = {}
+        for worker in workers:
+            number = worker.number
+            self._compiled[number] += self._words[number, COMPILE_NS]
+            self._words[number] = 0
+            self._words[number, RUNNING] = IDLE
+            try:
+                worker.start(self._starts[number], self._fds)
+            except (OSError, ValueError) as error:  # ValueError: a descriptor that was closed
+                problems[number] = message_of(error)
+        deadline = time.monotonic() + START_SECONDS
+        for worker in workers:
+            if worker.number not in problems and (problem := worker.ready(deadline)):
+                problems[worker.number] = problem
+        return [
+            self._failure(self._workers[number], f"worker process {number} cannot start: {problem}")
+            for number, problem in sorted(problems.items())
+        ]
+
+    def _death(self, worker: WorkerHandle) -> PhaseFailure:
+        """Return what became of a worker that does not answer, as a failure of what it was running."""
+        end = worker.reap()
+        place = int(self._words[worker.number, RUNNING])
+        self._values = None
+        what = f"worker process {worker.number} (pid {worker.pid}) {end}"
+        if place not in worker.places:
+            return self._failure(worker, what)
+        phase = int(self.board.status[place, 1])
+        return self._failure(worker, what, place, phase)
+
+    def _failure(
+        self, worker: WorkerHandle, message: str, place: int | None = None, phase: int | None = None
+    ) -> PhaseFailure:
+        names = self.work.program.phase_names
+        assignment = self.work.tasks[worker.places[0] if place is None else place].assignment
+        return PhaseFailure(
+            partition=assignment.partition_id,
+            worker=assignment.worker,
+            phase_index=phase,
+            phase="" if phase is None else names[phase],
+            message=message,
+            kind="worker",
+            host=socket.gethostname(),
+            pid=worker.pid,
+        )
+
+    def close(self) -> None:
+        """End the workers: politely, then by force; calling it again does nothing."""
+        self._end()
+        self._shared.close()
+
+
+def _shared_arrays(work: Work, board_bytes: int, workers: int) -> SharedArrays:
+    """Return the board's words, a row of words a worker, and a copy of each table for all workers."""
+    shapes: list[tuple[str, tuple[int, ...]]] = [("<i8", (board_bytes // 8,)), ("<i8", (workers, _WORDS))]
+    shapes += [(table.dtype.str, table.shape) for table in work.tables.values()]
+    shared = SharedArrays(shapes)
+    for array, table in zip(shared.arrays[2:], work.tables.values(), strict=True):
+        np.copyto(array, table)
+    return shared
+
+
+class ProcessPartitionExecutor:
+    """Runs partitions on worker processes of this machine.
+
+    Args:
+        workers: how many; by default one for each core that the process may use. Each takes a fixed,
+            contiguous run of the partitions.
+        pin: keep each worker on a core of its own.
+        inherit_fds: descriptors that the workers hold open while they live: those of a lock, say.
+
+    Phases must be entries of a model that was loaded by its reference (see
+    :func:`~rustsim_hpc.model_source.load_model`). A control plane moves its state into shared memory, once,
+    when it is first stepped this way. That a worker died (killed, out of memory, a crash in compiled code) is
+    a typed error of the step that finds it out; the next step starts another worker in its place.
+    """
+
+    name = "processes"
+    needs_shared_memory = True
+
+    def __init__(
+        self, workers: int | None = None, *, pin: bool = False, inherit_fds: Sequence[int] = ()
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise InvalidConfig(f"workers must be at least 1, got {workers}")
+        self.workers = workers
+        self.pin = pin
+        self.inherit_fds = tuple(inherit_fds)
+
+    def attach(self, work: Work) -> ProcessSession:
+        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`); starts workers.
+
+        Raises:
+            ExecutorError: a partition's backend is not the local CPU, or see :class:`ProcessSession`.
+        """
+        require_local(work, self.name)
+        workers = self.workers or usable_cores()
+        return ProcessSession(work, workers, pin=self.pin, inherit_fds=self.inherit_fds)
+
+    def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
+        """Refuse self-contained tasks that carry phases: a plain function does not travel between processes.
+
+        Raises:
+            PartitionExecutorError: ``Worker`` that names the task's first phase, or another backend.
+        """
+        require_local_tasks(tasks, self.name)
+        return collect_results(partial(_execute, task) for task in tasks)
+
+
+def _execute(task: PartitionTask) -> PartitionTaskResult:
+    for phase in task.phases():
+        raise Worker(
+            task.context().partition_id,
+            f'phase "{phase.name()}" is a plain function, which does not travel to a worker process',
+            phase=phase.name(),
+            hint="make it a phase of a model",
+        )
+    return execute_partition_task(task)
