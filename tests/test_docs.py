@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import tomllib
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.job import resolve_job
+from rustsim_hpc.cli import cli
+from rustsim_hpc.job import Override, RunOptions, read_job, resolve_job
 from rustsim_hpc.job_docs import job_file_markdown, job_keys
+from rustsim_hpc.launch import run_job
+from rustsim_hpc.team import SoloTeam
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,16 +94,25 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_readme_lists_the_commands() -> None:
+    listed = re.findall(r"^\| `rustsim-hpc (\w+)", README, re.MULTILINE)
+    assert sorted(listed) == sorted(cli.commands)
+    helps = {name: command.help or "" for name, command in cli.commands.items()}
+    assert all(helps.values())
+    assert all("Examples:" in (command.epilog or "") for command in cli.commands.values())
+
+
 def test_first_model_of_the_readme(tmp_path: Path) -> None:
     code, job = (re.search(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "toml"))
     assert code
     assert job
     assert len(code[1].splitlines()) <= 32
-    path = tmp_path / "walkers.py"
-    path.write_text(code[1])
-    spec, _ = resolve_job(tomllib.loads(job[1]), tmp_path / "walkers.toml", environ={})
-    assert spec.model.module == str(path)
-    model = runpy.run_path(str(path))["model"]()
-    bound = BoundModel(model, spec.params, seed=spec.run.seed, agents=10)
-    assert bound.params["reach"] == 0.5
-    assert not bound.new_store(0, 10).column(0).any()
+    (tmp_path / "walkers.py").write_text(code[1])
+    (tmp_path / "walkers.toml").write_text(job[1])
+    small = [Override.parse("run.agents=100"), Override.parse("run.steps=3")]
+    spec, _ = read_job(tmp_path / "walkers.toml", small, environ={})
+    run_job(spec, RunOptions(out=tmp_path / "run", progress=False), SoloTeam())
+    [header, *rows] = (tmp_path / "run" / "near.csv").read_text().splitlines()
+    assert header == "step,share"
+    assert rows[0].split(",") == ["0", "1.0"]
+    assert len(rows) == 4
