@@ -13,7 +13,7 @@ from rustsim_hpc.errors import (
 from rustsim_hpc.metrics import PhaseKind
 from rustsim_hpc.runtime import runtime_error
 from rustsim_hpc.stepper import StepFailed
-from rustsim_hpc.work import PhaseFailure
+from rustsim_hpc.work import PhaseFailure, PhaseTrace
 
 StepKind = PhaseKind
 """The three ways to step are the three lists of phases."""
@@ -47,5 +47,5 @@ def _one_error(kind: StepKind, failure: PhaseFailure, step: int, phase_base: int
     if failure.phase_index is not None:
         error.add_facts(phase=failure.phase or None, phase_index=phase_base + failure.phase_index)
     if failure.trace:
-        error.add_note(f"the phase raised:\n{failure.trace}")
+        (error.source if isinstance(error, ExecutorError) else error).__cause__ = PhaseTrace(failure.trace)
     return error.add_facts(rank=failure.rank, host=failure.host or None, step=step)

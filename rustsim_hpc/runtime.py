@@ -19,7 +19,7 @@ from rustsim_hpc.program import plan_program
 from rustsim_hpc.schema import Schema
 from rustsim_hpc.stepper import StepFailed, Stepper, StepReport
 from rustsim_hpc.team import SoloTeam, Team
-from rustsim_hpc.work import PhaseFailure, Task, Work
+from rustsim_hpc.work import PhaseFailure, PhaseTrace, Task, Work
 
 __all__ = [
     "ColumnarPhaseBackend",
@@ -176,6 +176,16 @@ class ColumnarRuntime:
         self._store, self._step_index = _checked(store, step_index)
         self._drop_stepper()
 
+    def share_store(self) -> None:
+        """Move the state, once, into memory that worker processes can map.
+
+        Raises:
+            ColumnMemoryError: the memory cannot be had; nothing has changed.
+        """
+        if self._store.memory.kind != "shared":
+            self._drop_stepper()
+            self._store.move_to("shared")
+
     # -- stepping ------------------------------------------------------------------------------------
 
     def step(self) -> ColumnarStepTiming:
@@ -189,7 +199,8 @@ class ColumnarRuntime:
         try:
             report = stepper.advance(self._step_index)
         except StepFailed as failed:
-            raise runtime_error(failed, self._step_index) from None
+            error = runtime_error(failed, self._step_index)
+            raise error from error.__cause__
         self.commit(stepper)
         return self.timing(stepper, report, start)
 
@@ -246,5 +257,5 @@ def _one_error(failure: PhaseFailure, step: int) -> ColumnarRuntimeError:
         failure.phase_index or 0, failure.phase, message, step=step, rank=failure.rank, host=failure.host
     )
     if failure.trace:
-        error.add_note(f"the phase raised:\n{failure.trace}")
+        error.__cause__ = PhaseTrace(failure.trace)
     return error

@@ -127,7 +127,7 @@ class Stepping:
             if not self.config.guard.two_sided:
                 self._torn = f"step {before} failed half way: {message_of(typed)}"
                 self.proof.forget()
-            raise typed from _cause(error)
+            raise typed from typed.__cause__
         self.runtime.commit(stepper)
         self.proof.keep(sums)
         if fingerprint is not None:
@@ -193,10 +193,31 @@ class Stepping:
         if bound is not None and bound.executor is executor and bound.phase_base == phase_base:
             return bound.stepper
         self.drop(kind)
-        work = self._work(kind, phases)
-        stepper = Stepper(work, self._session(work, executor, phase_base), self.runtime.team)
+        stepper: Stepper | None = None
+        failure: Exception | None = None
+        try:
+            if getattr(executor, "needs_shared_memory", False):
+                self._share_state()
+            work = self._work(kind, phases)
+            stepper = Stepper(work, self._session(work, executor, phase_base), self.runtime.team)
+        except Exception as error:
+            failure = error
+        try:
+            agree(self.runtime.team, failure)  # a rank that cannot start must not be waited for
+        except BaseException:
+            if stepper is not None:
+                stepper.session.close()
+            raise
+        assert stepper is not None
         self._bound[kind] = _Bound(executor, phase_base, stepper)
         return stepper
+
+    def _share_state(self) -> None:
+        """Move the state to where worker processes can map it, once; what is bound to the old place goes."""
+        if self.runtime.device_store().memory.kind != "shared":
+            for kind in StepKind:
+                self.drop(kind)
+            self.runtime.share_store()
 
     def _session(self, work: Work, executor: Executor, phase_base: int) -> Any:
         resident = isinstance(executor, ResidentExecutor)
@@ -244,11 +265,13 @@ class Stepping:
         first, last = store.row_offset, store.row_offset + store.agent_count
         if plan.partition_count == 1 and not plan.assignments and self.runtime.team.size > 1:
             raise InvalidConfig("a single-process plan does not fit several ranks", hint="use row_ranges")
+        # Looked up by label: a plan may have as many workers as partitions.
+        workers = {worker.label: (worker,) for worker in self.config.partition_workers}
         mine = []
         for assignment in plan.materialized_assignments(store.total_rows):
             if not _lies_in(assignment, first, last):
                 continue
-            backend = resolve_backend(assignment, self.config.partition_workers)
+            backend = resolve_backend(assignment, workers.get(assignment.worker or "", ()))
             mine.append(Task(assignment, backend, assignment.row_start - first, assignment.row_end - first))
         if sum(len(task.assignment) for task in mine) != store.agent_count:
             raise InvalidConfig(f"a partition of the plan lies across rows {first} and {last} of one rank")
@@ -305,7 +328,3 @@ def _lies_in(assignment: PartitionAssignment, first: int, last: int) -> bool:
     if assignment.is_empty():
         return first == last == assignment.row_start
     return first <= assignment.row_start and assignment.row_end <= last
-
-
-def _cause(error: BaseException) -> BaseException | None:
-    return None if isinstance(error, StepFailed) else error.__cause__
