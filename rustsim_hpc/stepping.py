@@ -24,6 +24,7 @@ from rustsim_hpc.executors.base import PartitionExecutor, ResidentExecutor
 from rustsim_hpc.executors.tasks import TaskSession
 from rustsim_hpc.failures import StepKind, plane_error
 from rustsim_hpc.fingerprint import ReplayFingerprint
+from rustsim_hpc.memory import ColumnMemory
 from rustsim_hpc.model import Phase
 from rustsim_hpc.partition import PartitionAssignment, PartitionId, resolve_backend
 from rustsim_hpc.program import plan_program
@@ -62,7 +63,7 @@ class Stepping:
         self._bound: dict[StepKind, _Bound] = {}
         self._torn: str | None = None
         self._step_lock = threading.Lock()
-        self._seen = (runtime.device_store(), runtime.step_index)
+        self._seen = self._state_now()
 
     def ready(self, *, to_restore: bool = False) -> None:
         """Check that the plane may be used now, and notice a state that was changed behind its back.
@@ -75,13 +76,17 @@ class Stepping:
             raise _in_a_step()
         if self._torn is not None and not to_restore:
             raise TornState(self._torn, hint="restore a checkpoint")
-        store, step = self.runtime.device_store(), self.runtime.step_index
-        if store is not self._seen[0]:
+        seen = self._state_now()
+        if seen[:2] != self._seen[:2]:
             self._let_go()
-            self.proof.replace(store)
-        elif step != self._seen[1]:
+            self.proof.replace(seen[0])
+        elif seen != self._seen:
             self.proof.forget()
-        self._seen = store, step
+        self._seen = seen
+
+    def _state_now(self) -> tuple[DeviceSoaStore, ColumnMemory, int]:
+        store = self.runtime.device_store()
+        return store, store.memory, self.runtime.step_index
 
     # -- one step ------------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ class Stepping:
             report = stepper.advance(before, want_digest=due and self.proof.scheme == "digest")
             self._observe_and_check(stepper, report, before + 1)
             fingerprint, sums = self._prove(stepper, report, before + 1, due=due)
-            if self._seen != (self.runtime.device_store(), self.runtime.step_index):
+            if self._seen != self._state_now():
                 raise InvalidConfig("a phase replaced the state of the runtime that runs it")
         except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised typed)
             typed = self._typed(kind, error, before, phase_base)
@@ -133,7 +138,7 @@ class Stepping:
         if fingerprint is not None:
             self.replay.accept(fingerprint)
         self.values = report.values
-        self._seen = self._seen[0], before + 1
+        self._seen = (*self._seen[:2], before + 1)
         return report, fingerprint
 
     def _observe_and_check(self, stepper: Stepper, report: StepReport, step: int) -> None:
@@ -200,7 +205,7 @@ class Stepping:
                 self._share_state()
             work = self._work(kind, phases)
             stepper = Stepper(work, self._session(work, executor, phase_base), self.runtime.team)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (told to all ranks)
             failure = error
         try:
             agree(self.runtime.team, failure)  # a rank that cannot start must not be waited for
@@ -208,7 +213,8 @@ class Stepping:
             if stepper is not None:
                 stepper.session.close()
             raise
-        assert stepper is not None
+        if stepper is None:
+            raise AssertionError("agreed on success without a stepper")
         self._bound[kind] = _Bound(executor, phase_base, stepper)
         return stepper
 
@@ -218,6 +224,8 @@ class Stepping:
             for kind in StepKind:
                 self.drop(kind)
             self.runtime.share_store()
+            self._seen = self._state_now()
+            self.proof.replace(self._seen[0])
 
     def _session(self, work: Work, executor: Executor, phase_base: int) -> Any:
         resident = isinstance(executor, ResidentExecutor)
@@ -298,7 +306,7 @@ class Stepping:
         """Replace the state; everything bound to the old one is let go."""
         self._let_go()
         self.runtime.restore_device_store(store, step_index)
-        self._seen = store, self.runtime.step_index
+        self._seen = self._state_now()
         self.proof.replace(store)
         self.replay.restored(step_index)
         self._torn = None

@@ -142,16 +142,6 @@ class PhaseTrace(Exception):
 
 
 PANICKED = "partition worker thread panicked"
-"""Message of a worker that was ended by something that is not an ``Exception``."""
-
-class PhaseTrace(Exception):
-    """Where a phase raised what it raised, as text: the exception itself may have been another process's."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-PANICKED = "partition worker thread panicked"
 """Message of a failure that was not an ``Exception``: SystemExit in a phase, say."""
 
 STATUS_FIELDS = 5
