@@ -139,7 +139,7 @@ def _run(
 ) -> RunSummary:
     """Build the plane on a store, run the steps that are left, and record how it ended."""
     spec, team = prepared.spec, prepared.team
-    executor = executor_of(spec, folder.lock.descriptors)
+    executor = executor_of(prepared, folder.lock.descriptors)
     plane: EngineControlPlane | None = None
     try:
         plane = on_all(team, lambda: _plane(prepared, store, step_index))
@@ -215,7 +215,7 @@ def _summary(
         agents=spec.run.agents,
         ranks=prepared.team.size,
         executor=spec.run.executor,
-        workers=worker_count(spec),
+        workers=prepared.workers,
         partitions=prepared.partitions,
         fingerprint=fingerprint,
         fingerprint_scheme=spec.replay.fingerprint,

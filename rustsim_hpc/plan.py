@@ -130,19 +130,24 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
     )
 
 
-def worker_count(spec: JobSpec) -> int:
-    """Return the workers of a rank: what the job says, else one inline and this process's cores otherwise."""
+def worker_count(spec: JobSpec, cores: int | None = None) -> int:
+    """Return the workers of a rank: what the job says, else one inline and otherwise one a core.
+
+    cores: this rank's share; all that this process may use if None.
+    """
     if spec.run.executor == "inline":
         return 1
-    return spec.run.workers or len(os.sched_getaffinity(0))
+    return spec.run.workers or cores or len(os.sched_getaffinity(0))
 
 
-def partition_count(spec: JobSpec, ranks: int) -> int:
+def partition_count(spec: JobSpec, ranks: int, workers: int | None = None) -> int:
     """Return the partitions of a job on `ranks` ranks: one per worker of every rank unless the job says.
+
+    workers: of a rank, where `worker_count` is known already.
 
     There are at least as many as ranks and at most as many as rows; without any row there is one, empty.
     """
-    wanted = max(spec.run.partitions or worker_count(spec) * ranks, ranks)
+    wanted = max(spec.run.partitions or (workers or worker_count(spec)) * ranks, ranks)
     return min(wanted, max(spec.run.agents, 1))
 
 

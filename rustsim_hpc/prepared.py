@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Prepared:
 
     spec: JobSpec
     model: BoundModel
+    workers: int
     partitions: int
     part: RankPart
     team: Team
@@ -71,10 +73,21 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     agree_hash(team, "job file", spec.sha256())
     agree_hash(team, "model source", model.identity())
     model.share_tables(team)
-    partitions = partition_count(spec, team.size)
-    return Prepared(
-        spec, model, partitions, rank_part(spec.run.agents, partitions, team.size, team.rank), team
-    )
+    workers = worker_count(spec, _share_of_cores(team))
+    partitions = partition_count(spec, team.size, workers)
+    part = rank_part(spec.run.agents, partitions, team.size, team.rank)
+    return Prepared(spec, model, workers, partitions, part, team)
+
+
+def _share_of_cores(team: Team) -> int:
+    """Return the cores that each rank of rank 0's machine has, the same number on every rank.
+
+    A launcher that binds ranks to cores gives each its own; without that all may use the same ones.
+    """
+    mine = (team.host, frozenset(os.sched_getaffinity(0)))
+    everyone = team.allgather(mine)
+    here = [cores for host, cores in everyone if host == everyone[0][0]]
+    return max(1, len(frozenset().union(*here)) // len(here))
 
 
 def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts:
@@ -89,7 +102,7 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
         model=spec.model.module,
         model_hash=model.identity(),
         executor=spec.run.executor,
-        workers=worker_count(spec),
+        workers=prepared.workers,
         partitions=prepared.partitions,
         fingerprint_scheme=spec.replay.fingerprint,
         command=tuple(sys.argv),
@@ -97,14 +110,15 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
     )
 
 
-def executor_of(spec: JobSpec, inherit: tuple[int, ...] = ()) -> Executor:
+def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
     """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
-    if spec.run.executor == "threads":
-        return LocalThreadedPartitionExecutor(worker_count(spec))
-    if spec.run.executor == "processes":
+    executor, workers = prepared.spec.run.executor, prepared.workers
+    if executor == "threads":
+        return LocalThreadedPartitionExecutor(workers)
+    if executor == "processes":
         from rustsim_hpc.executors.processes import ProcessPartitionExecutor
 
-        return ProcessPartitionExecutor(worker_count(spec), inherit_fds=inherit)
+        return ProcessPartitionExecutor(workers, inherit_fds=inherit)
     return InlinePartitionExecutor()
 
 
