@@ -299,7 +299,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def children_seconds() -> float:
-    """Return the CPU time of finished children, which does not grow when the machine is busy, as wall time does."""
+    """Return the CPU time of finished children: wall time would grow when the machine is busy."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
