@@ -5,9 +5,11 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from reference import Influenza, Stream, philox4x32_10
 
 import rustsim_hpc as rs
 from rustsim_hpc.errors import ModelError
+from rustsim_hpc.params import bind_params
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 COUNT_OF_PLACES = 305
@@ -38,12 +41,27 @@ class Outcome(NamedTuple):
         return rs.open_run(self.folder)
 
 
-def run_job(job: str, folder: Path, *options: object) -> Outcome:
-    """Run a job of the project from the command line into a folder."""
+def run_job(job: str, folder: Path, *options: object, pictures: bool = False) -> Outcome:
+    """Run a job of the project from the command line into a folder.
+
+    Drawing takes longer than a small run: without ``pictures`` the process has no matplotlib.
+    """
+    environment = dict(os.environ)
+    if not pictures:
+        missing = folder.parent / "missing" / "matplotlib"
+        missing.mkdir(parents=True, exist_ok=True)
+        (missing / "__init__.py").write_text('raise ImportError("left out by a test")\n')
+        paths = [str(missing.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [sys.executable, "-m", "rustsim_hpc", "run", JOBS / f"{job}.toml", "--out", folder, "--json"]
     command += ["--no-progress", *options]
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=240, check=False
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=environment,
     )
     lines = done.stdout.splitlines()
     return Outcome(done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr, folder)
@@ -303,7 +321,9 @@ def test_us_flights_equals_its_twin(tmp_path: Path, case: Case, way: tuple[str, 
 
 def test_a_resumed_epidemic_equals_its_twin(tmp_path: Path) -> None:
     options = ["--agents", 9001, "--seed", 5, "--checkpoint-every", 4]
-    run_whole("us_flights", tmp_path / "run", *options, "--steps", 9)
+    outcome = run_job("us_flights", tmp_path / "run", *options, "--steps", 9)
+    assert outcome.code == 0, outcome.errors
+    assert "pictures skipped: curve.png, map.png" in outcome.errors
     command = [sys.executable, "-m", "rustsim_hpc", "resume", str(tmp_path / "run"), "--steps", "20"]
     done = subprocess.run(
         [*command, "--no-progress"], capture_output=True, text=True, timeout=240, check=False
@@ -333,11 +353,11 @@ def final_size(r0: float, seeded: float) -> float:
 
 def test_without_travel_one_place_follows_the_final_size(tmp_path: Path, flights: Any, data: Any) -> None:
     """Nobody outside the seed airport is infected; inside, the mean of 3 seeds is within 4 sd of theory."""
-    agents, sizes = 300_000, []
+    agents, sizes = 100_000, []
     residents = len(flights.residents("ATL", agents, flights.tables({})["cum"]))
     atl = data.network().codes.index("ATL")
     for seed in (1, 2, 3):
-        options = ["--agents", agents, "--steps", 260, "--seed", seed, "--checkpoint-every", 0]
+        options = ["--agents", agents, "--steps", 230, "--seed", seed, "--checkpoint-every", 0]
         run = run_whole(
             "us_flights", tmp_path / f"{seed}", *options, *params(p_travel=0.0, seed_airport="ATL")
         )
@@ -353,7 +373,7 @@ def test_without_travel_one_place_follows_the_final_size(tmp_path: Path, flights
 @pytest.fixture(scope="module")
 def main_run(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The main job as it stands: a million agents, 180 days."""
-    outcome = run_job("us_flights", tmp_path_factory.mktemp("main") / "run")
+    outcome = run_job("us_flights", tmp_path_factory.mktemp("main") / "run", pictures=True)
     assert outcome.code == 0, outcome.errors
     return outcome
 
@@ -410,7 +430,7 @@ def test_the_main_job_draws_its_pictures(main_run: Outcome) -> None:
 def test_mixing_everyone_gives_the_early_growth(tmp_path: Path) -> None:
     """Half of those at home travel each day: I grows by the larger root of (g - 1/2)(g - 2/3) = beta / 2."""
     growth = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         options = ["--agents", 1_000_000, "--steps", 36, "--seed", seed, "--checkpoint-every", 0]
         run = run_whole("us_flights", tmp_path / f"{seed}", *options, *params(p_travel=0.5))
         curve = run.series("curve.csv")
@@ -418,7 +438,7 @@ def test_mixing_everyone_gives_the_early_growth(tmp_path: Path) -> None:
         growth.append((ill[36] / ill[12]) ** (1 / 24))
     root = (7 / 6 + math.sqrt(49 / 36 - 4 * (1 / 3 - 1 / 4))) / 2
     assert root == pytest.approx(1.0902, abs=5e-5)
-    assert np.mean(growth) == pytest.approx(root, abs=4 * GROWTH_SD / math.sqrt(3))
+    assert np.mean(growth) == pytest.approx(root, abs=4 * GROWTH_SD / math.sqrt(2))
 
 
 GROWTH_SD = 0.0045
@@ -433,14 +453,10 @@ GROWTH_SD = 0.0045
     [
         (
             {"seed_airport": "OGG", "initial_infectious": 5000},
-            r"initial_infectious = 5000 is more than the \d+ residents of OGG",
+            r"initial_infectious = 5000 is more than the \d+ residents of OGG among 20000 agents",
         ),
-        ({"seed_airport": "OGD"}, "initial_infectious = 100 is more than the 0 residents of OGD"),
         ({"seed_airport": "JFKX"}, 'seed_airport "JFKX" is not an airport .*JFK'),
         ({"p_travel": 1.5}, "p_travel = 1.5 must be <= 1"),
-        ({"stay_days": 0.5}, "stay_days = 0.5 must be >= 1"),
-        ({"beta": -0.1}, "beta = -0.1 must be >= 0"),
-        ({"initial_infectious": -1}, "initial_infectious = -1 must be >= 0"),
     ],
 )
 def test_what_the_model_refuses_ends_with_2(tmp_path: Path, given: dict[str, Any], message: str) -> None:
@@ -448,6 +464,32 @@ def test_what_the_model_refuses_ends_with_2(tmp_path: Path, given: dict[str, Any
     assert outcome.code == 2, outcome.errors
     assert "Traceback" not in outcome.errors
     assert re.search(message, outcome.errors), outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"p_travel": -0.01}, "p_travel = -0.01 must be >= 0"),
+        ({"stay_days": 0.5}, "stay_days = 0.5 must be >= 1"),
+        ({"latent_days": 0.99}, "latent_days = 0.99 must be >= 1"),
+        ({"infectious_days": 0.0}, "infectious_days = 0.0 must be >= 1"),
+        ({"beta": -0.1}, "beta = -0.1 must be >= 0"),
+        ({"beta": math.nan}, "beta must be a number"),
+        ({"initial_infectious": -1}, "initial_infectious = -1 must be >= 0"),
+        ({"initial_infectious": 1.5}, "initial_infectious must be a whole number"),
+        ({"seed_airport": 7}, "seed_airport must be text"),
+    ],
+)
+def test_parameters_have_bounds(flights: Any, given: dict[str, Any], message: str) -> None:
+    declared = flights.model().parameters()
+    with pytest.raises(ModelError, match=re.escape(message)):
+        bind_params(declared, given)
+
+
+def test_the_job_file_repeats_the_models_defaults(flights: Any) -> None:
+    job = tomllib.loads((JOBS / "us_flights.toml").read_text())
+    defaults = {name: param.default for name, param in flights.model().parameters().items()}
+    assert job["params"] == defaults == vars(Influenza())
 
 
 # -- Pictures of small and odd runs -------------------------------------------------------------------
