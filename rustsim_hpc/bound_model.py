@@ -1,4 +1,4 @@
-"""A model joined with parameter values, a seed and a number of agents: ready to be initialised and stepped."""
+"""A model joined with parameter values, a seed and a number of agents, ready to be stepped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHUNK_ROWS = 1 << 18
 
 @dataclass(frozen=True)
 class Rows:
-    """A range of global rows, [start, stop), as ``initialise`` gets it; ``total`` rows in the whole population."""
+    """A range of global rows, [start, stop), as ``initialise`` gets it; ``total``: of all ranks."""
 
     start: int
     stop: int
@@ -43,7 +43,7 @@ class ModelContext:
 
     Attributes:
         step_index: steps made.
-        time: ``step_index`` × the model's step length, in its time unit.
+        time: ``step_index`` times the model's step length, in its time unit.
         agent_count: rows of the whole population.
         params: parameter values.
         tables: the model's tables.
@@ -93,9 +93,7 @@ class BoundModel:
         self.checks: tuple[Check, ...] = tuple(model.checks)
         self.outputs: tuple[Output, ...] = tuple(model.outputs)
         self.tables = _tables(model, self.params) if tables is None else dict(tables)
-        _require(
-            isinstance(model.step_length, int | float) and model.step_length > 0, "step_length must be > 0"
-        )
+        _require(model.step_length > 0, f"step_length must be positive, got {model.step_length}")
         for check in self.checks:
             _require(isinstance(check, Check), f"checks: {check!r} is not a check")
         for output in self.outputs:
@@ -142,7 +140,7 @@ class BoundModel:
                 )
             if array.dtype != np.dtype(column.dtype):
                 raise ModelError(
-                    f'initialise ({where(fn)}): column "{column.name}" is {array.dtype}, declared {column.dtype}',
+                    f'initialise ({where(fn)}): column "{column.name}" is {array.dtype}, not {column.dtype}',
                     hint=f"convert it with .astype(np.{column.dtype})",
                 )
         return arrays
@@ -172,8 +170,8 @@ class BoundModel:
             if kept.tobytes() != values.tobytes():
                 raise ModelError(
                     f"initialise ({where(self.model.initialise)}) gives column "
-                    f'"{self.schema.names[column]}" other values for rows {first}..{last} alone than as a part '
-                    "of more rows",
+                    f'"{self.schema.names[column]}" other values for rows {first}..{last} alone than as '
+                    "a part of more rows",
                     hint="make each row's values from its global row number alone",
                 )
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from rustsim_hpc.crash import write_crash_bundle
 from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError, TeamError
 from rustsim_hpc.fingerprint import StateView
 from rustsim_hpc.job import JobSpec
-from rustsim_hpc.model import ColumnPhase
 from rustsim_hpc.metrics_log import MetricsLog
+from rustsim_hpc.model import ColumnPhase
 from rustsim_hpc.output_set import OutputSet
 from rustsim_hpc.outputs import Sample
 from rustsim_hpc.progress import Progress
@@ -27,9 +27,9 @@ from rustsim_hpc.replay_log import ReplayHeader
 from rustsim_hpc.replay_writer import ReplayLogWriter
 from rustsim_hpc.run_folder import RunFolder
 from rustsim_hpc.signals import StopRequests
+from rustsim_hpc.stepping import Executor
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writer import CheckpointWriter
-from rustsim_hpc.stepping import Executor
 from rustsim_hpc.team import Team
 from rustsim_hpc.watchdog import Watchdog
 
@@ -176,7 +176,7 @@ class JobRun:
         if self._first and self._log is not None and fingerprint is not None:
             try:
                 self._log.append(fingerprint, self.plane.column_values())
-            except Exception as error:  # told to all ranks below
+            except Exception as error:  # noqa: BLE001 (told to all ranks below)
                 failure = error
         due = [
             output for output in self.outputs.declarations if step % getattr(output, "every", step + 1) == 0
@@ -196,7 +196,7 @@ class JobRun:
             try:
                 context = self.model.context(step, self.plane.values)
                 self.outputs.record(step, context.time, context, samples)
-            except Exception as error:  # told to all ranks below
+            except Exception as error:  # noqa: BLE001 (told to all ranks below)
                 failure = error
         agree(self.team, failure)
 
@@ -321,7 +321,7 @@ class JobRun:
         if self._first:
             try:
                 action()
-            except Exception as error:  # told to all ranks below
+            except Exception as error:  # noqa: BLE001 (told to all ranks below)
                 failure = error
         agree(self.team, failure)
 
@@ -348,7 +348,7 @@ class JobRun:
         try:
             if whole and self._opened:
                 self._last_checkpoint()
-        except Exception as second:  # the first error matters more
+        except Exception as second:  # noqa: BLE001 (the first error matters more)
             self._warn(f"warning: no checkpoint of the last complete step: {second}")
         if self._first and self._opened:
             with suppress(Exception):
@@ -365,8 +365,8 @@ def storage_options(spec: JobSpec) -> StorageOptions:
     compression: dict[str, str] = {}
     if table.compression != "none":
         compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
-    more = {} if table.chunk_rows is None else {"chunk_rows": table.chunk_rows}
-    return StorageOptions(table.layout, compression, keep=table.keep, keep_every=table.keep_every, **more)
+    options = StorageOptions(table.layout, compression, keep=table.keep, keep_every=table.keep_every)
+    return options if table.chunk_rows is None else replace(options, chunk_rows=table.chunk_rows)
 
 
 def replay_header(spec: JobSpec, model: BoundModel, plane: EngineControlPlane) -> ReplayHeader:
@@ -376,7 +376,7 @@ def replay_header(spec: JobSpec, model: BoundModel, plane: EngineControlPlane) -
     if bound:
         count = plane.partition_plan.partition_count
         notes.append(
-            f"phases {', '.join(bound)} look at whole partitions: the same values hold for {count} partitions only"
+            f"phases {', '.join(bound)} look at whole partitions: this holds for {count} partitions only"
         )
     return ReplayHeader(
         scheme=spec.replay.fingerprint,

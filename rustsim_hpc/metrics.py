@@ -179,9 +179,10 @@ class PhaseKind(IntEnum):
 
 
 class PhaseRun(NamedTuple):
-    """Executions of one phase in one step, one a partition: ``position`` is its place in the list of its kind.
+    """Executions of one phase in one step, one a partition.
 
-    ``elapsed_us`` is the last one's duration, ``total_us`` that of all together, ``rows`` what they processed.
+    ``position`` is its place in the list of its kind, ``elapsed_us`` the last execution's duration,
+    ``total_us`` that of all together, ``rows`` what they processed.
     """
 
     kind: PhaseKind

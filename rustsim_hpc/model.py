@@ -11,12 +11,12 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
-from rustsim_hpc.schema import Column, Schema
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
 from rustsim_hpc.params import Param, Params, as_param
+from rustsim_hpc.schema import Column, Schema
 
 __all__ = [
     "Check",
@@ -45,7 +45,6 @@ RESERVED = ("step", "row", "id", "rng")
 """Names bound in every row function: step index before the step, global row, id, random stream."""
 
 _KINDS = ("sum", "count", "min", "max", "histogram")
-_F = TypeVar("_F")
 
 
 def where(fn: Function) -> str:

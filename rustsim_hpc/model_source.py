@@ -1,4 +1,4 @@
-"""Find a model: a Python file or an importable name with a function ``model()``; and find it again elsewhere."""
+"""Find a model, a Python file or importable name with a function ``model()``, and find it again elsewhere."""
 
 from __future__ import annotations
 

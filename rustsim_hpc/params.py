@@ -55,13 +55,11 @@ class Param:
             ModelError: wrong type, NaN, out of the dtype's range or out of bounds.
         """
         kind = self.kind()
-        typed = _text(name, value) if kind == "str" else _number(name, value, kind)
-        for bound, broken, sign in (
-            (self.min, lambda b: typed < b, ">="),
-            (self.max, lambda b: typed > b, "<="),
-        ):
-            if bound is not None and broken(bound):
-                raise ModelError(f"parameter {name} = {value} must be {sign} {bound}")
+        typed: Any = _text(name, value) if kind == "str" else _number(name, value, kind)
+        if self.min is not None and typed < self.min:
+            raise ModelError(f"parameter {name} = {value} must be >= {self.min}")
+        if self.max is not None and typed > self.max:
+            raise ModelError(f"parameter {name} = {value} must be <= {self.max}")
         return typed
 
 

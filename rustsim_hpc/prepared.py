@@ -1,4 +1,4 @@
-"""A job made ready on this rank: the model bound, the ranks compared, the cut decided; nothing allocated yet."""
+"""A job made ready on this rank: model bound, ranks compared, cut decided; nothing allocated yet."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rustsim_hpc.schema import Schema
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.model import (
     RESERVED,
@@ -28,6 +27,7 @@ from rustsim_hpc.model import (
     RowKernel,
     where,
 )
+from rustsim_hpc.schema import Schema
 
 Source = Literal["column", "param", "table", "value", "step", "row", "id", "rng"]
 
@@ -76,8 +76,11 @@ class KernelStage:
 
 @dataclass(frozen=True)
 class ColumnCall:
-    """One column phase: ``sides`` says for each column which side it sees, ``fill`` which columns must
-    first be copied from the current side to the other, ``writable`` which it may change."""
+    """One column phase.
+
+    ``sides``: for each column which side it sees. ``fill``: columns that must first be copied from the
+    current side to the other. ``writable``: which it may change.
+    """
 
     phase: int
     column_phase: ColumnPhase
@@ -242,7 +245,7 @@ class _Planner:
                 continue
             if name in self.params or name in self.tables:
                 continue
-            self._unknown(derive, name, derive.fn, columns=False)
+            raise self._unknown(derive, name, derive.fn, columns=False)
         if not self.segments or self.stage or self.items or self.pending:
             self._close_segment()
         last = self.segments[-1]
@@ -342,18 +345,18 @@ class _Planner:
             return Binding(name, "table")
         if name in self.ready:
             return Binding(name, "value")
-        return self._unknown(phase, name, fn, columns=True)
+        raise self._unknown(phase, name, fn, columns=True)
 
-    def _unknown(self, phase: Phase, name: str, fn: Callable[..., Any], *, columns: bool) -> Any:
+    def _unknown(self, phase: Phase, name: str, fn: Callable[..., Any], *, columns: bool) -> ModelError:
         if name in self.made_later:
-            raise ModelError(
+            return ModelError(
                 f'{phase.name} ({where(fn)}) reads "{name}" before phase {self.made_later[name]} makes it',
                 phase=phase.name,
                 hint=f"move phase {self.made_later[name]} before {phase.name}",
             )
         known = [*self.params, *self.tables, *self.made_later]
         known += [*self.schema.names, *RESERVED] if columns else ["step"]
-        raise ModelError(
+        return ModelError(
             f'{phase.name} ({where(fn)}) takes an argument "{name}" that is not '
             f"{'a column, ' if columns else ''}a parameter, a table or an earlier result"
             f"{nearest(name, known)}",

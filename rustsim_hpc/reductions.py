@@ -1,7 +1,7 @@
 """Reductions outside compiled code: room for their states, merging them, and their final values.
 
-The layout of a state is that of :mod:`rustsim_hpc.kernels.reduce`. Room is made before the dtype of the values
-is known (that takes compiling), so a sum has room for the state of a sum of floats.
+The layout of a state is that of :mod:`rustsim_hpc.kernels.reduce`. Room is made before the dtype of the
+values is known (that takes compiling), so a sum has room for the state of a sum of floats.
 """
 
 from __future__ import annotations
@@ -64,11 +64,8 @@ def is_additive(reduction: Reduction) -> bool:
 
 def merge_states(reduction: Reduction, dtype: str, states: Array) -> Array:
     """Return one state for several: int64 (states, …) to int64 (…), exactly, in no order that matters."""
-    if reduction.kind != "sum":
-        merged: Array = _reduce().merge(reduction.kind, states)
-        return merged
-    merged = _reduce().merge("sum", states[..., : _words(dtype)])
-    return merged
+    room = states[..., : _words(dtype)] if reduction.kind == "sum" else states
+    return np.asarray(_reduce().merge(reduction.kind, room))
 
 
 def finish_reduction(reduction: Reduction, dtype: str, state: Array) -> Any:

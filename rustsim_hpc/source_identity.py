@@ -21,7 +21,8 @@ import numpy as np
 from rustsim_hpc.model import _Described
 
 _LIBRARIES = tuple(
-    str(Path(sysconfig.get_paths()[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    str(Path(sysconfig.get_paths()[name]).resolve())
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 
 
@@ -47,7 +48,7 @@ def file_identity(path: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _hash_file(path: str, mtime_ns: int, size: int) -> str:
+def _hash_file(path: str, _mtime_ns: int, _size: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -31,6 +31,7 @@ from numba.extending import typeof_impl
 from rustsim_hpc.files import write_atomic
 from rustsim_hpc.kernels import philox
 from rustsim_hpc.model import DeviceFunction
+from rustsim_hpc.source_identity import file_identity
 from rustsim_hpc.version import __version__
 
 # A loop over n input and m output columns needs about n*m overlap tests before LLVM may vectorise it; its
@@ -78,12 +79,14 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="rustsim-hpc-"))
 
 
+@lru_cache(maxsize=1)
 def environment_key() -> str:
     """Return what of this installation and CPU the machine code depends on."""
     cpu = llvmlite.binding.get_host_cpu_name()
     features = llvmlite.binding.get_host_cpu_features().flatten()
     versions = f"{__version__} {numba.__version__} {llvmlite.__version__} {np.__version__}"
-    return f"{versions} {cpu} {features}"
+    own = "".join(file_identity(str(path)) for path in sorted(Path(__file__).parent.glob("*.py")))
+    return f"{versions} {cpu} {features} {hashlib.sha256(own.encode()).hexdigest()}"
 
 
 def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tuple[ModuleType, Path]:
