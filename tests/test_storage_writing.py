@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from thread_team import ThreadTeam, run_ranks
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.fingerprint import StateView
 from rustsim_hpc.storage import (
+    CheckpointHeader,
     CheckpointWriter,
     StorageOptions,
     checkpoint_path,
@@ -272,6 +274,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, size: int, layout: str)
         return str(caught.value)
 
     assert len(set(run_ranks(size, rank))) == 1
+
+
+def test_what_hdf5_has_not_written_as_given_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, write_chunked = state(40), writing_module.write_chunked
+
+    def miswrite(
+        descriptor: int, header: CheckpointHeader, given: StateView, options: StorageOptions
+    ) -> None:
+        other = [given.columns[0], given.columns[1] ^ np.uint8(4)]
+        write_chunked(descriptor, header, replace(given, columns=tuple(other)), options)
+
+    monkeypatch.setattr(writing_module, "write_chunked", miswrite)
+    with pytest.raises(CheckpointFileError, match="HDF5 has not written what it was given"):
+        write_checkpoint(
+            tmp_path, header_of(view), view, SoloTeam(), StorageOptions(compression={"*": "gzip"})
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 # A process that is killed.

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.fingerprint import StateView
-from rustsim_hpc.storage.hdf5 import LIBVER, column_bytes, create_dataset, datasets, describe, write_root
+from rustsim_hpc.storage.hdf5 import (
+    ALIGNED_FROM,
+    LIBVER,
+    column_bytes,
+    create_dataset,
+    datasets,
+    describe,
+    write_root,
+)
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.proof import file_errors
 from rustsim_hpc.team import Team
 
 # MPI-IO counts in 32 bits in places.
@@ -21,6 +32,26 @@ def has_parallel_hdf5() -> bool:
     import h5py
 
     return bool(h5py.get_config().mpi)
+
+
+def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:
+    """Check that the disk has room for a file of all rows.
+
+    Parallel HDF5 does not recover from a full disk: it may wait for ever in a later call. So the plain case
+    is found before it is called. Of compressed columns nobody knows the size.
+
+    Raises:
+        CheckpointFileError: it has not.
+    """
+    size = sum(
+        header.rows * dtype.itemsize
+        for _, _, dtype, column in datasets(header)
+        if options.filter_of(None if column is None else column.name) is None
+    )
+    with file_errors(folder, "write"):
+        room = os.statvfs(folder)
+        if size > room.f_bavail * room.f_frsize:
+            raise OSError(errno.ENOSPC, "")
 
 
 def write_collective(
@@ -41,7 +72,8 @@ def write_collective(
     transfer.set_dxpl_mpio(h5fd.MPIO_COLLECTIVE)
     failure = None
     info = team.mpi_info(options.hints)
-    with h5py.File(path, "w", libver=LIBVER, driver="mpio", comm=team.native, info=info) as file:
+    places = {"alignment_threshold": ALIGNED_FROM, "alignment_interval": options.alignment}
+    with h5py.File(path, "w", libver=LIBVER, driver="mpio", comm=team.native, info=info, **places) as file:
         write_root(file, header, 0, header.rows)
         for index, name, dtype, column in datasets(header):
             dataset = create_dataset(file, name, dtype, header.rows, column, options)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.fingerprint import StateView, digest_column
 from rustsim_hpc.schema import Column
 from rustsim_hpc.storage.header import (
     FORMAT_NAME,
@@ -34,7 +34,9 @@ from rustsim_hpc.version import __version__
 
 # Small enough to stay in a core's cache between being hashed and being written.
 _PIECE_BYTES = 1 << 20
-_ALIGNED_FROM = 1 << 16
+ALIGNED_FROM = 1 << 16
+_READ_BACK_ROWS = 1 << 20
+_U64 = (1 << 64) - 1
 _IDS = np.dtype("<u8")
 # HDF5 1.10 reads it; attributes may be larger than 64 KiB.
 LIBVER = ("v110", "v110")
@@ -77,7 +79,7 @@ def plan_file(header: CheckpointHeader, start: int, stop: int, options: StorageO
 
     sink = MemorySink()
     with h5py.File(
-        sink, "w", libver=LIBVER, alignment_threshold=_ALIGNED_FROM, alignment_interval=options.alignment
+        sink, "w", libver=LIBVER, alignment_threshold=ALIGNED_FROM, alignment_interval=options.alignment
     ) as file:
         write_root(file, header, start, stop)
         places = []
@@ -250,7 +252,7 @@ def write_chunked(
     sink, rows = FileSink(descriptor), rows_of(view)
     start = view.row_offset
     with h5py.File(
-        sink, "w", libver=LIBVER, alignment_threshold=_ALIGNED_FROM, alignment_interval=options.alignment
+        sink, "w", libver=LIBVER, alignment_threshold=ALIGNED_FROM, alignment_interval=options.alignment
     ) as file:
         write_root(file, header, start, start + rows)
         for index, path, dtype, column in datasets(header):
@@ -312,3 +314,25 @@ def read_file(
             if isinstance(error, CheckpointFileError):
                 raise
             raise CheckpointFileError(message=f"{path}: HDF5 cannot read it: {error}") from error
+
+
+def check_file(
+    path: Path, header: CheckpointHeader, rows: tuple[int, int], file_start: int, sums: Sequence[int]
+) -> None:
+    """Read back rows [first, end) of a file that HDF5 has written, and compare their digests.
+
+    file_start: the first row of the file. sums: the digests' sums over the rows, the ids' first.
+
+    Raises:
+        CheckpointFileError: they are not what they should be.
+    """
+    first, end = rows
+    found = [0] * len(sums)
+    for start in range(first, end, _READ_BACK_ROWS):
+        stop = min(start + _READ_BACK_ROWS, end)
+        for index, _, dtype, _ in datasets(header):
+            values = np.empty(stop - start, dtype)
+            read_file(path, header, start - file_start, {index: values}, 0)
+            found[index + 1] += digest_column(values, start, index + 1)
+    if [value & _U64 for value in found] != list(sums):
+        raise CheckpointFileError(message=f"{path}: HDF5 has not written what it was given", damaged=False)

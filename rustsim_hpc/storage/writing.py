@@ -20,14 +20,15 @@ import numpy as np
 import xxhash
 
 from rustsim_hpc.agreement import agree
-from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
 from rustsim_hpc.fingerprint import StateView, digest_sums, digest_value
-from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
+from rustsim_hpc.storage.collective import check_room, has_parallel_hdf5, write_collective
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
 from rustsim_hpc.storage.hdf5 import (
     FileImage,
     Segment,
+    check_file,
     plan_file,
     plan_master,
     stream,
@@ -79,6 +80,8 @@ class Attempt:
     ) -> None:
         self.path = checkpoint_path(folder, header.step_index)
         self.header, self.view, self.team, self.options = header, view, team, options
+        self.rows = (view.row_offset, view.row_stop)
+        self.sums: tuple[int, ...] = ()
         self.published = False
         self.sharded = team.size > 1 and options.layout != "single"
         error, names = self._misfit(), None
@@ -88,9 +91,16 @@ class Attempt:
             try:
                 with file_errors(folder, "make"):
                     (shards if self.sharded else folder).mkdir(parents=True, exist_ok=True)
+                if self.collective:
+                    check_room(folder, header, options)
             except CheckpointFileError as failure:
                 error = failure
-        agree(team, error)
+        try:
+            agree(team, error)
+        except RustsimError:
+            if names is not None and self.sharded:
+                shutil.rmtree(names[0], ignore_errors=True)
+            raise
         chosen = team.bcast(names)
         assert chosen is not None  # noqa: S101 (rank 0 has them, or all have raised)
         self.shards, self.first, self.proof = chosen
@@ -110,12 +120,17 @@ class Attempt:
         if not fits:
             message = f"{self.path}: the header is not that of the state"
             return CheckpointFileError(message=message, damaged=False)
-        if options.compresses and self.team.size > 1 and not self.sharded and not self.collective:
-            return CheckpointFileError(
-                message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
-                damaged=False,
-                hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
-            )
+        if options.compresses and self.team.size > 1 and not self.sharded:
+            if not self.collective:
+                return CheckpointFileError(
+                    message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
+                    damaged=False,
+                    hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
+                )
+            if "lzf" in options.compression.values():
+                # Its chunks that do not become smaller come back unreadable (seen with HDF5 1.10.8).
+                message = f"{self.path}: parallel HDF5 does not write lzf safely"
+                return CheckpointFileError(message=message, damaged=False, hint="use gzip")
         return None
 
     @property
@@ -144,19 +159,20 @@ class Attempt:
 
     def write_shard(self) -> Receipt:
         """Write this rank's rows as a file of their own, durable."""
-        view, sums = self.view, tuple(digest_sums(self.view))
-        start, stop = view.row_offset, view.row_stop
+        start, stop = self.rows
+        self.sums = tuple(digest_sums(self.view))
         if start == stop:
-            return Receipt(start, stop, sums)
+            return Receipt(start, stop, self.sums)
         size, blocks = self._write_rows(self.shard, self.header)
         name = f"{self.shards.name}/{self.shard.name}"
-        return Receipt(start, stop, sums, FileProof(name, size, start, stop, blocks))
+        return Receipt(start, stop, self.sums, FileProof(name, size, start, stop, blocks))
 
     def write_alone(self) -> Receipt:
         """Write the only rank's rows as the whole checkpoint, durable, under its temporary name."""
-        rows, sums = self.header.rows, tuple(digest_sums(self.view))
-        size, blocks = self._write_rows(self.first, replace(self.header, digests=sums))
-        return Receipt(0, rows, sums, FileProof(self.path.name, size, 0, rows, blocks))
+        rows = self.header.rows
+        self.sums = tuple(digest_sums(self.view))
+        size, blocks = self._write_rows(self.first, replace(self.header, digests=self.sums))
+        return Receipt(0, rows, self.sums, FileProof(self.path.name, size, 0, rows, blocks))
 
     def _write_rows(self, path: Path, header: CheckpointHeader) -> tuple[int, tuple[str, ...]]:
         """Write the view's rows to a new file; return its size and its blocks' checksums."""
@@ -167,11 +183,12 @@ class Attempt:
                 if self.options.compresses:
                     write_chunked(descriptor, header, self.view, self.options)
                     os.fsync(descriptor)
+                    check_file(path, header, self.rows, self.rows[0], self.sums)
                     size = os.fstat(descriptor).st_size
                     return size, tuple(hash_blocks(path, 0, block_count(size)))
-                view, hasher = self.view, BlockHasher()
-                image = plan_file(header, view.row_offset, view.row_stop, self.options)
-                stream(descriptor, image, view, hasher)
+                hasher = BlockHasher()
+                image = plan_file(header, *self.rows, self.options)
+                stream(descriptor, image, self.view, hasher)
                 os.fsync(descriptor)
                 return image.size, hasher.finish()
             finally:
@@ -179,36 +196,35 @@ class Attempt:
 
     def write_part(self) -> Receipt:
         """Write this rank's rows into the file of all ranks, durable."""
-        view = self.view
-        sums = tuple(digest_sums(view))
-        image = self._shared_image(tuple(0 for _ in sums))
+        self.sums = tuple(digest_sums(self.view))
+        image = self._shared_image(tuple(0 for _ in self.sums))
         with file_errors(self.first, "write"):
             descriptor = os.open(self.first, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                stream_rows(descriptor, image, view)
+                stream_rows(descriptor, image, self.view)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return Receipt(view.row_offset, view.row_stop, sums, segments=image.segments)
+        return Receipt(*self.rows, self.sums, segments=image.segments)
 
     def write_together(self) -> Receipt:
         """Write this rank's rows into the file of all ranks through parallel HDF5, durable. Collective."""
-        view, sums, error = self.view, [0], None
+        error = None
         try:
-            sums = digest_sums(view)
+            self.sums = tuple(digest_sums(self.view))
         except Exception as failure:  # noqa: BLE001 (told to all ranks, then raised)
             error = failure
         agree(self.team, error)
-        total = self.team.sum_int64(np.array(sums, np.uint64).view(np.int64)).view(np.uint64)
+        total = self.team.sum_int64(np.array(self.sums, np.uint64).view(np.int64)).view(np.uint64)
         header = replace(self.header, digests=tuple(int(value) for value in total))
         with file_errors(self.first, "write"):
-            write_collective(self.first, header, view, self.team, self.options)
+            write_collective(self.first, header, self.view, self.team, self.options)
             descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return Receipt(view.row_offset, view.row_stop, tuple(sums))
+        return Receipt(*self.rows, self.sums)
 
     def _shared_image(self, digests: tuple[int, ...]) -> FileImage:
         # Digests are numbers of one width: they have no say in where the columns lie.
@@ -236,6 +252,8 @@ class Attempt:
 
     def hash_part(self) -> list[str]:
         """Return the checksums of this rank's share of the blocks of the file of all ranks."""
+        if self.collective:
+            check_file(self.first, self.header, self.rows, 0, self.sums)
         with file_errors(self.first):
             total = block_count(self.first.stat().st_size)
         rank, size = self.team.rank, self.team.size

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
-from rustsim_hpc.team import Team, agree, agree_hash, open_team
+from rustsim_hpc.team import Team, agree, agree_hash, detect_launcher, open_team
 
 pytestmark = pytest.mark.mpi
 
 
 def test_the_world_is_what_the_launcher_says(team: Team) -> None:
-    assert team.size == int(os.environ["PMI_SIZE"])
+    launcher = detect_launcher(os.environ)
+    assert launcher is not None
+    assert (team.rank, team.size) == (launcher.rank, launcher.size)
     assert team.allgather(team.rank) == list(range(team.size))
     assert team.host == socket.gethostname()
     assert team.native.Get_size() == team.size
