@@ -21,7 +21,7 @@ from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCh
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.failures import StepKind
 from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
-from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, Meter, PhaseRun
+from rustsim_hpc.metrics import EngineMetrics, Meter
 from rustsim_hpc.model import ColumnPhase, Phase
 from rustsim_hpc.partition import PartitionAssignment, PartitionPlan
 from rustsim_hpc.replay import ReplayRecorder
@@ -34,7 +34,6 @@ from rustsim_hpc.stepper import Stepper, StepReport
 from rustsim_hpc.stepping import Executor, Stepping
 
 _INLINE = InlinePartitionExecutor()
-_CPU = ColumnarPhaseBackend.cpu()
 T = TypeVar("T")
 
 
@@ -356,8 +355,7 @@ class EngineControlPlane:
         total_us = (time.perf_counter_ns() - start) // 1000
         self._count(kind, stepper, report, total_us, captured=fingerprint is not None)
         work = stepper.work
-        names = work.program.phase_names[: work.program.phase_count]
-        reports = PhaseReports(work.tasks, names, base, report.times)
+        reports = PhaseReports(work.tasks, work.program.model_phases, base, report.times)
         checkpoint = self._checkpoint_if_due()
         return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us)
 
@@ -369,18 +367,9 @@ class EngineControlPlane:
         self, kind: StepKind, stepper: Stepper, report: StepReport, total_us: int, *, captured: bool
     ) -> None:
         """Count a committed step: each phase once a partition."""
-        tasks, program = stepper.work.tasks, stepper.work.program
-        rows = sum(task.stop - task.start for task in tasks)
-        micros = report.times // 1000
-        totals = micros.sum(axis=0)
-        last = micros[-1] if len(tasks) else totals  # a rank may hold no rows
-        runs = [
-            PhaseRun(
-                kind, k, program.phase_names[k], _CPU, int(last[k]), int(totals[k]), len(tasks), rows
-            )
-            for k in range(program.phase_count)
-        ]
-        self._meter.step_completed(total_us, runs, partitioned=kind is not StepKind.RUNTIME)
+        work = stepper.work
+        rows = work.memory.rows
+        self._meter.step_completed(total_us, kind, work.program.model_phases, report.times, rows=rows)
         if captured:
             self._meter.fingerprint_captured()
 

@@ -143,9 +143,9 @@ class JobRun:
         self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
             watchdog.beat("step", plane.runtime.step_index)
-            stepper.vote = self._vote(stop)
+            stepper.meeting.vote = self._vote(stop)
             step = plane.step_partitions_with_executor(self.executor)
-            votes = stepper.votes
+            votes = stepper.meeting.votes
             self._record(step.fingerprint)
             self._checkpoint_if_due(votes)
             self._bar.advance()

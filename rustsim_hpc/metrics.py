@@ -9,7 +9,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class ColumnarPhaseBackend:
 
     def __str__(self) -> str:
         return self.kind
+
+
+_CPU = ColumnarPhaseBackend.cpu()
 
 
 @dataclass(frozen=True)
@@ -178,21 +184,22 @@ class PhaseKind(IntEnum):
     EXECUTOR = 2
 
 
-class PhaseRun(NamedTuple):
-    """Executions of one phase in one step, one a partition.
+class _KindTotals:
+    """Counters of one list of phases: arrays by position, in nanoseconds."""
 
-    ``position`` is its place in the list of its kind, ``elapsed_us`` the last execution's duration,
-    ``total_us`` that of all together, ``rows`` what they processed.
-    """
+    def __init__(self, count: int) -> None:
+        self.names: tuple[str, ...] = ("",) * count
+        self.backend = ColumnarPhaseBackend.cpu()
+        self.executions = np.zeros(count, np.int64)
+        self.last_ns = np.zeros(count, np.int64)
+        self.total_ns = np.zeros(count, np.int64)
 
-    kind: PhaseKind
-    position: int
-    name: str
-    backend: ColumnarPhaseBackend
-    elapsed_us: int
-    total_us: int
-    executions: int = 1
-    rows: int = 0
+    def grown(self, count: int) -> _KindTotals:
+        """Return the same counters with room for more phases."""
+        more = _KindTotals(count)
+        for name in ("executions", "last_ns", "total_ns"):
+            getattr(more, name)[: len(self.names)] = getattr(self, name)
+        return more
 
 
 class Meter:
@@ -209,8 +216,7 @@ class Meter:
         self._steps = self._last_us = self._total_us = 0
         self._partition_steps = self._partition_rows = 0
         self._checkpoints = self._fingerprints = 0
-        self._runs: dict[tuple[PhaseKind, int], list[int]] = {}
-        self._facts: dict[tuple[PhaseKind, int], tuple[str, ColumnarPhaseBackend]] = {}
+        self._totals: dict[PhaseKind, _KindTotals] = {}
 
     def refresh(
         self,
@@ -226,23 +232,41 @@ class Meter:
         self._live = (current_step, agent_count, sum(phases), resident_bytes, partition_count)
         self._kinds = phases
 
-    def step_completed(self, total_us: int, runs: Iterable[PhaseRun], *, partitioned: bool = False) -> None:
-        """Count one committed step and its phases' executions."""
+    def step_completed(
+        self,
+        total_us: int,
+        kind: PhaseKind,
+        names: tuple[str, ...],
+        times: npt.NDArray[np.int64],
+        *,
+        rows: int = 0,
+        backend: ColumnarPhaseBackend = _CPU,
+    ) -> None:
+        """Count one committed step and its phases' executions, one a partition.
+
+        Args:
+            total_us: duration of the step in microseconds.
+            kind: which list of phases ran; ``names`` are theirs.
+            times: int64 (partitions, at least as many as phases): nanoseconds.
+            rows: of all partitions together.
+            backend: where the phases ran.
+        """
         self._steps += 1
         self._last_us = total_us
         self._total_us += total_us
-        self._partition_steps += partitioned
-        for run in runs:
-            key = (run.kind, run.position)
-            totals = self._runs.get(key)
-            if totals is None:
-                totals = self._runs[key] = [0, 0, 0]
-                self._facts[key] = (run.name, run.backend)
-            totals[0] += run.executions
-            totals[1] = run.elapsed_us
-            totals[2] += run.total_us
-            if partitioned:
-                self._partition_rows += run.rows
+        count = len(names)
+        totals = self._totals.get(kind)
+        if totals is None or len(totals.names) < count:
+            totals = self._totals[kind] = _KindTotals(count) if totals is None else totals.grown(count)
+        totals.names, totals.backend = names, backend
+        executions = len(times)
+        if executions:
+            totals.executions[:count] += executions
+            totals.last_ns[:count] = times[-1, :count]
+            totals.total_ns[:count] += times[0, :count] if executions == 1 else times[:, :count].sum(axis=0)
+        if kind is not PhaseKind.RUNTIME:
+            self._partition_steps += 1
+            self._partition_rows += rows * count
 
     def checkpoint_created(self) -> int:
         """Count one checkpoint, and return its sequence number; the first one is 1."""
@@ -261,12 +285,18 @@ class Meter:
     def snapshot(self) -> EngineMetrics:
         """Return the counters as they are now."""
         bases = (0, self._kinds[0], self._kinds[0] + self._kinds[1])
-        phases = []
-        for key in sorted(self._runs):
-            executions, last_us, total_us = self._runs[key]
-            name, backend = self._facts[key]
-            index = bases[key[0]] + key[1]
-            phases.append(EnginePhaseMetric(index, name, backend, executions, last_us, total_us))
+        phases = [
+            EnginePhaseMetric(
+                phase_index=bases[kind] + int(position),
+                name=totals.names[position],
+                backend=totals.backend,
+                executions=int(totals.executions[position]),
+                last_elapsed_us=int(totals.last_ns[position]) // 1000,
+                total_elapsed_us=int(totals.total_ns[position]) // 1000,
+            )
+            for kind, totals in sorted(self._totals.items())
+            for position in np.flatnonzero(totals.executions)
+        ]
         current_step, agent_count, phase_count, resident_bytes, partition_count = self._live
         return EngineMetrics(
             current_step=current_step,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from rustsim_hpc.errors import ModelError, nearest
@@ -135,6 +136,11 @@ class Program:
     swapped: tuple[int, ...]
     final_sides: tuple[int, ...]
     partition_bound: tuple[str, ...]
+
+    @cached_property
+    def model_phases(self) -> tuple[str, ...]:
+        """Names of the model's phases, without observers' reductions."""
+        return self.phase_names[: self.phase_count]
 
 
 def plan_program(

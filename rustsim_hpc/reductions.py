@@ -68,6 +68,25 @@ def merge_states(reduction: Reduction, dtype: str, states: Array) -> Array:
     return np.asarray(_reduce().merge(reduction.kind, room))
 
 
+def empty_state(reduction: Reduction, bins: int, dtype: str | None) -> Array:
+    """Return the state of 0 rows, of full width where the dtype is not known."""
+    state = np.zeros(state_shape(reduction, bins), np.int64)
+    if reduction.kind in _EMPTY:
+        state[0] = _EMPTY[reduction.kind]
+    if reduction.kind == "sum" and dtype is not None:
+        state = np.ascontiguousarray(state[..., : _words(dtype)])
+    return state
+
+
+def full_state(reduction: Reduction, state: Array) -> Array:
+    """Return a state with room for the widest dtype."""
+    if reduction.kind != "sum" or state.shape[-1] == _SUM_WORDS:
+        return state
+    full = np.zeros((*state.shape[:-1], _SUM_WORDS), np.int64)
+    full[..., : state.shape[-1]] = state
+    return full
+
+
 def finish_reduction(reduction: Reduction, dtype: str, state: Array) -> Any:
     """Return a reduction's value: a NumPy scalar, or an array (bins,), read-only.
 
@@ -76,6 +95,8 @@ def finish_reduction(reduction: Reduction, dtype: str, state: Array) -> Any:
     """
     if reduction.kind in _EMPTY and state[0] == _EMPTY[reduction.kind] and not state[1]:
         return _reduce().finish(reduction.kind, dtype, _reduce().new(reduction.kind, dtype))
+    if reduction.kind == "sum":
+        state = state[..., : _words(dtype)]
     value = _reduce().finish(reduction.kind, dtype, state, keyed=reduction.key is not None)
     if isinstance(value, np.ndarray):
         value.flags.writeable = False

@@ -5,8 +5,7 @@ The new state stands on the columns' other side until the caller commits it, so 
 
 from __future__ import annotations
 
-import socket
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,14 @@ import numpy as np
 from rustsim_hpc.agreement import agree as agree_on
 from rustsim_hpc.errors import ColumnarRuntimeError, message_of
 from rustsim_hpc.executors.base import OBSERVE, ResidentSession
+from rustsim_hpc.meeting import Meeting
+from rustsim_hpc.meeting import StepFailed as StepFailed  # noqa: PLC0414
 from rustsim_hpc.program import Segment
-from rustsim_hpc.reductions import finish_reduction, is_additive, merge_states, reset_states
-from rustsim_hpc.schema import DTYPES
+from rustsim_hpc.reductions import reset_states
 from rustsim_hpc.team import Team
-from rustsim_hpc.work import Frame, PhaseFailure, Work
+from rustsim_hpc.work import Frame, Work
 
 Array = np.ndarray[Any, Any]
-
-
-class StepFailed(Exception):
-    """Phases failed, on this rank or another; ``failures`` in partition order, the same on every rank."""
-
-    def __init__(self, failures: tuple[PhaseFailure, ...]) -> None:
-        super().__init__(failures[0].message)
-        self.failures = failures
 
 
 @dataclass
@@ -55,16 +47,15 @@ class Stepper:
         team: the ranks.
 
     Attributes:
-        vote: a number that this rank adds to the next step's meetings; ``votes`` is the sum over ranks at the
-            last one. So the ranks agree on stopping, say, without a collective of its own.
+        meeting: where the ranks meet; a vote put there rides along, so that the ranks agree on stopping, say,
+            without a collective of its own.
     """
 
     def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
         self.work = work
         self.session = session
         self.team = team
-        self.vote = 0
-        self.votes = 0
+        self.meeting = Meeting(work, session.board, team)
 
     def advance(self, step_index: int, *, want_digest: bool = False) -> StepReport:
         """Compute the state after step ``step_index`` beside the current one.
@@ -89,7 +80,8 @@ class Stepper:
         for index, segment in enumerate(self.work.program.segments):
             reset_states(self.work, board, segment.reductions)
             failures = self.session.run(index, frame)
-            digests = self._meet(segment, failures, frame, with_digests=want_digest and index == last)
+            last_one = want_digest and index == last
+            digests = self.meeting.hold(segment, failures, frame, with_digests=last_one)
             if segment.derives:
                 self._derive(segment, frame, agree=index == last)
         return StepReport(frame.values, digests, board.times.copy())
@@ -108,69 +100,10 @@ class Stepper:
         try:
             frame = Frame(step_index, values=values)
             reset_states(self.work, self.session.board, segment.reductions)
-            self._meet(segment, self.session.run(OBSERVE, frame), frame, with_digests=False)
+            self.meeting.hold(segment, self.session.run(OBSERVE, frame), frame, with_digests=False)
         finally:
             if committed:
                 memory.swap(self.work.program.swapped)
-
-    # -- meeting the other ranks ---------------------------------------------------------------------
-
-    def _meet(
-        self, segment: Segment, failures: list[PhaseFailure], frame: Frame, *, with_digests: bool
-    ) -> Array | None:
-        """Agree on success, add up reductions (and digests) over all partitions, and finish them."""
-        board, program = self.session.board, self.work.program
-        merged = {slot: self._merged(slot) for slot in segment.reductions}
-        additive = [slot for slot in segment.reductions if is_additive(program.reductions[slot])]
-        parts: list[Array] = [np.array([len(failures), self.vote], np.int64)]
-        parts += [merged[slot].reshape(-1) for slot in additive]
-        if with_digests:
-            parts.append(board.digests.sum(axis=0, dtype=np.uint64).view(np.int64))
-        total = self.team.sum_int64(np.concatenate(parts) if len(parts) > 1 else parts[0])
-        if total[0]:
-            self._raise_failures(failures)
-        self.votes = int(total[1])
-        place = 2
-        for slot in additive:
-            size = merged[slot].size
-            merged[slot] = total[place : place + size].reshape(merged[slot].shape)
-            place += size
-        self._gather_others(segment, merged)
-        self._finish(segment, merged, frame)
-        return total[place:].view(np.uint64) if with_digests else None
-
-    def _dtype(self, slot: int) -> str:
-        return DTYPES[int(self.session.board.codes[0, slot])]
-
-    def _merged(self, slot: int) -> Array:
-        """Return one state for those of this rank's partitions."""
-        states = self.session.board.states[slot]
-        return merge_states(self.work.program.reductions[slot], self._dtype(slot), states)
-
-    def _gather_others(self, segment: Segment, merged: dict[int, Array]) -> None:
-        """Merge the states that do not simply add up (min and max) over the ranks."""
-        others = [s for s in segment.reductions if not is_additive(self.work.program.reductions[s])]
-        if not others or self.team.size == 1:
-            return
-        gathered = self.team.allgather([merged[slot] for slot in others])
-        for place, slot in enumerate(others):
-            states = np.stack([rank_states[place] for rank_states in gathered])
-            merged[slot] = merge_states(self.work.program.reductions[slot], self._dtype(slot), states)
-
-    def _finish(self, segment: Segment, merged: dict[int, Array], frame: Frame) -> None:
-        for slot in segment.reductions:
-            reduction = self.work.program.reductions[slot]
-            try:
-                frame.values[reduction.name] = finish_reduction(reduction, self._dtype(slot), merged[slot])
-            except ArithmeticError as error:
-                index = self.work.program.phase_names.index(reduction.name)
-                step = frame.step_index
-                raise ColumnarRuntimeError(index, reduction.name, str(error), step=step) from error
-
-    def _raise_failures(self, failures: list[PhaseFailure]) -> None:
-        mine = [replace(f, rank=self.team.rank, host=f.host or socket.gethostname()) for f in failures]
-        everyone = [failure for rank in self.team.allgather(mine) for failure in rank]
-        raise StepFailed(tuple(sorted(everyone, key=lambda failure: failure.partition)))
 
     def _derive(self, segment: Segment, frame: Frame, *, agree: bool) -> None:
         """Compute a segment's derived values; a failure on one rank becomes everybody's."""

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
+import numpy as np
 import pytest
 
 from rustsim_hpc.metrics import (
@@ -10,15 +12,14 @@ from rustsim_hpc.metrics import (
     EnginePhaseMetric,
     Meter,
     PhaseKind,
-    PhaseRun,
 )
 
 CPU = ColumnarPhaseBackend.cpu()
 
 
-def run(kind: PhaseKind, position: int, name: str, *elapsed: int, rows: int = 0) -> PhaseRun:
-    """One phase in one step: the duration of each partition's execution, and the rows of all."""
-    return PhaseRun(kind, position, name, CPU, elapsed[-1], sum(elapsed), len(elapsed), rows)
+def times(*partitions: tuple[int, ...]) -> "np.ndarray[Any, Any]":
+    """One step's durations: for each partition, each phase's in microseconds."""
+    return np.array(partitions, np.int64) * 1000
 
 
 def refresh(meter: Meter, step: int, phases: tuple[int, int, int]) -> None:
@@ -28,11 +29,7 @@ def refresh(meter: Meter, step: int, phases: tuple[int, int, int]) -> None:
 def test_a_partition_step_counts_executions_once_a_partition_and_rows_times_phases() -> None:
     meter = Meter()
     refresh(meter, 1, (0, 2, 0))
-    runs = [
-        run(PhaseKind.PARTITION, 0, "move", 5, 3, rows=10),
-        run(PhaseKind.PARTITION, 1, "damp", 7, 2, rows=10),
-    ]
-    meter.step_completed(20, runs, partitioned=True)
+    meter.step_completed(20, PhaseKind.PARTITION, ("move", "damp"), times((5, 7), (3, 2)), rows=10)
     snapshot = meter.snapshot()
     assert snapshot.steps_completed == snapshot.partition_steps_completed == 1
     assert snapshot.partition_rows_processed == 20
@@ -41,7 +38,7 @@ def test_a_partition_step_counts_executions_once_a_partition_and_rows_times_phas
         EnginePhaseMetric(0, "move", CPU, 2, 3, 8),
         EnginePhaseMetric(1, "damp", CPU, 2, 2, 9),
     )
-    meter.step_completed(10, [run(PhaseKind.RUNTIME, 0, "x", 1, rows=10)])
+    meter.step_completed(10, PhaseKind.RUNTIME, ("x",), times((1,)), rows=10)
     later = meter.snapshot()
     assert (later.total_step_us, later.last_step_us) == (30, 10)
     assert (later.partition_rows_processed, later.partition_steps_completed) == (20, 1)
@@ -51,18 +48,18 @@ def test_a_partition_step_counts_executions_once_a_partition_and_rows_times_phas
 def test_counters_stay_with_their_phase_when_an_earlier_list_grows() -> None:
     meter = Meter()
     refresh(meter, 0, (1, 1, 1))
-    meter.step_completed(1, [run(PhaseKind.RUNTIME, 0, "first", 4)])
-    meter.step_completed(1, [run(PhaseKind.PARTITION, 0, "second", 5, rows=1)], partitioned=True)
-    meter.step_completed(1, [run(PhaseKind.EXECUTOR, 0, "third", 6, rows=1)], partitioned=True)
+    meter.step_completed(1, PhaseKind.RUNTIME, ("first",), times((4,)))
+    meter.step_completed(1, PhaseKind.PARTITION, ("second",), times((5,)), rows=1)
+    meter.step_completed(1, PhaseKind.EXECUTOR, ("third",), times((6,)), rows=1)
     assert [(p.phase_index, p.name) for p in meter.snapshot().phases] == [
         (0, "first"),
         (1, "second"),
         (2, "third"),
     ]
     refresh(meter, 3, (2, 2, 1))
-    meter.step_completed(1, [run(PhaseKind.RUNTIME, 1, "added", 9)])
+    meter.step_completed(1, PhaseKind.RUNTIME, ("first", "added"), times((2, 9)))
     phases = {p.name: (p.phase_index, p.executions, p.total_elapsed_us) for p in meter.snapshot().phases}
-    assert phases == {"first": (0, 1, 4), "added": (1, 1, 9), "second": (2, 1, 5), "third": (4, 1, 6)}
+    assert phases == {"first": (0, 2, 6), "added": (1, 1, 9), "second": (2, 1, 5), "third": (4, 1, 6)}
 
 
 def test_checkpoint_sequence_starts_at_one() -> None:
