@@ -49,6 +49,7 @@ class SharedArrays:
         total = max(ends[-1] if ends else 0, mmap.PAGESIZE)
         fd = _new_file(total) if _fd is None else _fd
         self._close = weakref.finalize(self, os.close, fd)
+        self._close.atexit = False
         self.layout = ArraysLayout(wanted, fd)
         try:
             area = np.frombuffer(mmap.mmap(fd, total, mmap.MAP_SHARED), np.uint8)

@@ -73,8 +73,8 @@ class ProcessSession:
         self._values: dict[str, Any] | None = None
         self._sent: dict[str, Any] = {}
         self._order = bytearray(ORDER.size)
-        problems = self._start(self._workers)
-        if problems:
+        self._whole = False
+        if problems := self._start():
             self.close()
             raise ExecutorError(Worker(problems[0].partition, problems[0].message))
 
@@ -95,8 +95,7 @@ class ProcessSession:
         if items is None or not items.items:
             return []
         try:
-            dead = [worker for worker in self._workers if not worker.alive]
-            if dead and (problems := self._start(dead)):
+            if not self._whole and (problems := self._start()):
                 return problems
             message = self._message(segment, frame)
             sent = [worker.order(message) for worker in self._workers]
@@ -109,7 +108,7 @@ class ProcessSession:
             for worker in self._workers:
                 if worker.busy:
                     worker.kill()
-            self._values = None
+            self._whole = False
             raise
         return failures
 
@@ -119,9 +118,10 @@ class ProcessSession:
         afresh = values is not self._values
         if afresh:
             self._values, self._sent = values, {}
-        data = b""
-        if len(values) != len(self._sent) or any(self._sent[name] is not values[name] for name in values):
-            news = {name: value for name, value in values.items() if self._sent.get(name) is not value}
+        data, sent = b"", self._sent
+        if values and (
+            news := {name: value for name, value in values.items() if sent.get(name) is not value}
+        ):
             data = encode_values(news, self._names)
             self._sent = dict(values)
         ORDER.pack_into(self._order, 0, segment, frame.want_digest, afresh, frame.step_index, len(data))
@@ -129,9 +129,12 @@ class ProcessSession:
 
     # -- workers come and go -------------------------------------------------------------------------
 
-    def _start(self, workers: Sequence[WorkerHandle]) -> list[PhaseFailure]:
-        """Start workers, all at the same time, and wait until they are ready; return those that are not."""
-        self._values = None
+    def _start(self) -> list[PhaseFailure]:
+        """Start the workers that are missing, all at the same time; return those that do not become ready."""
+        if not self._end.alive:
+            raise InvalidConfig("the worker processes of this session were ended")
+        workers = [worker for worker in self._workers if not worker.alive]
+        self._values = None  # new ones know none
         problems: dict[int, str] = {}
         for worker in workers:
             number = worker.number
@@ -146,6 +149,7 @@ class ProcessSession:
         for worker in workers:
             if worker.number not in problems and (problem := worker.ready(deadline)):
                 problems[worker.number] = problem
+        self._whole = not problems
         return [
             self._failure(self._workers[number], f"worker process {number} cannot start: {problem}")
             for number, problem in sorted(problems.items())
@@ -154,8 +158,8 @@ class ProcessSession:
     def _death(self, worker: WorkerHandle) -> PhaseFailure:
         """Return what became of a worker that does not answer, as a failure of what it was running."""
         end = worker.reap()
+        self._whole = False
         place = int(self._words[worker.number, RUNNING])
-        self._values = None
         what = f"worker process {worker.number} (pid {worker.pid}) {end}"
         if place not in worker.places:
             return self._failure(worker, what)
@@ -182,6 +186,7 @@ class ProcessSession:
         """End the workers: politely, then by force; calling it again does nothing."""
         self._end()
         self._shared.close()
+        self._whole = False
 
 
 def _shared_arrays(work: Work, board_bytes: int, workers: int) -> SharedArrays:

@@ -2,14 +2,14 @@
 
 An order is 24 bytes, and behind them the results of reductions and derived values that are new since the last
 one, as raw bytes. An answer is 8 bytes: how long a pickled list of failures follows, 0 when all is well.
-Pickle is between a process and its own children only, over a socket that has no name.
+Pickle is between a process and its own children only, over pipes that have no name.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,33 +31,6 @@ def value_names(program: Program) -> tuple[str, ...]:
     """Return the names of all results of reductions and derived values that a program makes."""
     derived = [name for segment in program.segments for _, derive in segment.derives for name in derive.names]
     return (*(reduction.name for reduction in program.reductions), *derived)
-
-
-class Receiver(Protocol):
-    """The end of a socket that bytes come from."""
-
-    def recv_into(self, buffer: memoryview, /) -> int:
-        """Fill a part of the buffer; return its length, 0 at the end of the stream."""
-        ...
-
-
-def receive_all(source: Receiver, buffer: memoryview) -> bool:
-    """Fill a buffer; returns whether the stream went on until it was full."""
-    while buffer:
-        got = source.recv_into(buffer)
-        if not got:
-            return False
-        buffer = buffer[got:]
-    return True
-
-
-def receive_message(source: Receiver) -> bytes | None:
-    """Return a message with its length in front, or None at the end of the stream."""
-    head = bytearray(LENGTH.size)
-    if not receive_all(source, memoryview(head)):
-        return None
-    data = bytearray(LENGTH.unpack(head)[0])
-    return bytes(data) if receive_all(source, memoryview(data)) else None
 
 
 def encode_values(values: Mapping[str, Any], names: Sequence[str]) -> bytes:

@@ -6,15 +6,13 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import rustsim_hpc
+from rustsim_hpc.executors.pipes import POLL_SECONDS, PipeEnds
 from rustsim_hpc.executors.wire import LENGTH
 from rustsim_hpc.signals import SIGNALS
 from rustsim_hpc.work import PhaseFailure
@@ -22,7 +20,6 @@ from rustsim_hpc.work import PhaseFailure
 START_SECONDS = 300.0
 """How long a worker may take to import the model."""
 
-_POLL_SECONDS = 1
 _GRACE_SECONDS = 3.0
 _KILL_SECONDS = 5.0
 _ONE_THREAD = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -35,8 +32,11 @@ _LIKELY = {
 }
 
 
+_NOTHING = LENGTH.pack(0)
+
+
 class WorkerHandle:
-    """A worker process and the socket to it.
+    """A worker process and the pipes to it.
 
     Args:
         number: which of its session's workers it is.
@@ -53,14 +53,14 @@ class WorkerHandle:
         self.pid = 0
         self.busy = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._answer = bytearray(LENGTH.size)
-        self._view = memoryview(self._answer)
+        self._pipes: PipeEnds | None = None
+        self._head = bytearray(LENGTH.size)
+        self._head_view = memoryview(self._head)
 
     @property
     def alive(self) -> bool:
         """Whether there is a process that is not known to be dead."""
-        return self._socket is not None
+        return self._pipes is not None
 
     # -- starting ------------------------------------------------------------------------------------
 
@@ -70,37 +70,32 @@ class WorkerHandle:
         Raises:
             OSError: the system gives no more processes or descriptors.
         """
-        ours, theirs = socket.socketpair()
+        opened: list[int] = []
         try:
-            self._process = _spawn(theirs.fileno(), fds)
-        except BaseException:
-            ours.close()
-            raise
+            opened += os.pipe()
+            opened += os.pipe()
+            their_orders, our_orders, our_answers, their_answers = opened
+            self._process = _spawn(their_orders, their_answers, fds)
+            self._pipes = PipeEnds(our_answers, our_orders, self._is_gone)
+            opened = [their_orders, their_answers]
         finally:
-            theirs.close()
-        # The kernel ends a read that lasts longer: then the process is looked at (a child that it forked may
-        # hold the other end open), and the happy path has no system call but the read itself.
-        patience = struct.pack("ll", _POLL_SECONDS, 0)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-        self._socket, self.pid, self.busy = ours, self._process.pid, True
-        self._send_all(LENGTH.pack(len(message)) + message)
+            for fd in opened:
+                os.close(fd)
+        self.pid, self.busy = self._process.pid, True
+        self._pipes.send(LENGTH.pack(len(message)) + message)
 
     def ready(self, deadline: float) -> str | None:
         """Wait until the worker can take orders; return why it cannot, or None. It is then ended."""
         problem: str | None = None
         try:
-            size = self._receive_length(deadline)
-            text = b"" if size is None else self._receive(size, deadline)
-            if size is None or text is None:
+            text = self._message(deadline)
+            if text is None:
                 problem = f"it {self.reap()} while it was starting"
-            elif size:
+            elif text:
                 problem = text.decode()
         except TimeoutError:
             problem = f"it was not ready within {START_SECONDS:g} s"
-        if problem is None:
-            self.busy = False
-        else:
+        if problem is not None:
             self.kill()
         return problem
 
@@ -109,75 +104,40 @@ class WorkerHandle:
     def order(self, message: bytes | bytearray) -> bool:
         """Send an order; returns whether it could be sent."""
         self.busy = True
-        return self._send_all(message)
+        return self._pipes is not None and self._pipes.send(message)
 
     def answer(self) -> list[PhaseFailure] | None:
         """Wait for the answer to an order: what failed, or None if the worker died instead."""
-        size = self._receive_length()
-        if size == 0:
-            self.busy = False
-            return []
-        data = None if size is None else self._receive(size)
-        if data is None:
-            return None
-        self.busy = False
+        data = self._message()
+        if not data:
+            return None if data is None else []
         failures: list[PhaseFailure] = pickle.loads(data)  # noqa: S301 (from our own child)
         return failures
 
-    def _send_all(self, message: bytes | bytearray) -> bool:
-        rest = memoryview(message)
-        while rest:
-            if self._socket is None:
-                return False
-            try:
-                rest = rest[self._socket.send(rest) :]
-            except BlockingIOError:  # it does not read: stopped, or dead
-                if self._gone():
-                    return False
-            except OSError:
-                return False
-        return True
-
-    def _receive_length(self, deadline: float | None = None) -> int | None:
-        if not self._fill(self._view, deadline):
+    def _message(self, deadline: float = float("inf")) -> bytes | None:
+        """Return the next message, or None if the worker died."""
+        pipes, head = self._pipes, self._head
+        if pipes is None or not pipes.receive(self._head_view, deadline):
             return None
-        size: int = LENGTH.unpack(self._answer)[0]
-        return size
+        if head == _NOTHING:
+            self.busy = False
+            return b""
+        data = bytearray(LENGTH.unpack(head)[0])
+        if not pipes.receive(memoryview(data), deadline):
+            return None
+        self.busy = False
+        return bytes(data)
 
-    def _receive(self, size: int, deadline: float | None = None) -> bytes | None:
-        data = bytearray(size)
-        return bytes(data) if self._fill(memoryview(data), deadline) else None
-
-    def _fill(self, buffer: memoryview, deadline: float | None) -> bool:
-        """Fill a buffer; returns False if the worker died. Raises TimeoutError after the deadline."""
-        while buffer:
-            if self._socket is None:
-                return False
-            try:
-                got = self._socket.recv_into(buffer)
-            except BlockingIOError:  # _POLL_SECONDS went by
-                if self._gone():
-                    return False
-                if deadline is not None and time.monotonic() > deadline:
-                    raise TimeoutError from None
-                continue
-            except OSError:
-                return False
-            if not got:
-                return False
-            buffer = buffer[got:]
-        return True
-
-    def _gone(self) -> bool:
+    def _is_gone(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
     # -- the end -------------------------------------------------------------------------------------
 
     def hang_up(self) -> None:
-        """Tell the worker to end, by closing the socket; :meth:`finish` waits for it."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """Tell the worker to end, by closing its pipes; :meth:`finish` waits for it."""
+        pipes, self._pipes = self._pipes, None
+        if pipes is not None:
+            pipes.close()
 
     def finish(self, grace: float = _GRACE_SECONDS) -> None:
         """Wait for the end of a worker that was told to, and end it by force if it does not come."""
@@ -202,7 +162,7 @@ class WorkerHandle:
     def reap(self) -> str:
         """Return how a worker ended that does not answer any more; one that still lives is ended."""
         process = self._process
-        self.finish(_POLL_SECONDS)
+        self.finish(POLL_SECONDS)
         code = None if process is None else process.returncode
         if code is None:
             return "was lost"
@@ -225,18 +185,18 @@ def end_all(workers: Sequence[WorkerHandle], owner: int) -> None:
         worker.finish()
 
 
-def _spawn(control: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
+def _spawn(orders: int, answers: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a worker.
 
-    Signals that ask a run to stop may reach all processes of a terminal or a Slurm step, but are for the parent
+    Signals that ask a run to stop may reach all processes of a terminal or a Slurm step, but are the parent's
     to decide on: the new process has them blocked from its first moment until it ignores them.
     """
     module = "rustsim_hpc.executors.worker_process"
-    command = [sys.executable, "-P", "-m", module, str(control), str(os.getpid())]
+    command = [sys.executable, "-P", "-m", module, str(orders), str(answers), str(os.getpid())]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env=_environment(), pass_fds=(control, *fds)
+            command, stdin=subprocess.DEVNULL, env=_environment(), pass_fds=(orders, answers, *fds)
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

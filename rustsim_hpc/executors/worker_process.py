@@ -1,6 +1,6 @@
 """The main of a worker process: map the columns, find the model again, and run segments when told to.
 
-It is started by :mod:`rustsim_hpc.executors.worker_handle` and ends with the socket to its parent.
+It is started by :mod:`rustsim_hpc.executors.worker_handle` and ends with the pipes to its parent.
 """
 
 from __future__ import annotations
@@ -8,26 +8,25 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import io
 import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rustsim_hpc.errors import RustsimError, message_of
 from rustsim_hpc.executors.inline import LocalSession
+from rustsim_hpc.executors.pipes import read_all, write_all
 from rustsim_hpc.executors.wire import (
     LENGTH,
     ORDER,
     decode_values,
-    receive_all,
-    receive_message,
     value_names,
 )
 from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, WorkerStart, rebuild_work
@@ -49,60 +48,77 @@ class _Worker:
         self.session = LocalSession(self.work)
         self.session.board.move_to(board)
         self.names = value_names(self.work.program)
-        self.values: dict[str, Any] = {}
-        self._places = start.places
-        self._words = words[start.number]
+        self._places = [(place, range(place, place + 1)) for place in start.places]
+        self._words = memoryview(words[start.number])  # item by item, several times as fast as the array
         self._words[RUNNING], self._words[COMPILE_NS] = IDLE, 0
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on this worker's partitions."""
         failures: list[PhaseFailure] = []
         words = self._words
-        for place in self._places:
+        for place, alone in self._places:
             words[RUNNING] = place
-            failures += self.session.run_places(segment, frame, range(place, place + 1))
+            failures += self.session.run_places(segment, frame, alone)
         words[RUNNING] = IDLE
         words[COMPILE_NS] = int(self.session.compile_seconds * 1e9)
         return failures
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Serve the parent at the other end of a socket until it hangs up; then leave at once.
+    """Serve the parent at the other end of two pipes until it hangs up; then leave at once.
 
     Args:
-        arguments: descriptor of the socket, process id of the parent.
+        arguments: descriptors of the pipes of orders and of answers, process id of the parent.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     faulthandler.enable()
-    control, parent = socket.socket(fileno=int(arguments[0])), int(arguments[1])
-    control.set_inheritable(False)
-    threading.Thread(target=_leave_with_parent, args=(control.fileno(), parent), daemon=True).start()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a phase prints is to be seen now
+    orders, answers, parent = (int(argument) for argument in arguments)
+    _keep_to_this_process((orders, answers))
+    threading.Thread(target=_leave_with_parent, args=(orders, parent), daemon=True).start()
     with contextlib.suppress(ConnectionError):  # the parent is gone: so is the work
-        message = receive_message(control)
-        worker = None if message is None else _begin_or_tell(message, control)
+        worker = _begin_or_tell(orders, answers)
         if worker is not None:
-            _serve(control, worker)
+            _serve(orders, answers, worker)
     _leave()
 
 
-def _begin_or_tell(message: bytes, control: socket.socket) -> _Worker | None:
+def _keep_to_this_process(fds: tuple[int, ...]) -> None:
+    """See to it that no process that a phase starts holds descriptors open after this one's end."""
+
+    def close_all() -> None:
+        for fd in fds:
+            os.close(fd)
+
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    os.register_at_fork(after_in_child=close_all)
+
+
+def _begin_or_tell(orders: int, answers: int) -> _Worker | None:
     """Return the worker that the parent wants, or tell it why there is none."""
+    head = bytearray(LENGTH.size)
+    if not read_all(orders, memoryview(head)):
+        return None
+    message = bytearray(LENGTH.unpack(head)[0])
+    if not read_all(orders, memoryview(message)):
+        return None
     try:
         worker = _begin(pickle.loads(message))  # noqa: S301 (from our own parent)
     except BaseException as error:  # noqa: BLE001 (the model is somebody else's code)
         kind = "" if isinstance(error, RustsimError) else f"{type(error).__name__}: "
         text = f"{kind}{message_of(error)}".encode()
-        control.sendall(LENGTH.pack(len(text)) + text)
+        write_all(answers, LENGTH.pack(len(text)) + text)
         return None
-    control.sendall(LENGTH.pack(0))
+    write_all(answers, LENGTH.pack(0))
     return worker
 
 
 def _begin(start: WorkerStart) -> _Worker:
-    for fd in (start.arrays.fd, *start.columns.fds, *start.inherited):
-        os.set_inheritable(fd, False)
+    _keep_to_this_process((*start.columns.fds, start.arrays.fd, *start.inherited))
     if start.core is not None:
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setaffinity(0, {start.core})
@@ -112,21 +128,20 @@ def _begin(start: WorkerStart) -> _Worker:
     return worker
 
 
-def _serve(control: socket.socket, worker: _Worker) -> None:
-    order = bytearray(ORDER.size)
-    view, well = memoryview(order), LENGTH.pack(0)
-    while receive_all(control, view):
-        segment, want_digest, afresh, step, size = ORDER.unpack(order)
+def _serve(orders: int, answers: int, worker: _Worker) -> None:
+    order, well = bytearray(ORDER.size), LENGTH.pack(0)
+    view, frame = memoryview(order), Frame(0)
+    while read_all(orders, view):
+        segment, frame.want_digest, afresh, frame.step_index, size = ORDER.unpack(order)
         if afresh:
-            worker.values = {}
+            frame.values = {}
         if size:
             data = bytearray(size)
-            if not receive_all(control, memoryview(data)):
+            if not read_all(orders, memoryview(data)):
                 return
-            worker.values.update(decode_values(data, worker.names))
-        failures = worker.run(segment, Frame(step, want_digest, worker.values))
-        sys.stdout.flush()
-        control.sendall(well if not failures else _pickled(failures))
+            frame.values.update(decode_values(data, worker.names))
+        failures = worker.run(segment, frame)
+        write_all(answers, well if not failures else _pickled(failures))
 
 
 def _pickled(failures: list[PhaseFailure]) -> bytes:
@@ -137,10 +152,10 @@ def _pickled(failures: list[PhaseFailure]) -> bytes:
     return LENGTH.pack(len(data)) + data
 
 
-def _leave_with_parent(control: int, parent: int) -> None:
-    """End this process soon after its parent: also out of a loop that no socket could end."""
+def _leave_with_parent(orders: int, parent: int) -> None:
+    """End this process soon after its parent, or when told to, out of whatever it is doing."""
     poller = select.poll()
-    poller.register(control, 0)  # nothing but the other end being closed
+    poller.register(orders, 0)  # nothing but the other end being closed
     while os.getppid() == parent and not poller.poll(1000 * _ORPHAN_SECONDS):
         pass
     time.sleep(_ORPHAN_SECONDS)  # the main thread sees it too, if it is idle

@@ -1,0 +1,100 @@
+"""Two pipes between a parent and a worker process, one for orders and one for answers.
+
+Pipes, because a round trip takes about half as long as one over a socket. Whichever side dies, the other sees
+the end of its pipe. A process that a worker forked may hold that end open; so the parent never waits for more
+than a second without looking whether its worker is still there.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+
+POLL_SECONDS = 1.0
+
+_POLL_MS = int(1000 * POLL_SECONDS)
+
+
+class PipeEnds:
+    """A parent's ends of the pipes to a worker.
+
+    Args:
+        answers: descriptor to read from; taken over.
+        orders: descriptor to write to; taken over.
+        is_gone: says whether the worker has ended.
+    """
+
+    def __init__(self, answers: int, orders: int, is_gone: Callable[[], bool]) -> None:
+        self._answers = answers
+        self._orders = orders
+        self._is_gone = is_gone
+        os.set_blocking(answers, False)
+        os.set_blocking(orders, False)
+        incoming, outgoing = select.poll(), select.poll()
+        incoming.register(answers, select.POLLIN)
+        outgoing.register(orders, select.POLLOUT)
+        self._until_answer, self._until_room = incoming.poll, outgoing.poll
+
+    def send(self, data: bytes | bytearray) -> bool:
+        """Send all of ``data``; returns False if the worker died."""
+        rest: bytes | bytearray | memoryview = data
+        while True:
+            try:
+                sent = os.write(self._orders, rest)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return False
+            if sent == len(rest):
+                return True
+            rest = memoryview(rest)[sent:]
+            if not self._until_room(_POLL_MS) and self._is_gone():
+                return False
+
+    def receive(self, buffer: memoryview, deadline: float = float("inf")) -> bool:
+        """Fill a buffer; returns False if the worker died.
+
+        Raises:
+            TimeoutError: it was not full at the deadline (``time.monotonic``).
+        """
+        while True:
+            if not self._until_answer(_POLL_MS):
+                if self._is_gone():
+                    return False
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                continue
+            got = os.readv(self._answers, (buffer,))
+            if got == len(buffer):
+                return True
+            if not got:
+                return False
+            buffer = buffer[got:]
+
+    def close(self) -> None:
+        """Close both ends, which tells the worker to end."""
+        os.close(self._orders)
+        os.close(self._answers)
+
+
+def read_all(fd: int, buffer: memoryview) -> bool:
+    """Fill a buffer from a pipe, as long as that takes; returns False at the pipe's end."""
+    while buffer:
+        got = os.readv(fd, (buffer,))
+        if not got:
+            return False
+        buffer = buffer[got:]
+    return True
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` to a pipe, as long as that takes.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+    """
+    rest: bytes | memoryview = data
+    while rest:
+        rest = memoryview(rest)[os.write(fd, rest) :]
