@@ -152,7 +152,9 @@ class JobRun:
             if votes & _FIELD:
                 reason = stop.stop_requested()
                 stopped = reason.text if reason is not None else "another rank was asked to stop"
-        seconds = time.perf_counter() - start - (stepper.session.compile_seconds - compiled_before)
+        # Ranks wait for the one that compiles.
+        compiled = max(self.team.allgather(stepper.session.compile_seconds - compiled_before))
+        seconds = max(0.0, time.perf_counter() - start - compiled)
         return LoopResult(plane.runtime.step_index - begun, seconds, stopped)
 
     def _vote(self, stop: StopRequests) -> int:

@@ -184,22 +184,45 @@ class PhaseKind(IntEnum):
     EXECUTOR = 2
 
 
+_PENDING = 256
+
+
 class _KindTotals:
-    """Counters of one list of phases: arrays by position, in nanoseconds."""
+    """Counters of one list of phases: arrays by position, in nanoseconds.
 
-    def __init__(self, count: int) -> None:
-        self.names: tuple[str, ...] = ("",) * count
-        self.backend = ColumnarPhaseBackend.cpu()
-        self.executions = np.zeros(count, np.int64)
-        self.last_ns = np.zeros(count, np.int64)
-        self.total_ns = np.zeros(count, np.int64)
+    Steps are kept as they come and added up a few hundred at a time: a step must not pay for arithmetic
+    that nobody has asked for yet.
+    """
 
-    def grown(self, count: int) -> _KindTotals:
-        """Return the same counters with room for more phases."""
-        more = _KindTotals(count)
-        for name in ("executions", "last_ns", "total_ns"):
-            getattr(more, name)[: len(self.names)] = getattr(self, name)
-        return more
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.backend = _CPU
+        self.executions = self.last_ns = self.total_ns = np.zeros(0, np.int64)
+        self._pending: list[npt.NDArray[np.int64]] = []
+
+    def add(self, names: tuple[str, ...], times: npt.NDArray[np.int64]) -> None:
+        """Take one step's durations: int64 (partitions, at least as many as phases), nanoseconds."""
+        if self._pending and (names != self.names or times.shape != self._pending[0].shape):
+            self.settle()
+        self.names = names
+        self._pending.append(times)
+        if len(self._pending) >= _PENDING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up what is pending."""
+        pending, self._pending = self._pending, []
+        count, partitions = len(self.names), len(pending[0]) if pending else 0
+        if not partitions:
+            return
+        if len(self.executions) < count:
+            room = np.zeros(count - len(self.executions), np.int64)
+            self.executions, self.last_ns, self.total_ns = (
+                np.concatenate([have, room]) for have in (self.executions, self.last_ns, self.total_ns)
+            )
+        self.executions[:count] += len(pending) * partitions
+        self.last_ns[:count] = pending[-1][-1, :count]
+        self.total_ns[:count] += np.stack(pending)[:, :, :count].sum(axis=(0, 1))
 
 
 class Meter:
@@ -254,19 +277,14 @@ class Meter:
         self._steps += 1
         self._last_us = total_us
         self._total_us += total_us
-        count = len(names)
         totals = self._totals.get(kind)
-        if totals is None or len(totals.names) < count:
-            totals = self._totals[kind] = _KindTotals(count) if totals is None else totals.grown(count)
-        totals.names, totals.backend = names, backend
-        executions = len(times)
-        if executions:
-            totals.executions[:count] += executions
-            totals.last_ns[:count] = times[-1, :count]
-            totals.total_ns[:count] += times[0, :count] if executions == 1 else times[:, :count].sum(axis=0)
+        if totals is None:
+            totals = self._totals[kind] = _KindTotals()
+        totals.backend = backend
+        totals.add(names, times)
         if kind is not PhaseKind.RUNTIME:
             self._partition_steps += 1
-            self._partition_rows += rows * count
+            self._partition_rows += rows * len(names)
 
     def checkpoint_created(self) -> int:
         """Count one checkpoint, and return its sequence number; the first one is 1."""
@@ -285,6 +303,8 @@ class Meter:
     def snapshot(self) -> EngineMetrics:
         """Return the counters as they are now."""
         bases = (0, self._kinds[0], self._kinds[0] + self._kinds[1])
+        for totals in self._totals.values():
+            totals.settle()
         phases = [
             EnginePhaseMetric(
                 phase_index=bases[kind] + int(position),
