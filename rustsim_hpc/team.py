@@ -30,6 +30,7 @@ __all__ = ["Launcher", "MpiTeam", "SoloTeam", "Team", "agree", "agree_hash", "de
 T = TypeVar("T")
 _U64 = (1 << 64) - 1
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (MPI's shared windows lie there)
+_NOT_OPEN_MPI = ("MPICH", "MVAPICH", "Intel")
 _INSTALL_HINT = (
     'on a laptop: pip install "rustsim-hpc[mpi]" (brings MPICH, its mpirun then lies beside python); '
     'on a cluster: load the site\'s MPI module and pip install "rustsim-hpc[mpi-system]"'
@@ -319,35 +320,50 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
     if launcher is None or (launcher.name == "srun" and launcher.size == 1):
         return SoloTeam()
     mpi = _import_mpi(launcher)
+    library = _library(mpi)
+    if "Open MPI" in launcher.name and library.startswith(_NOT_OPEN_MPI):
+        # Asked to start, this one would end the process.
+        raise _crossed(launcher, f"the MPI library here is {library}")
+    if not mpi.Is_initialized():
+        # One thread calls MPI: the locks of a higher level would cost a tenth of every collective.
+        mpi.Init_thread(mpi.THREAD_FUNNELED)
     world = mpi.COMM_WORLD
     if world.Get_size() != launcher.size:
-        library = mpi.Get_library_version().split("\n", 1)[0].split(",", 1)[0]
-        raise LauncherError(
-            message=f"{launcher.name} started {launcher.size} ranks ({launcher.variable}), but MPI here "
-            f"({' '.join(library.split())}) sees {world.Get_size()}: launcher and library are not of one MPI",
-            rank=launcher.rank,
-            host=socket.gethostname(),
-            hint="use the mpirun of the MPI that mpi4py loads; "
-            "with srun, --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
-        )
+        raise _crossed(launcher, f"MPI here ({library}) sees {world.Get_size()}")
     return MpiTeam(world)
 
 
 def _import_mpi(launcher: Launcher) -> Any:
+    """Return mpi4py's MPI, not initialised yet."""
     try:
         import mpi4py
 
         if "mpi4py.MPI" not in sys.modules:
-            # One thread calls MPI: the locks of a higher level would cost a tenth of every collective.
-            mpi4py.rc.thread_level = "funneled"
+            mpi4py.rc.initialize = False
+            mpi4py.rc.finalize = True
         from mpi4py import MPI
     except ImportError as error:
         raise _no_mpi(launcher, f"mpi4py cannot be imported: {error}") from error
     except RuntimeError as error:
         raise _no_mpi(launcher, f"there is no MPI library: {error}") from error
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
     return MPI
+
+
+def _library(mpi: Any) -> str:
+    """Return the MPI library's name and version: "MPICH 5.0.2"."""
+    first = mpi.Get_library_version().split("\n", 1)[0].split(",", 1)[0]
+    return " ".join(first.replace("Version:", "").split())
+
+
+def _crossed(launcher: Launcher, found: str) -> LauncherError:
+    return LauncherError(
+        message=f"{launcher.name} started {launcher.size} ranks ({launcher.variable}), but {found}: "
+        "launcher and library are not of one MPI",
+        rank=launcher.rank,
+        host=socket.gethostname(),
+        hint="use the mpirun of the MPI that mpi4py loads; "
+        "with srun, --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
+    )
 
 
 def _no_mpi(launcher: Launcher, reason: str) -> LauncherError:

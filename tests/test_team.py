@@ -151,13 +151,28 @@ def test_without_an_mpi_library_the_error_says_how_to_get_one(monkeypatch: pytes
         open_team(LAUNCHED)
 
 
-def test_another_mpis_mpirun_is_refused() -> None:
+def test_another_mpis_mpirun_is_refused_before_mpi_starts() -> None:
     pytest.importorskip("mpi4py")
-    # What each rank sees that Open MPI's mpirun starts with MPICH's library: a world of its own.
     program = (
         "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
-        f"try:\n    open_team({LAUNCHED!r})\nexcept LauncherError as error:\n    print(error)"
+        f"try:\n    open_team({LAUNCHED!r})\nexcept LauncherError as error:\n    print(error)\n"
+        "from mpi4py import MPI\nprint(MPI.Is_initialized())"
     )
     done = run(program)
-    assert "(OMPI_COMM_WORLD_SIZE), but MPI here" in done.stdout
+    if "MPICH" not in done.stdout:
+        pytest.skip("mpi4py loads an Open MPI here")
+    assert "started 2 ranks (OMPI_COMM_WORLD_SIZE), but the MPI library here is MPICH" in done.stdout
+    assert done.stdout.endswith("launcher and library are not of one MPI\nFalse\n")
+
+
+def test_silent_singletons_are_refused() -> None:
+    pytest.importorskip("mpi4py")
+    # What each of them sees where the launcher does not know the library: a world of its own.
+    program = (
+        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
+        "step = {'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1'}\n"
+        "try:\n    open_team(step)\nexcept LauncherError as error:\n    print(error)\n"
+    )
+    done = run(program)
+    assert "srun started 2 ranks (SLURM_STEP_NUM_TASKS), but MPI here" in done.stdout
     assert "sees 1: launcher and library are not of one MPI" in done.stdout
