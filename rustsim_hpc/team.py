@@ -93,7 +93,10 @@ class Team(Protocol):
         """
 
     def abort(self, code: int, message: str) -> NoReturn:
-        """Write one line to standard error and end all ranks with exit status `code`. One rank may do so."""
+        """Write one line to standard error and end all ranks with exit status `code`. One rank may do so.
+
+        The launcher ends with `code` too, or at times with that of the ranks that it had to kill.
+        """
 
 
 class SoloTeam:
