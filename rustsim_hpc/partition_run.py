@@ -208,6 +208,8 @@ class PartitionRun:
                 return self._board.states[key][self._place]
             case "bins":
                 return work.bins[key]
+            case "bits":
+                return np.empty(work.tile, np.uint64)
             case "digest_keys":
                 return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)
         raise AssertionError(argument.source)

@@ -73,7 +73,8 @@ class Work:
         """Rows of a tile: what lets the columns of one visit stay in half of the level-2 cache."""
         if self.tile_rows:
             return self.tile_rows
-        row_bytes = 2 * sum(np.dtype(column.dtype).itemsize for column in self.memory.schema.columns)
+        # 16 for random bits that are made a tile at a time.
+        row_bytes = 16 + 2 * sum(np.dtype(column.dtype).itemsize for column in self.memory.schema.columns)
         rows = level_two_cache() // 2 // max(row_bytes, 1)
         return min(MAX_TILE, max(MIN_TILE, 1 << max(rows, 1).bit_length() - 1))
 

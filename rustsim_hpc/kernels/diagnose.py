@@ -76,7 +76,7 @@ def _type_of(read: Binding, types_by_name: Mapping[str, Any]) -> Any:
     if read.source == "id":
         return types.uint64
     if read.source == "rng":
-        return types.UniTuple(types.uint64, 3)
+        return types.UniTuple(types.uint64, 3)  # longer in a stage, where the first draws are made beforehand
     return types_by_name[f"{read.source}_{read.argument}"]
 
 

@@ -205,6 +205,18 @@ def _integers(key, row_id, step, draw, n):  # type: ignore[no-untyped-def]
 
 
 @njit(**_FILL)
+def fill_bits(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
+    """Set out[i] (uint64) to the 64 bits that each row's `uniform` of this draw is made from."""
+    block, half = _UNIFORM | (draw >> _1), draw & _1
+    if ids.size:
+        for i in range(out.size):
+            out[i] = _bits(key, ids[i], step, block, half)
+    else:
+        for i in range(out.size):
+            out[i] = _bits(key, start + _U(i), step, block, half)
+
+
+@njit(**_FILL)
 def fill_uniform(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float64) to each row's `uniform`."""
     for i in range(out.size):
@@ -241,6 +253,10 @@ def fill_integers(key, start, ids, step, draw, n, out):  # type: ignore[no-untyp
 
 # -- What row kernels call -------------------------------------------------------------------------------
 
+MAX_READY = 2
+"""So many first draws of `uniform` may stand behind key, id and step in a kernel's rng, made for a whole tile."""
+
+_PLAIN = 3
 _registering = threading.Lock()
 _registered: list[bool] = []
 
@@ -268,6 +284,13 @@ def _register_draw(name: str, face: Callable[..., Any], body: Any) -> None:
     @overload(face, jit_options=_INLINE, prefer_literal=True)
     def typed(rng, draw):  # type: ignore[no-untyped-def]
         _check_types(name, rng, draw)
+        if name == "uniform" and isinstance(draw, types.IntegerLiteral) and draw.literal_value < len(rng) - _PLAIN:
+            place = _PLAIN + draw.literal_value
+
+            def ready(rng, draw):  # type: ignore[no-untyped-def]
+                return np.float64(rng[place] >> _11) * _UNIT_53
+
+            return ready
 
         def compiled(rng, draw):  # type: ignore[no-untyped-def]
             return body(_U(rng[0]), _U(rng[1]), _U(rng[2]), _U(draw))
@@ -301,7 +324,8 @@ def _check_types(name: str, rng: Any, draw: Any) -> None:
         TypingError: rng is not a kernel's rng, or draw is not an integer.
         ValueError: draw is a literal that is out of range.
     """
-    if not (isinstance(rng, types.BaseTuple) and len(rng) == 3 and all(map(_is_integer, rng))):
+    lengths = range(_PLAIN, _PLAIN + MAX_READY + 1)
+    if not (isinstance(rng, types.BaseTuple) and len(rng) in lengths and all(map(_is_integer, rng))):
         raise TypingError(f"rs.random.{name}: the first argument must be the kernel's rng, not {rng}")
     if not _is_integer(draw):
         raise TypingError(f"rs.random.{name}: draw must be an integer, not {draw}")

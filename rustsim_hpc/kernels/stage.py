@@ -8,19 +8,24 @@ the tile, from 0: Numba and LLVM vectorise that, and not a loop over signed posi
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.schema import Schema
 from rustsim_hpc.errors import KernelError
 from rustsim_hpc.kernels.compiling import STAGE_OPTIONS, compile_row_function, load_generated, one_compiler
 from rustsim_hpc.kernels.diagnose import explain
-from rustsim_hpc.source_identity import function_identity
+from rustsim_hpc.kernels.philox import MAX_READY
 from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.schema import Schema
+from rustsim_hpc.source_identity import function_identity
 
 KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 1, 2
 """Codes in the first field of a stage's status (0: all is well)."""
@@ -95,6 +100,26 @@ def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checke
     return StageFunction(stage, tuple(writer.arguments.values()), module.stage, path, checked)
 
 
+@lru_cache(maxsize=256)
+def ready_draws(described: RowKernel | Reduction) -> int:
+    """Return how many of `uniform`'s draws 0, 1 a row function names in its source: 0, 1 or 2.
+
+    They can be made for a whole tile beforehand; a draw that is not seen here is made where it is asked for.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(described.fn)))
+    except (OSError, SyntaxError, TypeError):
+        return 0
+    ready = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            draw = node.args[1].value
+            if name == "uniform" and type(draw) is int and 0 <= draw < MAX_READY:
+                ready = max(ready, draw + 1)
+    return ready
+
+
 class _Writer:
     """Writes the source of one stage function."""
 
@@ -106,6 +131,7 @@ class _Writer:
         self.arguments: dict[tuple[str, Any], Argument] = {}
         self.functions: dict[str, Any] = {}
         self.slices: list[tuple[int, int]] = []
+        self.ready = 0
 
     def source(self) -> str:
         body: list[str] = []
@@ -126,10 +152,12 @@ class _Writer:
             *(["from rustsim_hpc.kernels import reduce"] if reduces else []),
             "from rustsim_hpc.kernels.clock import now",
             "from rustsim_hpc.kernels.hashing import digest_range",
+            "from rustsim_hpc.kernels.philox import fill_bits",
             "",
             f"@njit({options})",
             f"def stage({', '.join(names)}):",
             "    ustep = np.uint64(step)",
+            "    no_ids = ids[:0]",
             "    clock = now(ticks)",
             "    lo = start",
             "    while lo < stop:",
@@ -148,7 +176,7 @@ class _Writer:
         kernel = op.kernel
         call = self._call(op.phase, kernel, kernel.stream, op.reads)
         targets = [self._sliced(c, s) for c, s in op.writes]
-        lines = [f"# {kernel.name}", f"status[1] = {op.phase}", "for j in range(hi - lo):"]
+        lines = self._loop(op, kernel)
         if len(targets) == 1:
             lines.append(f"    v0 = {call}")
         else:
@@ -156,6 +184,27 @@ class _Writer:
         for i, (target, (column, _)) in enumerate(zip(targets, op.writes, strict=True)):
             lines += [f"    {line}" for line in self._store(target, f"v{i}", column, op.phase)]
         return [*lines, *_clock(op.phase)]
+
+    def _loop(self, op: KernelOp | ReduceOp, described: RowKernel | Reduction) -> list[str]:
+        """Return the head of an op's loop; its first uniform draws are made before, where it has any.
+
+        A loop of random bits alone is vectorised, and the kernel's own loop, with its branches, often not.
+        """
+        lines = [f"# {described.name}", f"status[1] = {op.phase}"]
+        ready = ready_draws(described) if any(read.source == "rng" for read in op.reads) else 0
+        key = self._argument("key", described.stream, self._key_name(described.stream)) if ready else ""
+        ids = "no_ids" if self.default_ids else "tile_ids"
+        for draw in range(ready):
+            self._argument("bits", draw, f"bits{draw}")
+            lines += [
+                f"u{draw} = bits{draw}[: hi - lo]",
+                f"fill_bits({key}, np.uint64(base), {ids}, ustep, np.uint64({draw}), u{draw})",
+            ]
+        return [*lines, "for j in range(hi - lo):"]
+
+    def _key_name(self, stream: str) -> str:
+        known = self.arguments.get(("key", stream))
+        return known.name if known else f"key{sum(k[0] == 'key' for k in self.arguments)}"
 
     def _store(self, target: str, value: str, column: int, phase: int) -> list[str]:
         dtype = np.dtype(self.schema.columns[column].dtype)
@@ -176,7 +225,7 @@ class _Writer:
         reduction = op.reduction
         value = self._call(op.phase, reduction, reduction.stream, op.reads)
         state = self._argument("state", op.slot, f"s{op.slot}")
-        lines = [f"# {reduction.name}", f"status[1] = {op.phase}", "for j in range(hi - lo):"]
+        lines = self._loop(op, reduction)
         if reduction.kind == "histogram":
             inner = [f"key = np.int64({value})", *self._add_keyed(op, f"reduce.add_histogram({state}, key)")]
         elif reduction.key is not None:
@@ -206,6 +255,7 @@ class _Writer:
     def _call(self, phase: int, described: RowKernel | Reduction, stream: str, reads: Sequence[Binding]) -> str:
         name = f"f{phase}"
         self.functions[name] = described.fn
+        self.ready = ready_draws(described)
         return f"{name}({', '.join(self._value(read, stream) for read in reads)})"
 
     def _key_call(self, op: ReduceOp) -> str:
@@ -213,6 +263,7 @@ class _Writer:
         if isinstance(key, str):
             return self._value(op.key_reads[0], op.reduction.stream)
         name = f"f{op.phase}_key"
+        self.ready = 0
         self.functions[name] = key.fn if isinstance(key, DeviceFunction) else key
         return f"{name}({', '.join(self._value(read, op.reduction.stream) for read in op.key_reads)})"
 
@@ -226,8 +277,9 @@ class _Writer:
         if read.source == "id":
             return self._id()
         if read.source == "rng":
-            key = self._argument("key", stream, f"key{sum(k[0] == 'key' for k in self.arguments)}")
-            return f"({key}, {self._id()}, ustep)"
+            key = self._argument("key", stream, self._key_name(stream))
+            bits = "".join(f", u{draw}[j]" for draw in range(self.ready))
+            return f"({key}, {self._id()}, ustep{bits})"
         return self._argument(read.source, read.argument, f"{read.source}_{read.argument}")
 
     def _id(self) -> str:
