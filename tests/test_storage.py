@@ -29,6 +29,7 @@ from rustsim_hpc.storage import (
     retain,
     steps_to_drop,
     sweep,
+    verify,
     write_checkpoint,
 )
 from rustsim_hpc.storage import reading as reading_module
@@ -449,6 +450,30 @@ def test_the_manifest_is_the_same_after_a_round_trip(tmp_path: Path) -> None:
 def test_any_bytes_as_a_proof_are_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(CheckpointFileError):
         parse_manifest(data, tmp_path / "proof")
+
+
+@pytest.mark.parametrize("scheme", ["digest", "fnv1a"])
+def test_a_checkpoint_is_verified_piece_by_piece(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "_PIECE_ROWS", 7)
+    view = state(100, ALL, custom_ids=True)
+    header = header_of(view, ALL, scheme)
+    path = run_ranks(
+        2, lambda team: write_checkpoint(tmp_path, header, cut(view, *bounds(100, 2, team.rank)), team)
+    )[0]
+    for readers in (1, 3):
+        manifests = run_ranks(readers, lambda team: verify(path, team))
+        assert {manifest.header.fingerprint.value for manifest in manifests} == {header.fingerprint.value}
+    for change, text in (
+        (('"step_index": 100', '"step_index": 99'), "its fingerprint is"),
+        (('"c_int8"', '"x"'), "no /columns/x"),
+    ):
+        resealed(path, change)
+        for readers in (1, 3):
+            with pytest.raises(CheckpointFileError, match=text):
+                run_ranks(readers, lambda team: verify(path, team))
+        resealed(path, change[::-1])
 
 
 # The folder.

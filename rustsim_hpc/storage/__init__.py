@@ -17,7 +17,15 @@ from rustsim_hpc.storage.folder import (
 )
 from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, LAYOUTS, CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.proof import Manifest, proof_path
-from rustsim_hpc.storage.reading import LoadedCheckpoint, load, load_newest, prove, read_header, read_rows
+from rustsim_hpc.storage.reading import (
+    LoadedCheckpoint,
+    load,
+    load_newest,
+    prove,
+    read_header,
+    read_rows,
+    verify,
+)
 from rustsim_hpc.storage.writer import CheckpointWriter, write_checkpoint
 
 __all__ = [
@@ -43,5 +51,6 @@ __all__ = [
     "step_of",
     "steps_to_drop",
     "sweep",
+    "verify",
     "write_checkpoint",
 ]

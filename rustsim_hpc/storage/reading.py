@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from rustsim_hpc.storage.proof import FileProof, Manifest, check_blocks
 from rustsim_hpc.team import SoloTeam, Team
 
 T = TypeVar("T")
-_U64 = (1 << 64) - 1
+_PIECE_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -183,33 +183,89 @@ def check_values(path: Path, header: CheckpointHeader, view: StateView, team: Te
     Raises:
         CheckpointFileError: one differs: the same error on all ranks.
     """
-    sums = np.array(digest_sums(view), np.uint64)
+    total = _check_sums(path, header, np.array(digest_sums(view), np.uint64), team)
+
+    def hash_ids(state: int) -> int:
+        return fnv1a_ids(state, view.ids, view.row_offset, view.row_stop)
+
+    hashes = [lambda state, column=column: fnv1a_bytes(state, column) for column in view.columns]
+    _check_value(path, header, total, team, hash_ids, hashes)
+
+
+def _check_sums(path: Path, header: CheckpointHeader, sums: NDArray[np.uint64], team: Team) -> list[int]:
+    """Compare the digests' sums of all ranks with the header's; return them."""
     total = [int(value) for value in team.sum_int64(sums.view(np.int64)).view(np.uint64)]
     names = ("ids", *header.schema.names)
     odd = [name for name, one, other in zip(names, total, header.digests, strict=True) if one != other]
     if odd:
         message = f"{path}: what was read of {', '.join(odd)} is not what was written"
         raise CheckpointFileError(message=message)
-    value = state_value(header, view, total, team)
+    return total
+
+
+def _check_value(
+    path: Path,
+    header: CheckpointHeader,
+    sums: list[int],
+    team: Team,
+    hash_ids: Callable[[int], int],
+    hash_columns: Sequence[Callable[[int], int]],
+) -> None:
+    """Compare the state's fingerprint, made of the sums or by hashing the rows, with the header's."""
+    step, rows, names = header.step_index, header.rows, header.schema.names
+    if header.fingerprint.scheme == "digest":
+        value = digest_value(step, rows, names, header.schema.dtypes, sums[1:], sums[0])
+    else:
+        value = fnv1a_names(team.chain(fnv1a_header(step, rows, len(names)), hash_ids), names)
+        for hash_column in hash_columns:
+            value = team.chain(value, hash_column)
     if value != header.fingerprint.value:
         raise CheckpointFileError(
             message=f"{path}: its fingerprint is {value:#018x}, it says {header.fingerprint.value:#018x}"
         )
 
 
-def state_value(header: CheckpointHeader, view: StateView, sums: list[int], team: Team) -> int:
-    """Return the state's fingerprint value from all ranks' rows, by the header's scheme. Collective."""
-    step, rows, names = header.step_index, header.rows, header.schema.names
-    if header.fingerprint.scheme == "digest":
-        return digest_value(step, rows, names, header.schema.dtypes, sums[1:], sums[0])
-    value = team.chain(
-        fnv1a_header(step, rows, len(names)),
-        lambda state: fnv1a_ids(state, view.ids, view.row_offset, view.row_stop),
-    )
-    value = fnv1a_names(value, names)
-    for column in view.columns:
-        value = team.chain(value, lambda state, column=column: fnv1a_bytes(state, column))  # type: ignore[misc]
-    return value & _U64
+def verify(path: Path, team: Team | None = None) -> Manifest:
+    """Prove a checkpoint as `load` does, holding only a piece of it at a time; return its proof. Collective.
+
+    Raises:
+        CheckpointFileError: it does not hold: the same error on all ranks.
+    """
+    team = SoloTeam() if team is None else team
+    manifest, error = prove(path, team), None
+    header = manifest.header
+    mine = (team.rank * header.rows // team.size, (team.rank + 1) * header.rows // team.size)
+    sums = np.zeros(len(header.schema) + 1, np.uint64)
+    try:
+        for piece in _pieces(path, manifest, mine):
+            sums += np.array(digest_sums(piece), np.uint64)
+    except CheckpointFileError as failure:
+        error = failure
+    agree(team, error)
+    total = _check_sums(path, header, sums, team)
+    names = header.schema.names
+
+    def hash_ids(state: int) -> int:
+        for piece in _pieces(path, manifest, mine, ()):
+            state = fnv1a_ids(state, piece.ids, piece.row_offset, piece.row_stop)
+        return state
+
+    def hash_column(state: int, name: str) -> int:
+        for piece in _pieces(path, manifest, mine, (name,)):
+            state = fnv1a_bytes(state, piece.columns[0])
+        return state
+
+    hashes = [lambda state, name=name: hash_column(state, name) for name in names]
+    _check_value(path, header, total, team, hash_ids, hashes)
+    return manifest
+
+
+def _pieces(
+    path: Path, manifest: Manifest, rows: tuple[int, int], columns: Iterable[str] | None = None
+) -> Iterator[StateView]:
+    for start in range(*rows, _PIECE_ROWS):
+        stop = min(start + _PIECE_ROWS, rows[1])
+        yield read_rows(path, start, stop, manifest=manifest, columns=columns)
 
 
 def load_newest(
