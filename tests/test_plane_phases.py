@@ -176,7 +176,7 @@ BROKEN = {
     "empty": (put("x", lambda rows: np.zeros(0, np.float32)), "cannot be replaced by shape"),
     "a scalar": (put("x", np.float32(1)), "cannot be replaced by shape"),
     "two dimensions": (put("x", lambda rows: np.zeros((rows, 1), np.float32)), "cannot be replaced by shape"),
-    "another dtype": (put("x", lambda rows: np.zeros(rows)), "is float32, cannot be replaced by float64"),
+    "another dtype": (put("x", np.zeros), "is float32, cannot be replaced by float64"),
     "integers": (put("x", lambda rows: np.zeros(rows, np.int32)), "cannot be replaced by int32"),
     "a list": (put("x", lambda rows: [0.0] * rows), "cannot be replaced by float64"),
     "None": (put("x", None), "cannot be replaced by object"),
