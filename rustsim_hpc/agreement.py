@@ -67,7 +67,8 @@ def _portable(error: Exception) -> RustsimError:
         wrapped.__cause__ = error
         return wrapped
     try:
-        pickle.dumps(error)
+        # Both ways: what arrives but cannot be read would leave the other ranks without an answer.
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
     except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be told)
         return TeamError(message=text)
     return error

@@ -136,7 +136,8 @@ class RustsimError(_Declared, kw_only=True):
 
 
 def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, Any]) -> RustsimError:
-    error = cls.__new__(cls)
+    # Not the class's own: that of one which is a MemoryError as well is MemoryError's, which refuses the class.
+    error = Exception.__new__(cls)
     error.args = args
     error.__dict__.update(state)
     return error

@@ -160,7 +160,14 @@ def pickled(error):
 
 
 @pytest.mark.parametrize(
-    "error", [*cases().values(), full_error(), errors.KernelError("m", kernel="k", line=3)]
+    "error",
+    [
+        *cases().values(),
+        full_error(),
+        errors.KernelError("m", kernel="k", line=3),
+        errors.ColumnMemoryError("no room", rank=1),
+        errors.CheckpointFileError("torn", damaged=False, step=3),
+    ],
 )
 @pytest.mark.parametrize("travel", [pickled, copy.copy, copy.deepcopy])
 def test_errors_survive_pickling_with_all_facts(error, travel):
