@@ -317,11 +317,11 @@ class ExecutorSuite:
         gc.collect()  # what other tests left for the collector
         before = held()
         driven.tripping("kick", [1])
-        for _ in range(20):
+        for _ in range(10):
             with pytest.raises(errors.ExecutorError):
                 driven.run(1)
         driven.trip.unlink()
-        driven.run(150)
+        driven.run(100)
         gc.collect()
         after = held()
         assert after[:3] == before[:3], f"threads, descriptors, child processes: {before}, {after}"
