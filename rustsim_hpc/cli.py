@@ -13,9 +13,11 @@ from typing import Final, NoReturn
 import click
 
 from rustsim_hpc.cli_common import Session
+from rustsim_hpc.cli_compare import diff, verify
 from rustsim_hpc.cli_fork import fork
 from rustsim_hpc.cli_look import doctor, inspect, plan
 from rustsim_hpc.cli_run import resume, run
+from rustsim_hpc.cli_slurm import collect, slurm
 from rustsim_hpc.errors import RustsimError
 from rustsim_hpc.version import __version__
 
@@ -54,7 +56,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, resume, fork, inspect, plan, doctor):
+for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm, doctor):
     cli.add_command(_command)
 
 

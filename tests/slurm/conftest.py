@@ -1,0 +1,65 @@
+"""A Slurm for the tests of this folder, and a place to submit from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, why_not
+from slurm_site import ROOT, Site, furnish
+
+import rustsim_hpc as rs
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="rustsim-slurm-"))
+    cluster = Cluster(folder / "cluster")
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def place(cluster: Cluster) -> Path:
+    folder = cluster.folder.parent / "site"
+    furnish(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environ(place: Path) -> dict[str, str]:
+    """What all jobs have in their environment: compiled once, for all."""
+    return {
+        "JOB": "walkers.toml",
+        "VENV": "venv",
+        "PYTHONPATH": str(ROOT),
+        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(place / "numba")),
+    }
+
+
+@pytest.fixture
+def site(place: Path, cluster: Cluster, environ: dict[str, str]) -> Iterator[Site]:
+    site = Site(place, cluster, environ)
+    yield site
+    if site.jobs:
+        site.run("scancel", *site.jobs)
+
+
+@pytest.fixture(scope="session")
+def expected(place: Path, cluster: Cluster, environ: dict[str, str]) -> int:
+    """The fingerprint of the run that nobody interrupted."""
+    code, text = Site(place, cluster, environ).engine("run", "walkers.toml", "--out", "runs/expected")
+    assert code == 0, text
+    fingerprint = rs.open_run(place / "runs/expected").fingerprint
+    assert fingerprint is not None
+    return fingerprint
