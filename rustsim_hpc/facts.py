@@ -136,7 +136,7 @@ class RustsimError(_Declared, kw_only=True):
 
 
 def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, Any]) -> RustsimError:
-    # Not the class's own: that of one which is a MemoryError as well is MemoryError's, which refuses the class.
+    # Not cls.__new__: where MemoryError is a base as well that is MemoryError's, which refuses the class.
     error = Exception.__new__(cls)
     error.args = args
     error.__dict__.update(state)
