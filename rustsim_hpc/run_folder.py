@@ -7,6 +7,7 @@
     outputs.json      which outputs there are, and the outputs themselves
     metrics.jsonl     the engine's counters
     replay.jsonl      the recorded stream
+    divergence.json   what `verify` or `diff` found
     checkpoints/      step_0000000100.h5 and its proof
     crash/            what failing ranks left
     .lock .lock.ranks see `rustsim_hpc.lock`
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 JOB = "job.toml"
 REPLAY = "replay.jsonl"
+DIVERGENCE = "divergence.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -295,7 +297,7 @@ def _clear(path: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-    for name in (MANIFEST, REPLAY, metrics_log.FILE, RECORD):
+    for name in (MANIFEST, REPLAY, DIVERGENCE, metrics_log.FILE, RECORD):
         (path / name).unlink(missing_ok=True)
     fsync_folder(path)
 
