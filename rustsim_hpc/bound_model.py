@@ -14,7 +14,7 @@ from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.memory import ColumnMemory, Kind
 from rustsim_hpc.model import Check, Model, Output, Phase, where
-from rustsim_hpc.outputs import Arrays, Sample, Series
+from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
 from rustsim_hpc.params import Params, bind_params
 from rustsim_hpc.schema import Schema
 from rustsim_hpc.team import Team
@@ -198,6 +198,11 @@ class BoundModel:
     def observes_at(self, step: int) -> bool:
         """Return whether checks or outputs with reductions of their own are due after ``step`` steps."""
         return any(owner.reductions and step % owner.every == 0 for owner in self._observers)
+
+    def looks_at(self, step: int) -> bool:
+        """Return whether a check or an output wants the state after ``step`` steps."""
+        owners = (*self.checks, *(output for output in self.outputs if not isinstance(output, Picture)))
+        return any(step % owner.every == 0 for owner in owners)
 
     @cached_property
     def _observers(self) -> tuple[Any, ...]:

@@ -229,6 +229,26 @@ class EngineControlPlane:
             raise InvalidConfig("at least one executor partition phase must be registered")
         return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor)
 
+    def step_fused(self, executor: Executor, steps: int) -> PartitionedStep:
+        """Make up to ``steps`` steps through an executor as one: on each tile of rows before the next tile.
+
+        Made are as many as have nothing due between them (a fingerprint, a check, an observation, a
+        checkpoint) and as the model allows: row kernels alone, one step following another without a look at
+        the rest of the world. The bits are those of single steps. A failure undoes them all, so that a whole
+        step stands; the error names the first of them. :attr:`runtime` says how far it came; the result's
+        reports and times are sums over the steps.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`.
+        """
+        if not self._executor_phases:
+            raise InvalidConfig("at least one executor partition phase must be registered")
+        repeatable = self.stepper(executor).work.program.repeatable
+        count = self._stepping.steps_between(steps) if repeatable else 1
+        policy, before = self._config.checkpoint_policy, self._runtime.step_index
+        count = next((k for k in range(1, count) if policy.is_due(before + k)), count)
+        return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor, count)
+
     def run(self, steps: int) -> list[ControlledStep]:
         """Make ``steps`` steps; an error carries the results of those before it as ``results``."""
         return self._collect(self.iter_steps(steps))
@@ -344,16 +364,16 @@ class EngineControlPlane:
     # -- inside --------------------------------------------------------------------------------------
 
     def _step_partitioned(
-        self, kind: StepKind, phases: Sequence[Phase], executor: Executor
+        self, kind: StepKind, phases: Sequence[Phase], executor: Executor, repeat: int = 1
     ) -> PartitionedStep:
         self._begin()
         start = time.perf_counter_ns()
         base = self._phase_base(kind)
         stepper = self._stepping.stepper(kind, executor, phases, base)
         before = self._runtime.step_index
-        report, fingerprint = self._stepping.step(kind, stepper, base)
+        report, fingerprint = self._stepping.step(kind, stepper, base, repeat)
         total_us = (time.perf_counter_ns() - start) // 1000
-        self._count(kind, stepper, report, total_us, captured=fingerprint is not None)
+        self._count(kind, stepper, report, total_us, repeat, captured=fingerprint is not None)
         work = stepper.work
         reports = PhaseReports(work.tasks, work.program.model_phases, base, report.times)
         checkpoint = self._checkpoint_if_due()
@@ -364,12 +384,20 @@ class EngineControlPlane:
         return bases[kind]
 
     def _count(
-        self, kind: StepKind, stepper: Stepper, report: StepReport, total_us: int, *, captured: bool
+        self,
+        kind: StepKind,
+        stepper: Stepper,
+        report: StepReport,
+        total_us: int,
+        steps: int = 1,
+        *,
+        captured: bool,
     ) -> None:
-        """Count a committed step: each phase once a partition."""
+        """Count a committed step (or several at once): each phase once a partition."""
         work = stepper.work
         rows = work.memory.rows
-        self._meter.step_completed(total_us, kind, work.program.model_phases, report.times, rows=rows)
+        names = work.program.model_phases
+        self._meter.step_completed(total_us, kind, names, report.times, rows=rows, steps=steps)
         if captured:
             self._meter.fingerprint_captured()
 

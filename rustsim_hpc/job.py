@@ -118,6 +118,11 @@ class RunTable(_Table):
     tile_rows: Annotated[int, Field(ge=4096)] | None = _key(
         "rows of a tile, a power of two", None, shown="by the size of the cache"
     )
+    fuse_steps: Positive = _key(
+        "so many steps at most are made on a tile of rows before the next tile, where nothing between them is "
+        "due and no phase needs the rest of the world; 1: never",
+        16,
+    )
     check: bool = _key(
         "compile with bounds checks, and refuse NaN or values out of range where they become integers", False
     )

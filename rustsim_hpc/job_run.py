@@ -33,8 +33,9 @@ from rustsim_hpc.storage.writer import CheckpointWriter
 from rustsim_hpc.team import Team
 from rustsim_hpc.watchdog import Watchdog
 
-# A vote of one rank is three counters in one number, each wide enough for a million ranks.
-_STOP, _WRITTEN, _TIME_IS_UP = 1, 1 << 20, 1 << 40
+# A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0 alone
+# says: whether a checkpoint may be made by the clock, and how many steps to make together next.
+_STOP, _WRITTEN, _TIME_IS_UP, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41
 _FIELD = (1 << 20) - 1
 _METRICS_SECONDS = 10.0
 
@@ -101,6 +102,7 @@ class JobRun:
         self._last_metrics_time = time.monotonic()
         self._fingerprints: list[tuple[int, int]] = []
         self._opened = False
+        self._seconds_a_step = 1.0
 
     # -- the loop ------------------------------------------------------------------------------------
 
@@ -140,15 +142,20 @@ class JobRun:
         compiled_before = stepper.session.compile_seconds
         start = time.perf_counter()
         stopped: str | None = None
+        together = 1
         self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
             watchdog.beat("step", plane.runtime.step_index)
             stepper.meeting.vote = self._vote(stop)
-            step = plane.step_partitions_with_executor(self.executor)
-            votes = stepper.meeting.votes
+            before, began = plane.runtime.step_index, time.perf_counter()
+            most = min(together, self._steps_to_checkpoint(), target - before)
+            step = plane.step_fused(self.executor, most)
+            votes, made = stepper.meeting.votes, plane.runtime.step_index - before
+            self._seconds_a_step = (time.perf_counter() - began) / made
+            together = max(1, votes >> 41)
             self._record(step.fingerprint)
             self._checkpoint_if_due(votes)
-            self._bar.advance()
+            self._bar.advance(made)
             if votes & _FIELD:
                 reason = stop.stop_requested()
                 stopped = reason.text if reason is not None else "another rank was asked to stop"
@@ -162,9 +169,15 @@ class JobRun:
         if self.writer.busy and self.writer.done_here:
             vote += _WRITTEN
         waited = time.monotonic() - self._last_checkpoint_time
-        if self._first and waited >= self.spec.checkpoint.min_seconds:
-            vote += _TIME_IS_UP
+        if self._first:
+            vote += _TIME_IS_UP if waited >= self.spec.checkpoint.min_seconds else 0
+            # Few enough steps at once that a signal is heard within a second.
+            vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
+
+    def _steps_to_checkpoint(self) -> int:
+        every = self.spec.checkpoint.every
+        return every - self.plane.runtime.step_index % every if every else self.spec.run.fuse_steps
 
     # -- after each step -----------------------------------------------------------------------------
 
@@ -239,7 +252,7 @@ class JobRun:
             written = votes >> 20 & _FIELD
             self._published(lambda: self.writer.poll(everybody_done=written == self.team.size))
         step, every = self.plane.runtime.step_index, self.spec.checkpoint.every
-        if every and step % every == 0 and votes >> 40:
+        if every and step % every == 0 and votes & _TIME_IS_UP:
             self._checkpoint()
 
     def _checkpoint(self) -> None:

@@ -199,19 +199,23 @@ class _KindTotals:
         self.backend = _CPU
         self.executions = self.last_ns = self.total_ns = np.zeros(0, np.int64)
         self._pending: list[npt.NDArray[np.int64]] = []
+        self._pending_steps, self._last_steps = 0, 1
 
-    def add(self, names: tuple[str, ...], times: npt.NDArray[np.int64]) -> None:
-        """Take one step's durations: int64 (partitions, at least as many as phases), nanoseconds."""
+    def add(self, names: tuple[str, ...], times: npt.NDArray[np.int64], steps: int) -> None:
+        """Take the durations of ``steps`` steps: int64 (partitions, phases or more), nanoseconds."""
         if self._pending and (names != self.names or times.shape != self._pending[0].shape):
             self.settle()
         self.names = names
         self._pending.append(times)
+        self._pending_steps += steps
+        self._last_steps = steps
         if len(self._pending) >= _PENDING:
             self.settle()
 
     def settle(self) -> None:
         """Add up what is pending."""
         pending, self._pending = self._pending, []
+        steps, self._pending_steps = self._pending_steps, 0
         count, partitions = len(self.names), len(pending[0]) if pending else 0
         if not partitions:
             return
@@ -220,8 +224,8 @@ class _KindTotals:
             self.executions, self.last_ns, self.total_ns = (
                 np.concatenate([have, room]) for have in (self.executions, self.last_ns, self.total_ns)
             )
-        self.executions[:count] += len(pending) * partitions
-        self.last_ns[:count] = pending[-1][-1, :count]
+        self.executions[:count] += steps * partitions
+        self.last_ns[:count] = pending[-1][-1, :count] // self._last_steps
         self.total_ns[:count] += np.stack(pending)[:, :, :count].sum(axis=(0, 1))
 
 
@@ -263,28 +267,30 @@ class Meter:
         times: npt.NDArray[np.int64],
         *,
         rows: int = 0,
+        steps: int = 1,
         backend: ColumnarPhaseBackend = _CPU,
     ) -> None:
-        """Count one committed step and its phases' executions, one a partition.
+        """Count a committed step (or several made at once) and its phases' executions, one a partition.
 
         Args:
             total_us: duration of the step in microseconds.
             kind: which list of phases ran; ``names`` are theirs.
             times: int64 (partitions, at least as many as phases): nanoseconds.
             rows: of all partitions together.
+            steps: how many were made.
             backend: where the phases ran.
         """
-        self._steps += 1
-        self._last_us = total_us
+        self._steps += steps
+        self._last_us = total_us // steps
         self._total_us += total_us
         totals = self._totals.get(kind)
         if totals is None:
             totals = self._totals[kind] = _KindTotals()
         totals.backend = backend
-        totals.add(names, times)
+        totals.add(names, times, steps)
         if kind is not PhaseKind.RUNTIME:
-            self._partition_steps += 1
-            self._partition_rows += rows * len(names)
+            self._partition_steps += steps
+            self._partition_rows += rows * len(names) * steps
 
     def checkpoint_created(self) -> int:
         """Count one checkpoint, and return its sequence number; the first one is 1."""

@@ -160,6 +160,7 @@ class PartitionRun:
         function, values, dynamic = self._calls[key]
         values[4] = frame.want_digest
         values[9] = frame.step_index
+        values[11] = frame.repeat
         for position, name in dynamic:
             values[position] = frame.values[name]
         if key not in self._compiled:
@@ -181,7 +182,7 @@ class PartitionRun:
         ids = _NO_IDS if work.ids is None else work.ids
         values: list[Any] = [
             self.task.start, self.task.stop, work.first_row, work.tile, False, status,
-            board.times[place], self._ticks, board.digests[place], 0, ids,
+            board.times[place], self._ticks, board.digests[place], 0, ids, 1,
         ]  # fmt: skip
         dynamic = []
         for argument in function.arguments:

@@ -68,11 +68,16 @@ class ReduceOp:
 class KernelStage:
     """Row kernels and reductions that share one visit of each tile.
 
-    ``digests`` are the columns, with their side, whose last write of the step is in this stage.
+    Attributes:
+        ops: what is done with a tile, in order.
+        digests: the columns, with their side, whose last write of the step is in this stage.
+        again: ops of a second step on the same tile, which reads what the first has written; empty where a
+            step cannot follow another without meeting the rest of the world.
     """
 
     ops: tuple[KernelOp | ReduceOp, ...]
     digests: tuple[tuple[int, int], ...] = ()
+    again: tuple[KernelOp, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,12 @@ class Program:
     swapped: tuple[int, ...]
     final_sides: tuple[int, ...]
     partition_bound: tuple[str, ...]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether several steps can be made on a tile before the next tile."""
+        first = self.segments[0].items
+        return len(first) == 1 and isinstance(first[0], KernelStage) and bool(first[0].again)
 
     @cached_property
     def model_phases(self) -> tuple[str, ...]:
@@ -286,7 +297,7 @@ class _Planner:
             schema=self.schema,
             phase_names=tuple(self.names),
             phase_count=phase_count,
-            segments=_with_digests(segments, self.written, self.sides),
+            segments=_with_repeats(_with_digests(segments, self.written, self.sides), self.sides),
             observe=observe,
             reductions=tuple(self.reductions),
             written=tuple(sorted(self.written)),
@@ -423,3 +434,24 @@ def _with_digests(
             items.append(replace(item, digests=tuple((c, sides[c]) for c in mine)))
         done.append(replace(segment, items=tuple(reversed(items))))
     return tuple(reversed(done))
+
+
+def _with_repeats(segments: tuple[Segment, ...], sides: Sequence[int]) -> tuple[Segment, ...]:
+    """Let a program that is one stage of row kernels alone make several steps on a tile."""
+    if len(segments) != 1 or len(segments[0].items) != 1 or segments[0].derives:
+        return segments
+    stage = segments[0].items[0]
+    if not isinstance(stage, KernelStage):
+        return segments
+    kernels = [op for op in stage.ops if isinstance(op, KernelOp)]
+    if len(kernels) != len(stage.ops):
+        return segments
+    again = tuple(
+        replace(
+            op,
+            reads=tuple(replace(r, side=sides[r.index]) if r.source == "column" else r for r in op.reads),
+            writes=tuple((column, sides[column]) for column, _ in op.writes),
+        )
+        for op in kernels
+    )
+    return (replace(segments[0], items=(replace(stage, again=again),)),)

@@ -211,10 +211,10 @@ class ColumnarRuntime:
             self._stepper, self._two_sided = self._bind(two_sided), two_sided
         return self._stepper
 
-    def commit(self, stepper: Stepper) -> None:
-        """Make the state that a stepper computed the current one, and count the step."""
+    def commit(self, stepper: Stepper, steps: int = 1) -> None:
+        """Make the state that a stepper computed the current one, and count the step (or steps)."""
         self._store.memory.swap(stepper.work.program.swapped)
-        self._step_index += 1
+        self._step_index += steps
 
     def timing(self, stepper: Stepper, report: StepReport, start_ns: int) -> ColumnarStepTiming:
         """Return the timing of the step just committed, which began at ``start_ns`` (perf_counter)."""

@@ -57,8 +57,8 @@ class Stepper:
         self.team = team
         self.meeting = Meeting(work, session.board, team)
 
-    def advance(self, step_index: int, *, want_digest: bool = False) -> StepReport:
-        """Compute the state after step ``step_index`` beside the current one.
+    def advance(self, step_index: int, *, want_digest: bool = False, repeat: int = 1) -> StepReport:
+        """Compute the state after step ``step_index`` (or ``repeat`` steps) beside the current one.
 
         ::
 
@@ -71,7 +71,7 @@ class Stepper:
             StepFailed: a phase failed somewhere; the same on every rank.
             ColumnarRuntimeError: a reduction's result or a derived value could not be made.
         """
-        frame = Frame(step_index, want_digest)
+        frame = Frame(step_index, want_digest, repeat)
         board = self.session.board
         board.times[:] = 0
         board.digests[:] = 0

@@ -91,9 +91,9 @@ class Stepping:
     # -- one step ------------------------------------------------------------------------------------
 
     def step(
-        self, kind: StepKind, stepper: Stepper, phase_base: int
+        self, kind: StepKind, stepper: Stepper, phase_base: int, repeat: int = 1
     ) -> tuple[StepReport, ReplayFingerprint | None]:
-        """Make one step.
+        """Make one step, or ``repeat`` steps between which nothing is due: all of them, or none.
 
         ::
 
@@ -112,19 +112,21 @@ class Stepping:
         if not self._step_lock.acquire(blocking=False):
             raise _in_a_step()
         try:
-            return self._step(kind, stepper, phase_base)
+            return self._step(kind, stepper, phase_base, repeat)
         finally:
             self._step_lock.release()
 
     def _step(
-        self, kind: StepKind, stepper: Stepper, phase_base: int
+        self, kind: StepKind, stepper: Stepper, phase_base: int, repeat: int
     ) -> tuple[StepReport, ReplayFingerprint | None]:
         before = self.runtime.step_index
         try:
-            due = self.replay.is_due(before + 1)
-            report = stepper.advance(before, want_digest=due and self.proof.scheme == "digest")
-            self._observe_and_check(stepper, report, before + 1)
-            fingerprint, sums = self._prove(stepper, report, before + 1, due=due)
+            after = before + repeat
+            due = self.replay.is_due(after)
+            want_digest = due and self.proof.scheme == "digest"
+            report = stepper.advance(before, want_digest=want_digest, repeat=repeat)
+            self._observe_and_check(stepper, report, after)
+            fingerprint, sums = self._prove(stepper, report, after, due=due)
             if self._seen != self._state_now():
                 raise InvalidConfig("a phase replaced the state of the runtime that runs it")
         except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised typed)
@@ -133,13 +135,22 @@ class Stepping:
                 self._torn = f"step {before} failed half way: {message_of(typed)}"
                 self.proof.forget()
             raise typed from typed.__cause__
-        self.runtime.commit(stepper)
+        self.runtime.commit(stepper, repeat)
         self.proof.keep(sums)
         if fingerprint is not None:
             self.replay.accept(fingerprint)
         self.values = report.values
-        self._seen = (*self._seen[:2], before + 1)
+        self._seen = (*self._seen[:2], after)
         return report, fingerprint
+
+    def steps_between(self, most: int) -> int:
+        """Return how many steps, from one to ``most``, lead to the next state that somebody wants to see."""
+        before = self.runtime.step_index
+        for count in range(1, most):
+            step = before + count
+            if self.replay.is_due(step) or (self.model is not None and self.model.looks_at(step)):
+                return count
+        return max(1, most)
 
     def _observe_and_check(self, stepper: Stepper, report: StepReport, step: int) -> None:
         """Make the due observations, and raise CheckFailed on all ranks if a due check fails on one."""

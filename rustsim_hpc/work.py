@@ -104,11 +104,13 @@ class Frame:
     Attributes:
         step_index: index before the step.
         want_digest: add up the digests of the columns that are written.
+        repeat: steps to make; more than one only where the program is repeatable.
         values: results of reductions and derived values so far.
     """
 
     step_index: int
     want_digest: bool = False
+    repeat: int = 1
     values: dict[str, Any] = field(default_factory=dict)
 
 

@@ -124,7 +124,8 @@ class ProcessSession:
         ):
             data = encode_values(news, self._names)
             self._sent = dict(values)
-        ORDER.pack_into(self._order, 0, segment, frame.want_digest, afresh, frame.step_index, len(data))
+        step = (frame.repeat, frame.step_index)
+        ORDER.pack_into(self._order, 0, segment, frame.want_digest, afresh, *step, len(data))
         return self._order + data if data else self._order
 
     # -- workers come and go -------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from rustsim_hpc.program import Program
 
 Array = np.ndarray[Any, Any]
 
-ORDER = struct.Struct("<h??4xQQ")
-"""Segment, whether digests are wanted, whether earlier values are void, step index, bytes of new values."""
+ORDER = struct.Struct("<h??IQQ")
+"""Segment, whether digests are wanted, whether earlier values are void, steps to make, step index, bytes of
+new values."""
 
 LENGTH = struct.Struct("<Q")
 """Bytes that follow: an answer, and what goes before a message at the start."""

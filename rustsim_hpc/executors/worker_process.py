@@ -132,7 +132,7 @@ def _serve(orders: int, answers: int, worker: _Worker) -> None:
     order, well = bytearray(ORDER.size), LENGTH.pack(0)
     view, frame = memoryview(order), Frame(0)
     while read_all(orders, view):
-        segment, frame.want_digest, afresh, frame.step_index, size = ORDER.unpack(order)
+        segment, frame.want_digest, afresh, frame.repeat, frame.step_index, size = ORDER.unpack(order)
         if afresh:
             frame.values = {}
         if size:

@@ -30,7 +30,9 @@ from rustsim_hpc.source_identity import function_identity
 KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 1, 2
 """Codes in the first field of a stage's status (0: all is well)."""
 
-FIXED = ("start", "stop", "first_row", "tile", "want_digest", "status", "times", "ticks", "digests", "step", "ids")
+FIXED = (
+    "start", "stop", "first_row", "tile", "want_digest", "status", "times", "ticks", "digests", "step", "ids", "repeat",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,16 @@ class _Writer:
         self.ready = 0
 
     def source(self) -> str:
-        body: list[str] = []
-        for op in self.stage.ops:
-            body += self._kernel(op) if isinstance(op, KernelOp) else self._reduction(op)
+        body = self._loops(self.stage.ops)
+        if self.stage.again:
+            # Several steps on a tile before the next tile: what the first has written, the others work on.
+            again = self._loops(self.stage.again)
+            body += [
+                "for later in range(1, repeat):",
+                "    now_step = step + later",
+                "    ustep = np.uint64(now_step)",
+                *(f"    {line}" for line in again),
+            ]
         if self.stage.digests:
             body += self._digests()
         head = [f"{_slice(c, s)} = {self._column(c, s)}[lo:hi]" for c, s in self.slices]
@@ -156,13 +165,14 @@ class _Writer:
             "",
             f"@njit({options})",
             f"def stage({', '.join(names)}):",
-            "    ustep = np.uint64(step)",
             "    no_ids = ids[:0]",
             "    clock = now(ticks)",
             "    lo = start",
             "    while lo < stop:",
             "        hi = min(stop, lo + tile - (first_row + lo) % tile)",
             "        base = first_row + lo",
+            "        now_step = step",
+            "        ustep = np.uint64(step)",
             *(f"        {line}" for line in head),
             *(f"        {line}" for line in body),
             "        lo = hi",
@@ -171,6 +181,12 @@ class _Writer:
         return "\n".join(lines)
 
     # -- one loop an op ------------------------------------------------------------------------------
+
+    def _loops(self, ops: Sequence[KernelOp | ReduceOp]) -> list[str]:
+        lines: list[str] = []
+        for op in ops:
+            lines += self._kernel(op) if isinstance(op, KernelOp) else self._reduction(op)
+        return lines
 
     def _kernel(self, op: KernelOp) -> list[str]:
         kernel = op.kernel
@@ -271,7 +287,7 @@ class _Writer:
         if read.source == "column":
             return f"{self._sliced(read.index, read.side)}[j]"
         if read.source == "step":
-            return "step"
+            return "now_step"
         if read.source == "row":
             return "(base + j)"
         if read.source == "id":
