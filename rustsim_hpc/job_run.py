@@ -33,8 +33,8 @@ from rustsim_hpc.storage.writer import CheckpointWriter
 from rustsim_hpc.team import Team
 from rustsim_hpc.watchdog import Watchdog
 
-# A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0 alone
-# says: whether a checkpoint may be made by the clock, and how many steps to make together next.
+# A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
+# alone says: whether a checkpoint may be made by the clock, and how many steps to make together next.
 _STOP, _WRITTEN, _TIME_IS_UP, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41
 _FIELD = (1 << 20) - 1
 _METRICS_SECONDS = 10.0

@@ -86,6 +86,7 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         backend = "cpu"
         memory = "heap"
         tile_rows = 8192
+        fuse_steps = 4
         check = true
         time_limit = "1h30m"
         watchdog_seconds = 5
