@@ -69,6 +69,8 @@ def validate_config(config: ControlPlaneConfig, agent_count: int) -> None:
         PlanError: the plan does not fit the population.
         MissingPartitionWorker: the plan names a worker that is not there.
     """
+    if not isinstance(config, ControlPlaneConfig):
+        raise InvalidConfig(f"expected a ControlPlaneConfig, got {type(config).__name__}")
     _check_types(config)
     if _whole("max_retained_checkpoints", config.max_retained_checkpoints) < 1:
         raise InvalidConfig("max_retained_checkpoints must be greater than zero")

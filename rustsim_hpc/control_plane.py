@@ -50,8 +50,10 @@ class EngineControlPlane:
     """
 
     def __init__(self, runtime: ColumnarRuntime, config: ControlPlaneConfig | None = None) -> None:
+        if not isinstance(runtime, ColumnarRuntime):
+            raise InvalidConfig(f"a control plane needs a ColumnarRuntime, got {type(runtime).__name__}")
         self._runtime = runtime
-        self._config = config or ControlPlaneConfig()
+        self._config = ControlPlaneConfig() if config is None else config
         self._team = runtime.team
         validate_config(self._config, runtime.device_store().total_rows)
         self._partition_phases: list[ColumnPhase] = []

@@ -115,8 +115,11 @@ class PartitionRun:
             for column, side in enumerate(call.sides)
         ]
         columns = PhaseColumns(memory.schema, arrays, call.writable)
-        call.column_phase.fn(self._context(call, frame), columns, task.stop - task.start)
-        columns.verify_unchanged_shape(task.stop - task.start)
+        try:
+            call.column_phase.fn(self._context(call, frame), columns, task.stop - task.start)
+            columns.verify_unchanged_shape(task.stop - task.start)
+        finally:
+            columns.seal()
         self._board.times[self._place, call.phase] += time.perf_counter_ns() - start
         if frame.want_digest:
             self._digest(call)

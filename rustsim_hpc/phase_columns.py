@@ -17,7 +17,7 @@ class PhaseColumns(Sequence[Array]):
     """One partition's columns: 1-D arrays in column order, also indexed by name.
 
     ``columns["x"] += 1`` works in place, ``columns["x"] = array`` copies in place after a check of dtype and
-    length; columns that the phase did not declare are read-only. Nothing here outlives the phase.
+    length; columns that the phase did not declare are read-only. Nothing here outlives the phase: `seal`.
     """
 
     __slots__ = ("_schema", "_views", "_writable")
@@ -79,6 +79,11 @@ class PhaseColumns(Sequence[Array]):
                     f'column "{column.name}" was {column.dtype} of {rows} rows, is now {view.dtype} of '
                     f"shape {view.shape}: a phase cannot change dtype or length"
                 )
+
+    def seal(self) -> None:
+        """Make the views read-only: a phase that kept one cannot write with it when it is not its turn."""
+        for view in self._views:
+            view.flags.writeable = False
 
 
 def _read_only(array: Array) -> Array:

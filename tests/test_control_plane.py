@@ -49,6 +49,19 @@ def test_the_torn_guard_gives_the_same_bits(kind):
     assert stream(made.plane) == STREAM
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_in_shared_memory_gives_the_same_bits(kind):
+    start = golden_store().checkpoint()
+    made = Plane(kind, store=rs.DeviceSoaStore.from_checkpoint(start, kind="shared"))
+    made.run(5)
+    kept = made.plane.checkpoint()
+    made.run(5)
+    made.plane.restore(kept)
+    assert made.plane.runtime.device_store().memory.kind == "shared"
+    made.run(5)
+    assert stream(made.plane) == STREAM[:10]
+
+
 @pytest.mark.parametrize("entry", GOLDEN["partition_checkpoints"], ids=lambda e: str(e["rows"]))
 def test_partition_checkpoints_are_the_references(entry):
     named = dict(zip(entry["column_names"], map(f32, entry["columns"]), strict=True))

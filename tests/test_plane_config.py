@@ -111,6 +111,18 @@ def test_a_runtime_needs_a_store():
         rs.ColumnarRuntime(seed_state().checkpoint())
 
 
+@pytest.mark.parametrize("runtime", [None, seed_state()])
+def test_a_plane_needs_a_runtime(runtime):
+    with pytest.raises(errors.InvalidConfig, match="needs a ColumnarRuntime"):
+        rs.EngineControlPlane(runtime)
+
+
+@pytest.mark.parametrize("config", [{}, {"fingerprint": "digest"}, rs.ReplayMode.record()])
+def test_a_configuration_is_one(config):
+    with pytest.raises(errors.InvalidConfig, match="expected a ControlPlaneConfig"):
+        rs.EngineControlPlane(rs.ColumnarRuntime(seed_state()), config)
+
+
 def test_numpy_numbers_are_numbers():
     runtime = rs.ColumnarRuntime(seed_state(), step_index=np.int64(4))
     config = rs.ControlPlaneConfig(

@@ -296,6 +296,30 @@ def test_a_phase_with_the_wrong_arguments(kind):
         made.step()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_that_outlives_its_phase_cannot_write(kind):
+    """It may lie in the state that a later step must be able to go back to."""
+    kept = []
+
+    def late(context, columns, rows):
+        if kept:
+            kept[0]["x"][:] = 0
+        kept.append(columns)
+        columns["x"] += np.float32(1)
+
+    made = Plane(kind, phases=[("late", late)], parts=1)
+    if kind == "tasks":  # their columns are copies
+        made.run(2)
+        return
+    made.step()
+    before = everything(made.plane)
+    with pytest.raises(ERROR, match="read-only"):
+        made.step()
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0]["x"] += np.float32(1)
+    assert everything(made.plane) == before
+
+
 def test_phases_cannot_write_what_others_reduce():
     def phase(context, columns, rows):
         context.reductions["x"] = 1
