@@ -160,7 +160,9 @@ class CheckpointTable(_Table):
         "after a checkpoint that cannot be written: stop (exit code 5), or warn and go on", "stop"
     )
     layout: Literal["auto", "single", "sharded"] = _key(
-        "one file written by all ranks (needs h5py built with MPI), or one a rank under one master", "auto"
+        "`single`: one file written by all ranks; `sharded`: one a rank under one master; `auto`: `single` for "
+        "one rank, else `sharded`",
+        "auto",
     )
     asynchronous: bool = _key("write behind the running steps", True, alias="async")
     compression: Literal["none", "lzf", "gzip"] = _key("filter of the columns", "none")

@@ -287,6 +287,8 @@ class JobRun:
 
     def _last_checkpoint(self) -> None:
         self._published(self.writer.finish)
+        # No step waits for this one, so it needs no copy of the state.
+        self.writer.asynchronous = False
         if self._last_checkpoint_step != self.plane.runtime.step_index:
             self._checkpoint()
             self._published(self.writer.finish)

@@ -32,7 +32,7 @@ from rustsim_hpc.replay import ReplayRecorder
 from rustsim_hpc.runtime import ColumnarRuntime
 from rustsim_hpc.state_proof import StateProof
 from rustsim_hpc.stepper import StepFailed, Stepper, StepReport
-from rustsim_hpc.work import Task, Work
+from rustsim_hpc.work import Task, Work, require_partitions_that_add_up
 
 if TYPE_CHECKING:
     from rustsim_hpc.bound_model import BoundModel
@@ -272,6 +272,7 @@ class Stepping:
         )
         if model is not None:
             model.bind_work(work)
+        require_partitions_that_add_up(work)
         return work
 
     def tasks(self) -> tuple[Task, ...]:

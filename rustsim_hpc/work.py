@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.errors import InvalidConfig, RustsimError
 from rustsim_hpc.memory import ColumnMemory
 from rustsim_hpc.params import Params
 from rustsim_hpc.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
@@ -22,6 +22,9 @@ from rustsim_hpc.program import ColumnCall, Program
 from rustsim_hpc.random import key_of
 
 Array = np.ndarray[Any, Any]
+
+MAX_SUMMED_ROWS = 2**31 - 1
+"""Rows that a partition's exact sum takes before its limbs would have to carry (kernels/exact_sum.py)."""
 
 MIN_TILE = 4096
 MAX_TILE = 65536
@@ -86,6 +89,17 @@ class Work:
     def stream_key(self, stream: str) -> int:
         """Return the Philox key of a random stream."""
         return key_of(self.seed, stream)
+
+
+def require_partitions_that_add_up(work: Work) -> None:
+    """Raise InvalidConfig where a partition has more rows than the state of an exact sum can take."""
+    sums = [reduction.name for reduction in work.program.reductions if reduction.kind == "sum"]
+    largest = max((task.stop - task.start for task in work.tasks), default=0)
+    if sums and largest > MAX_SUMMED_ROWS:
+        raise InvalidConfig(
+            f"a partition of {largest} rows is too large for the exact sum {sums[0]}",
+            hint=f"use more partitions: at most {MAX_SUMMED_ROWS} rows each",
+        )
 
 
 def level_two_cache() -> int:
