@@ -119,8 +119,8 @@ class RunTable(_Table):
         "rows of a tile, a power of two", None, shown="by the size of the cache"
     )
     fuse_steps: Positive = _key(
-        "so many steps at most are made on a tile of rows before the next tile, where nothing between them is "
-        "due and no phase needs the rest of the world; 1: never",
+        "so many steps at most are made on a tile of rows before the next tile, where nothing between them "
+        "is due and no phase needs the rest of the world; 1: never",
         16,
     )
     check: bool = _key(
@@ -160,8 +160,8 @@ class CheckpointTable(_Table):
         "after a checkpoint that cannot be written: stop (exit code 5), or warn and go on", "stop"
     )
     layout: Literal["auto", "single", "sharded"] = _key(
-        "`single`: one file written by all ranks; `sharded`: one a rank under one master; `auto`: `single` for "
-        "one rank, else `sharded`",
+        "`single`: one file written by all ranks; `sharded`: one a rank under one master; `auto`: `single` "
+        "for one rank, else `sharded`",
         "auto",
     )
     asynchronous: bool = _key("write behind the running steps", True, alias="async")
