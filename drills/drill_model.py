@@ -226,7 +226,7 @@ def model() -> rs.Model:
             rs.Column("busy", "bool", doc="in a crowd"),
             rs.Column("turns", "int64", doc="a mix of integers"),
         ],
-        tables=lambda params: {"weights": np.arange(8.0)},
+        tables=lambda _: {"weights": np.arange(8.0)},
         initialise=initialise,
         phases=[*phases, middle, turn],
         checks=[everybody_is_there],
