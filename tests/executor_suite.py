@@ -32,16 +32,28 @@ class Driven:
     """A plane of a suite's model and the executor that steps it."""
 
     def __init__(
-        self, suite, executor, *, rows=50, parts=3, kernels=False, trip=None, step_index=0, **config
+        self,
+        suite,
+        executor,
+        *,
+        rows=50,
+        parts=3,
+        model="suite_model",
+        params=None,
+        trip=None,
+        step_index=0,
+        checked=False,
+        **config,
     ):
-        model, reference = load_model(str(HERE / ("suite_kernels.py" if kernels else "suite_model.py")))
-        params = {} if kernels else {"trip": str(trip or "")}
-        bound = BoundModel(model, params, seed=5, agents=rows, reference=reference)
+        if model == "suite_model":
+            params = {"trip": str(trip or ""), **(params or {})}
+        model, reference = load_model(str(HERE / f"{model}.py"))
+        bound = BoundModel(model, params or {}, seed=5, agents=rows, reference=reference)
         plan, workers = suite.plan(rows, parts)
         config = {"replay_mode": RECORD, "partition_plan": plan, "partition_workers": workers, **config}
         runtime = rs.ColumnarRuntime(bound.new_store(0, rows), step_index)
         self.plane = rs.EngineControlPlane(runtime, rs.ControlPlaneConfig(**config))
-        self.plane.add_model(bound)
+        self.plane.add_model(bound, checked=checked)
         self.executor = executor
         self.trip = trip
 
@@ -128,13 +140,55 @@ class ExecutorSuite:
         assert driven.plane.metrics().partition_count == max(1, rows)
 
     def test_kernels_and_reductions(self, drive):
-        driven = drive(kernels=True, rows=100, parts=4)
+        driven = drive(model="suite_kernels", rows=100, parts=4)
         if not self.kernels:
             with pytest.raises(errors.ExecutorError, match="row kernels, reductions and derived values need"):
                 driven.run(1)
             return
         driven.run(4)
-        assert driven.stream == self.expected(4, kernels=True, rows=100)
+        assert driven.stream == self.expected(4, model="suite_kernels", rows=100)
+
+    @pytest.mark.parametrize("guard", ["rollback", "torn"])
+    @pytest.mark.parametrize("scheme", ["fnv1a", "digest"])
+    def test_several_steps_at_once(self, drive, scheme, guard):
+        if not self.kernels:
+            return
+        given = {"rows": 9000, "fingerprint": scheme, "model": "suite_fused"}
+        mode = rs.ReplayMode.record(interval=4)
+        driven = drive(replay_mode=mode, guard=rs.StepGuard(guard), **given)
+        made = []
+        while driven.plane.runtime.step_index < 10:
+            before = driven.plane.runtime.step_index
+            driven.plane.step_fused(driven.executor, 10 - before)
+            made.append(driven.plane.runtime.step_index - before)
+        assert made == [4, 4, 2]
+        single = self.expected(10, **given)
+        assert driven.stream == [entry for entry in single if entry.step_index % 4 == 0]
+        assert driven.plane.fingerprint() == single[-1]
+        assert driven.plane.metrics().steps_completed == 10
+        driven.run(1)
+        assert driven.plane.fingerprint() == self.expected(11, **given)[-1]
+
+    @pytest.mark.parametrize("partition", [0, 2])
+    def test_several_steps_fail_as_one(self, drive, partition):
+        if not self.kernels:
+            return
+        params = {"bad_step": 5, "bad_row": 3000 * partition + 7}
+        driven = drive(
+            rows=9000, model="suite_fused", params=params, checked=True, replay_mode=rs.ReplayMode.off()
+        )
+        driven.plane.step_fused(driven.executor, 3)
+        assert driven.plane.runtime.step_index == 3
+        before = driven.everything()
+        with pytest.raises(errors.ExecutorError) as caught:
+            driven.plane.step_fused(driven.executor, 10)
+        assert driven.everything() == before
+        error = caught.value
+        assert (error.partition, error.phase) == (rs.PartitionId(partition), "shake")
+        driven.plane.step_fused(driven.executor, 2)
+        assert (
+            driven.plane.fingerprint() == self.expected(5, rows=9000, model="suite_fused", params=params)[-1]
+        )
 
     def test_explicit_ids(self, drive):
         """Random numbers follow the ids, wherever they come from."""
