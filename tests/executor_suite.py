@@ -79,8 +79,6 @@ class ExecutorSuite:
 
     kernels = True
     """Whether it runs row kernels and reductions."""
-    own_process = True
-    """Whether phases run in this process (else a worker may be killed)."""
 
     @pytest.fixture
     def make_executor(self):
@@ -173,10 +171,8 @@ class ExecutorSuite:
     def test_several_steps_fail_as_one(self, drive, partition):
         if not self.kernels:
             return
-        params = {"bad_step": 5, "bad_row": 3000 * partition + 7}
-        driven = drive(
-            rows=9000, model="suite_fused", params=params, checked=True, replay_mode=rs.ReplayMode.off()
-        )
+        params, off = {"bad_step": 5, "bad_row": 3000 * partition + 7}, rs.ReplayMode.off()
+        driven = drive(rows=9000, model="suite_fused", params=params, checked=True, replay_mode=off)
         driven.plane.step_fused(driven.executor, 3)
         assert driven.plane.runtime.step_index == 3
         before = driven.everything()

@@ -136,39 +136,43 @@ def test_numpy_numbers_are_numbers():
 
 # -- value types -------------------------------------------------------------------------------------
 
-STEP = Plane("partition", checkpoint_policy=rs.CheckpointPolicy.every_steps(1)).step()
-CONTROLLED = Plane("runtime", checkpoint_policy=rs.CheckpointPolicy.every_steps(1)).step()
+
+def step_of(kind):
+    return Plane(kind, checkpoint_policy=rs.CheckpointPolicy.every_steps(1)).step()
+
+
 LOCAL = rs.PartitionExecutionBackend.local_cpu()
 VALUES = [
-    (rs.ReplayFingerprint(3, 5), {"value": 6}),
-    (rs.ReplayMode.record(), {"interval": 2}),
-    (rs.ReplayMode.verify([rs.ReplayFingerprint(1, 1)]), {"expected": ()}),
-    (rs.CheckpointPolicy.every_steps(3), {"interval_steps": 4}),
-    (rs.StepGuard.rollback(), {"kind": "torn"}),
-    (rs.ControlPlaneConfig(), {"max_retained_checkpoints": 7}),
-    (rs.PartitionId(3), {"value": 4}),
-    (assignment(0, 0, 4), {"worker": "a"}),
-    (TWO, {"assignments": ()}),
-    (rs.PartitionExecutionBackend.cuda_device(1), {"device_ordinal": 2}),
-    (rs.PartitionExecutionBackend.external("tcp://a"), {"endpoint": "tcp://b"}),
-    (rs.PartitionWorker.local_cpu("a"), {"label": "b"}),
-    (rs.PartitionExecutionContext(rs.PartitionId(0), 0, 4, None, LOCAL, 0), {"step_index": 3}),
-    (STEP.phases[0], {"elapsed_us": 10**9}),
-    (STEP, {"total_us": -1}),
-    (CONTROLLED, {"checkpoint": None}),
-    (CONTROLLED.timing, {"total_us": -1}),
-    (CONTROLLED.timing.phases[0], {"name": "other"}),
-    (STEP.checkpoint, {"label": "b"}),
-    (Plane("partition").plane.partition_checkpoints()[0], {"step_index": 4}),
-    (Plane("partition").plane.metrics(), {"steps_completed": 9}),
-    (rs.EnginePhaseMetric(0, "a", rs.ColumnarPhaseBackend.cpu(), 1, 1, 1), {"executions": 2}),
-    (rs.ColumnarPhaseBackend.cpu(), {"kind": "CudaResident"}),
-    (rs.Column("x", "float32"), {"unit": "m"}),
+    lambda: (rs.ReplayFingerprint(3, 5), {"value": 6}),
+    lambda: (rs.ReplayMode.record(), {"interval": 2}),
+    lambda: (rs.ReplayMode.verify([rs.ReplayFingerprint(1, 1)]), {"expected": ()}),
+    lambda: (rs.CheckpointPolicy.every_steps(3), {"interval_steps": 4}),
+    lambda: (rs.StepGuard.rollback(), {"kind": "torn"}),
+    lambda: (rs.ControlPlaneConfig(), {"max_retained_checkpoints": 7}),
+    lambda: (rs.PartitionId(3), {"value": 4}),
+    lambda: (assignment(0, 0, 4), {"worker": "a"}),
+    lambda: (TWO, {"assignments": ()}),
+    lambda: (rs.PartitionExecutionBackend.cuda_device(1), {"device_ordinal": 2}),
+    lambda: (rs.PartitionExecutionBackend.external("tcp://a"), {"endpoint": "tcp://b"}),
+    lambda: (rs.PartitionWorker.local_cpu("a"), {"label": "b"}),
+    lambda: (rs.PartitionExecutionContext(rs.PartitionId(0), 0, 4, None, LOCAL, 0), {"step_index": 3}),
+    lambda: (step_of("partition").phases[0], {"elapsed_us": 10**9}),
+    lambda: (step_of("partition"), {"total_us": -1}),
+    lambda: (step_of("runtime"), {"checkpoint": None}),
+    lambda: (step_of("runtime").timing, {"total_us": -1}),
+    lambda: (step_of("runtime").timing.phases[0], {"name": "other"}),
+    lambda: (step_of("partition").checkpoint, {"label": "b"}),
+    lambda: (Plane("partition").plane.partition_checkpoints()[0], {"step_index": 4}),
+    lambda: (Plane("partition").plane.metrics(), {"steps_completed": 9}),
+    lambda: (rs.EnginePhaseMetric(0, "a", rs.ColumnarPhaseBackend.cpu(), 1, 1, 1), {"executions": 2}),
+    lambda: (rs.ColumnarPhaseBackend.cpu(), {"kind": "CudaResident"}),
+    lambda: (rs.Column("x", "float32"), {"unit": "m"}),
 ]
 
 
-@pytest.mark.parametrize(("value", "change"), VALUES, ids=lambda value: type(value).__name__)
-def test_value_types_are_frozen_comparable_replaceable_and_travel(value, change):
+@pytest.mark.parametrize("make", VALUES)
+def test_value_types_are_frozen_comparable_replaceable_and_travel(make):
+    value, change = make()
     (name, new), *_ = change.items()
     other = dataclasses.replace(value, **change)
     assert type(other) is type(value)
@@ -183,7 +187,7 @@ def test_value_types_are_frozen_comparable_replaceable_and_travel(value, change)
 
 
 def test_a_phase_report_list_reads_like_a_list():
-    reports = STEP.phases
+    reports = step_of("partition").phases
     assert len(reports) == 6
     assert reports[:2] == [reports[0], reports[1]]
     assert reports[-1] is not reports[5]
