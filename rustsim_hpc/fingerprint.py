@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -237,7 +237,9 @@ def digest_column(column: AnyArray, row_offset: int, key_index: int) -> int:
     """
     bits = _bits_of(column)
     keys = digest_keys(key_index, bits.itemsize)
-    return int(_kernels().digest_range(bits, np.uint64(row_offset), keys, np.uint64(key_index)))
+    return _digest_function(bits.itemsize)(
+        bits.ctypes.data, bits.size, row_offset, keys.ctypes.data, key_index
+    )
 
 
 def digest_default_ids(start: int, stop: int) -> int:
@@ -342,6 +344,13 @@ def _bytes_of(column: AnyArray) -> NDArray[np.uint8]:
     view = _bits_of(column).view(np.uint8)
     view.flags.writeable = False
     return view
+
+
+@lru_cache(maxsize=8)
+def _digest_function(itemsize: int) -> Callable[[int, int, int, int, int], int]:
+    from rustsim_hpc.kernels.digest_call import digest_function
+
+    return digest_function(itemsize)
 
 
 def _kernels() -> Any:

@@ -79,7 +79,6 @@ class PartitionRun:
         self._board = board
         self._place = place
         self._stages = stages
-        self._ticks = np.zeros(2, np.int64)
         self._calls: dict[tuple[int, bytes], tuple[Any, list[Any], list[tuple[int, str]]]] = {}
         self._compiled: set[tuple[int, bytes]] = set()
         self._phase = 0
@@ -148,9 +147,7 @@ class PartitionRun:
         memory, task = self.work.memory, self.task
         for column, side in item.digests:
             array = memory.other(column) if side else memory.current(column)
-            value = digest_column(
-                array[task.start : task.stop], self.work.first_row + task.start, column + 1
-            )
+            value = digest_column(array[task.start : task.stop], self.work.first_row + task.start, column + 1)
             self._board.digests[self._place, column] = value
 
     # -- stages --------------------------------------------------------------------------------------
@@ -162,8 +159,8 @@ class PartitionRun:
             self._calls[key] = (function, *self._arguments(function, status))
         function, values, dynamic = self._calls[key]
         values[4] = frame.want_digest
-        values[9] = frame.step_index
-        values[11] = frame.repeat
+        values[8] = frame.step_index
+        values[10] = frame.repeat
         for position, name in dynamic:
             values[position] = frame.values[name]
         if key not in self._compiled:
@@ -185,7 +182,7 @@ class PartitionRun:
         ids = _NO_IDS if work.ids is None else work.ids
         values: list[Any] = [
             self.task.start, self.task.stop, work.first_row, work.tile, False, status,
-            board.times[place], self._ticks, board.digests[place], 0, ids, 1,
+            board.times[place], board.digests[place], 0, ids, 1,
         ]  # fmt: skip
         dynamic = []
         for argument in function.arguments:
@@ -214,6 +211,14 @@ class PartitionRun:
                 return work.bins[key]
             case "bits":
                 return np.empty(work.tile, np.uint64)
+            case "fill_bits":
+                from rustsim_hpc.kernels.philox import fill_bits_address
+
+                return np.uint64(fill_bits_address())
+            case "digest":
+                from rustsim_hpc.kernels.digest_call import digest_address
+
+                return np.uint64(digest_address(key))
             case "digest_keys":
                 return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)
         raise AssertionError(argument.source)
@@ -245,4 +250,5 @@ def _status_text(work: Work, step: int, status: Any) -> str:
     if int(status[0]) == KEY_OUT_OF_RANGE:
         slot = next(i for i, r in enumerate(work.program.reductions) if r.name == name)
         return f"key {value} of row {row} is outside [0, {work.bins[slot]}) in step {step}"
-    return f"the value of row {row} does not fit its integer column (or is NaN) in step {step}"
+    column = work.program.schema.columns[value]
+    return f'the value of row {row} for column "{column.name}" does not fit {column.dtype} in step {step}'

@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-from numba import njit, types
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-# POSIX clock_gettime(clockid, struct timespec *); an external symbol, unlike a ctypes pointer, can be cached.
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
-_MONOTONIC = np.int32(time.CLOCK_MONOTONIC)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def now(ticks: Any) -> Any:
-    """Return nanoseconds of the monotonic clock; ``ticks`` is scratch: int64 (2,)."""
-    _clock_gettime(_MONOTONIC, types.intp(ticks.ctypes.data))
-    return ticks[0] * 1_000_000_000 + ticks[1]
+_NANOSECONDS = 1_000_000_000
 
 
-def new_ticks() -> Any:
-    """Return scratch for :func:`now`: a struct timespec, int64 (2,)."""
-    return np.zeros(2, np.int64)
+@intrinsic
+def now(_context: Any) -> Any:
+    """Return nanoseconds of the monotonic clock."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        # POSIX int clock_gettime(clockid_t, struct timespec *); a symbol, unlike an address, can be cached.
+        clock_id, word = ir.IntType(32), ir.IntType(64)
+        timespec = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
+        kind = ir.FunctionType(clock_id, [clock_id, timespec.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(function, [ir.Constant(clock_id, time.CLOCK_MONOTONIC), timespec])
+        seconds, nanoseconds = cgutils.unpack_tuple(builder, builder.load(timespec), 2)
+        return builder.add(builder.mul(seconds, ir.Constant(word, _NANOSECONDS)), nanoseconds)
+
+    return types.int64(), generate

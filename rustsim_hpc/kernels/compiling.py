@@ -7,14 +7,17 @@ while the others wait and then load.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +33,9 @@ from numba.extending import typeof_impl
 
 from rustsim_hpc.files import write_atomic
 from rustsim_hpc.kernels import philox
+from rustsim_hpc.kernels.cached import INLINED, cache_on_disk, own_sources
 from rustsim_hpc.model import DeviceFunction
-from rustsim_hpc.source_identity import file_identity
+from rustsim_hpc.source_identity import function_identity
 from rustsim_hpc.version import __version__
 
 # A loop over n input and m output columns needs about n*m overlap tests before LLVM may vectorise it; its
@@ -40,23 +44,37 @@ llvmlite.binding.set_option("rustsim_hpc", "-runtime-memory-check-threshold=512"
 
 philox.register()
 
-ROW_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "forceinline": True}
-STAGE_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": True}
+STAGE_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 
-_helpers: dict[int, tuple[DeviceFunction, Any]] = {}
+_helpers: dict[tuple[int, str, bool], tuple[DeviceFunction, Any]] = {}
+_mode = threading.local()
 
 
 @typeof_impl.register(DeviceFunction)
-def _typeof_device_function(value: DeviceFunction, context: Any) -> Any:
+def _typeof_device_function(value: DeviceFunction, _context: Any) -> Any:
     """Let a kernel call a helper marked with ``rs.function`` wherever it names it."""
-    if id(value) not in _helpers:
-        _helpers[id(value)] = (value, njit(value.fn, **ROW_OPTIONS))
-    return types.Dispatcher(_helpers[id(value)][1])
+    # Compiled anew where what it captured has changed, and with bounds checks where its caller has them.
+    checked = getattr(_mode, "checked", False)
+    key = id(value), function_identity(value), checked
+    if key not in _helpers:
+        _helpers[key] = value, compile_row_function(value.fn, checked=checked)
+    return types.Dispatcher(_helpers[key][1])
+
+
+@contextlib.contextmanager
+def checking(*, checked: bool) -> Iterator[None]:
+    """Compile helpers with bounds checks, or without, in this thread."""
+    before = getattr(_mode, "checked", False)
+    _mode.checked = checked
+    try:
+        yield
+    finally:
+        _mode.checked = before
 
 
 def compile_row_function(fn: Callable[..., Any], *, checked: bool) -> Any:
     """Return a Numba dispatcher for a scalar row function (nothing is compiled yet)."""
-    return njit(fn, boundscheck=checked, **ROW_OPTIONS)
+    return njit(fn, boundscheck=checked, **INLINED)
 
 
 @lru_cache(maxsize=1)
@@ -76,7 +94,9 @@ def cache_folder() -> Path:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 return path
-    return Path(tempfile.mkdtemp(prefix="rustsim-hpc-"))
+    temporary = Path(tempfile.mkdtemp(prefix="rustsim-hpc-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 @lru_cache(maxsize=1)
@@ -85,8 +105,7 @@ def environment_key() -> str:
     cpu = llvmlite.binding.get_host_cpu_name()
     features = llvmlite.binding.get_host_cpu_features().flatten()
     versions = f"{__version__} {numba.__version__} {llvmlite.__version__} {np.__version__}"
-    own = "".join(file_identity(str(path)) for path in sorted(Path(__file__).parent.glob("*.py")))
-    return f"{versions} {cpu} {features} {hashlib.sha256(own.encode()).hexdigest()}"
+    return f"{versions} {cpu} {features} {own_sources()}"
 
 
 def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tuple[ModuleType, Path]:
@@ -107,15 +126,24 @@ def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tupl
     name = f"rustsim_hpc_{path.stem}"
     module = sys.modules.get(name)
     if module is None:
-        if not path.exists():
+        if _content(path) != source.encode():
             write_atomic(path, source.encode())
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot import {path}")
         module = importlib.util.module_from_spec(spec)
         module.__dict__.update(names)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        cache_on_disk(module.stage)
     return module, path
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 @contextlib.contextmanager
@@ -126,11 +154,12 @@ def one_compiler(path: Path) -> Iterator[dict[str, Any]]:
         Notes that those who compiled it have left, and that may be added to; kept if the block succeeds.
     """
     done = path.with_suffix(".json")
-    with open(path.with_suffix(".lock"), "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with path.with_suffix(".lock").open("ab") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: then some compile the same
+            fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            notes: dict[str, Any] = json.loads(done.read_bytes())
-        except (OSError, ValueError):
+            notes: dict[str, Any] = dict(json.loads(done.read_bytes()))
+        except (OSError, ValueError, TypeError):
             notes = {}
         known = set(notes)
         yield notes

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from numba import types
-from numba.core.errors import NumbaError
 
 from rustsim_hpc.errors import KernelError
-from rustsim_hpc.kernels.compiling import compile_row_function
-from rustsim_hpc.model import DeviceFunction, Reduction, where
+from rustsim_hpc.kernels.draws import ready_draws
+from rustsim_hpc.model import Reduction, RowKernel, where
 from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
 
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool) -> dict[int, str]:
-    """Compile each row function of a stage alone and check what it returns.
+def explain(
+    stage: KernelStage, types_by_name: Mapping[str, Any], functions: Mapping[str, Any]
+) -> dict[int, str]:
+    """Compile each row function of a stage and check what it returns.
 
     Returns:
         For each reduction slot the dtype of the values that are reduced.
@@ -29,7 +30,7 @@ def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool)
     Args:
         stage: the stage.
         types_by_name: Numba types of the stage function's arguments, by their names there.
-        checked: compile with bounds checks.
+        functions: dispatchers of the row functions by their names in the stage's source.
 
     Raises:
         KernelError: names the phase, the argument and the line of the user's file.
@@ -37,35 +38,47 @@ def explain(stage: KernelStage, types_by_name: Mapping[str, Any], checked: bool)
     dtypes: dict[int, str] = {}
     for op in stage.ops:
         if isinstance(op, KernelOp):
-            result = return_type(op.kernel.name, op.kernel.fn, op.reads, types_by_name, checked)
+            result = _result(op.phase, op.kernel, op.reads, types_by_name, functions)
             _check_kernel(op, result)
         else:
-            result = return_type(op.reduction.name, op.reduction.fn, op.reads, types_by_name, checked)
+            result = _result(op.phase, op.reduction, op.reads, types_by_name, functions)
             _check_reduction(op, result)
-            _check_key(op, types_by_name, checked)
+            _check_key(op, types_by_name, functions)
             dtypes[op.slot] = "bool" if isinstance(result, types.Boolean) else str(result)
     return dtypes
 
 
-def return_type(
-    phase: str,
-    fn: Callable[..., Any],
+def _result(
+    place: int,
+    described: RowKernel | Reduction,
     reads: Sequence[Binding],
     types_by_name: Mapping[str, Any],
-    checked: bool = False,
+    functions: Mapping[str, Any],
 ) -> Any:
-    """Return the Numba type that a row function returns for these arguments.
+    signature = _signature(reads, types_by_name, ready_draws(described))
+    return return_type(described.name, functions[f"f{place}"], reads, signature)
+
+
+def return_type(phase: str, function: Any, reads: Sequence[Binding], signature: tuple[Any, ...]) -> Any:
+    """Return the Numba type that a row function (a dispatcher) returns for arguments of these types.
 
     Raises:
         KernelError: it does not compile.
     """
-    signature = tuple(_type_of(read, types_by_name) for read in reads)
-    compiled = compile_row_function(fn, checked=checked)
     try:
-        compiled.compile(signature)
-    except NumbaError as error:
-        raise _kernel_error(phase, fn, reads, signature, str(error)) from error
-    return compiled.overloads[signature].signature.return_type
+        if signature not in function.overloads:
+            function.compile(signature)
+    except Exception as error:
+        raise _kernel_error(phase, function.py_func, reads, signature, str(error)) from error
+    return function.overloads[signature].signature.return_type
+
+
+def _signature(reads: Sequence[Binding], types_by_name: Mapping[str, Any], ready: int = 0) -> tuple[Any, ...]:
+    """Return the types that a row function is called with; ``ready`` draws stand behind its rng."""
+    return tuple(
+        types.UniTuple(types.uint64, 3 + ready) if read.source == "rng" else _type_of(read, types_by_name)
+        for read in reads
+    )
 
 
 def _type_of(read: Binding, types_by_name: Mapping[str, Any]) -> Any:
@@ -75,8 +88,6 @@ def _type_of(read: Binding, types_by_name: Mapping[str, Any]) -> Any:
         return types.int64
     if read.source == "id":
         return types.uint64
-    if read.source == "rng":
-        return types.UniTuple(types.uint64, 3)  # longer in a stage, where the first draws are made beforehand
     return types_by_name[f"{read.source}_{read.argument}"]
 
 
@@ -94,7 +105,8 @@ def _check_kernel(op: KernelOp, result: Any) -> None:
     for name, part in zip(kernel.writes, parts, strict=True):
         if not isinstance(part, types.Integer | types.Float | types.Boolean):
             raise KernelError(
-                f'row kernel {kernel.name} ({where(kernel.fn)}) returns {part} for column "{name}", not a number',
+                f'row kernel {kernel.name} ({where(kernel.fn)}) returns {part} for column "{name}", '
+                "not a number",
                 phase=kernel.name,
                 hint="return a number on every path",
             )
@@ -112,22 +124,23 @@ def _check_reduction(op: ReduceOp, result: Any) -> None:
         raise _returns(reduction, "returns", result, what)
 
 
-def _check_key(op: ReduceOp, types_by_name: Mapping[str, Any], checked: bool) -> None:
+def _check_key(op: ReduceOp, types_by_name: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
     key = op.reduction.key
     if key is None:
         return
     if isinstance(key, str):
         result = _type_of(op.key_reads[0], types_by_name)
     else:
-        fn = key.fn if isinstance(key, DeviceFunction) else key
-        result = return_type(op.reduction.name, fn, op.key_reads, types_by_name, checked)
+        signature = _signature(op.key_reads, types_by_name)
+        result = return_type(op.reduction.name, functions[f"f{op.phase}_key"], op.key_reads, signature)
     if not isinstance(result, types.Integer | types.Boolean):
         raise _returns(op.reduction, "has a key that is", result, "an integer")
 
 
 def _returns(reduction: Reduction, verb: str, result: Any, what: str) -> KernelError:
     return KernelError(
-        f"reduction {reduction.name} ({where(reduction.fn)}) {verb} {result}, but a {reduction.kind} needs {what}",
+        f"reduction {reduction.name} ({where(reduction.fn)}) {verb} {result}, but a {reduction.kind} "
+        f"needs {what}",
         phase=reduction.name,
     )
 
@@ -148,7 +161,8 @@ def _kernel_error(
     ]
     arguments = f"; arguments there: {', '.join(used)}" if used else ""
     return KernelError(
-        f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: {_reason(text)}",
+        f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: "
+        f"{_reason(text)}",
         phase=phase,
     )
 
@@ -156,7 +170,9 @@ def _kernel_error(
 def _reason(text: str) -> str:
     """Return the one line of Numba's report that says why."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
-    telling = ("No implementation", "Unknown attribute", "NameError", "Cannot unify", "Untyped global", "Use of")
+    telling = (
+        "No implementation", "Unknown attribute", "NameError", "Cannot unify", "Untyped global", "Use of",
+    )  # fmt: skip
     for line in lines:
         if any(word in line for word in telling):
             return line

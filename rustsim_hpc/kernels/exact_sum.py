@@ -13,17 +13,14 @@ Computers 64 (2015), doi:10.1109/TC.2014.2345391.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
+
+from rustsim_hpc.kernels.cached import CALLED, ENTERED, INLINED, cached_njit
 
 WORDS = 70
 LIMBS = 67
 NAN_SEEN, INF_SEEN, MINUS_INF_SEEN = 67, 68, 69
-
-_INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy", "nogil": True}
-_CALLED: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 _U, _I = np.uint64, np.int64
 _0, _1, _2, _5, _31, _32, _52, _53, _63 = (_U(n) for n in (0, 1, 2, 5, 31, 32, 52, 53, 63))
@@ -40,7 +37,7 @@ _LEAST, _LARGEST = _U(64), _U(2040)
 # -- One value ---------------------------------------------------------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _add_at(state, magnitude, sign, position):  # type: ignore[no-untyped-def]
     """Add magnitude (below 2**63; sign: 0, or 2**64 - 1 to subtract it) times 2**(position - 1074)."""
     limb, shift = position >> _5, position & _31
@@ -50,7 +47,7 @@ def _add_at(state, magnitude, sign, position):  # type: ignore[no-untyped-def]
     state[limb + _2] += _I(((upper >> _32) ^ sign) - sign)
 
 
-@njit(**_INLINE)
+@njit(forceinline=True, **ENTERED)
 def add(state, value):  # type: ignore[no-untyped-def]
     """Add one float."""
     bits = np.float64(value).view(np.uint64)
@@ -66,13 +63,13 @@ def add(state, value):  # type: ignore[no-untyped-def]
 # -- Many values -------------------------------------------------------------------------------------------
 
 
-@njit(**_CALLED)
+@njit(**CALLED)
 def _fold_slowly(state, values):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         add(state, values[i])
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _largest_magnitude(values):  # type: ignore[no-untyped-def]
     """Return the bits of the largest absolute value; those of a NaN or infinity are larger still."""
     largest = _I(0)
@@ -81,14 +78,14 @@ def _largest_magnitude(values):  # type: ignore[no-untyped-def]
     return _U(largest)
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _add_units(state, units, exponent):  # type: ignore[no-untyped-def]
     """Add a number (as uint64, mod 2**64) of units in the last place of a float with this exponent."""
     sign = _0 - (units >> _63)
     _add_at(state, (units ^ sign) - sign, sign, exponent - _1)
 
 
-@njit(**_CALLED)
+@njit(**CALLED)
 def _fold_block(state, values):  # type: ignore[no-untyped-def]
     """Add up to 2**12 floats, several at a time where their exponents lie within 48 of each other.
 
@@ -124,7 +121,7 @@ def _fold_block(state, values):  # type: ignore[no-untyped-def]
     _add_units(state, second_units, second_exponent)
 
 
-@njit(**_CALLED)
+@cached_njit()
 def fold(state, values):  # type: ignore[no-untyped-def]
     """Add an array of floats (1-D, contiguous): `add` of each, but several times as fast."""
     for start in range(0, values.size, _BLOCK):
@@ -134,7 +131,7 @@ def fold(state, values):  # type: ignore[no-untyped-def]
 # -- Carrying and rounding ---------------------------------------------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def carry(state):  # type: ignore[no-untyped-def]
     """Bring all limbs but the last into [0, 2**32), the last one having the sign; the sum stays the same."""
     for j in range(LIMBS - 1):
@@ -142,7 +139,7 @@ def carry(state):  # type: ignore[no-untyped-def]
         state[j] &= _SIGNED_LOW
 
 
-@njit(**_CALLED)
+@njit(**CALLED)
 def _leading_bits(state, top):  # type: ignore[no-untyped-def]
     """Return 64 bits from the first one set on, whether anything follows them, and the number of all bits."""
     first, second, third = _U(state[top]), _0, _0
@@ -158,7 +155,7 @@ def _leading_bits(state, top):  # type: ignore[no-untyped-def]
     return leading, more, _32 * _U(top) + length
 
 
-@njit(**_CALLED)
+@njit(**CALLED)
 def _nearest(state):  # type: ignore[no-untyped-def]
     """Return the float64 nearest to the limbs' sum, ties to even; changes the limbs."""
     carry(state)
@@ -185,14 +182,14 @@ def _nearest(state):  # type: ignore[no-untyped-def]
     return _U(min(((length - _53) << _52) + mantissa, _INFINITE) | sign).view(np.float64)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@cached_njit()
 def carry_all(states):  # type: ignore[no-untyped-def]
     """Carry in each of many states, (n, 70)."""
     for i in range(states.shape[0]):
         carry(states[i])
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@cached_njit()
 def round_all(states, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float64) to the correctly rounded sum of states[i], (n, 70); changes the states."""
     for i in range(out.size):

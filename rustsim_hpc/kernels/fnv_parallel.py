@@ -25,6 +25,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from rustsim_hpc.kernels.cached import INLINED, cached_njit
 from rustsim_hpc.kernels.hashing import fnv1a_chain, load_eight
 
 _U = np.uint64
@@ -36,17 +37,16 @@ PIECE = 64 * _WORDS
 _PIECE_FACTOR = _U(pow(0x100000001B3, PIECE, 1 << 64))
 _EACH_BYTE = _U(0x0101010101010101)
 _BYTE = _U(0xFF)
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
-@njit(**_OPTIONS)
+@njit(**INLINED)
 def _exchange(a, b, shift, mask):  # type: ignore[no-untyped-def]
     """Exchange the bits of `a` under mask << shift with the bits of `b` under mask."""
     difference = ((a >> shift) ^ b) & mask
     return a ^ (difference << shift), b ^ difference
 
 
-@njit(**_OPTIONS)
+@njit(**INLINED)
 def _planes(data, start, planes):  # type: ignore[no-untyped-def]
     """Fill planes[k, w]: bit 8 r + q is bit k of byte 8 w + r of segment q of the piece at `start`."""
     one, two, four = _U(0x5555555555555555), _U(0x3333333333333333), _U(0x0F0F0F0F0F0F0F0F)
@@ -71,14 +71,14 @@ def _planes(data, start, planes):  # type: ignore[no-untyped-def]
         planes[3, w], planes[7, w] = _exchange(d, h, _U(4), four)
 
 
-@njit(**_OPTIONS)
+@njit(**INLINED)
 def _carry_on(a, b, carry):  # type: ignore[no-untyped-def]
     """Replace the carry into a bit of a + b by the carry out of it, at every position."""
     for w in range(_U(_WORDS)):
         carry[w] = (a[w] & b[w]) | (carry[w] & (a[w] | b[w]))
 
 
-@njit(**_OPTIONS)
+@cached_njit()
 def low_byte_after(data, start, low, scratch):  # type: ignore[no-untyped-def]
     """Return the state's low byte after the piece at byte `start` of `data`, from the one before (uint64).
 
@@ -125,7 +125,7 @@ def low_byte_after(data, start, low, scratch):  # type: ignore[no-untyped-def]
     return after
 
 
-@njit(**_OPTIONS)
+@cached_njit()
 def fnv1a_pieces(state, data):  # type: ignore[no-untyped-def]
     """Return what `fnv1a_chain` does: the state after `data` (uint8, 1-D, contiguous) from one (uint64)."""
     scratch = np.empty(_SCRATCH, np.uint64)

@@ -15,6 +15,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from rustsim_hpc.kernels.cached import CALLED, cached_njit
+
 _U = np.uint64
 _FNV_PRIME = _U(0x100000001B3)
 _GOLDEN = _U(0x9E3779B97F4A7C15)
@@ -71,7 +73,7 @@ def load_eight(_context: Any, array: Any, _index: Any) -> Any:
     return types.uint64(array, types.uint64), _loader(64, 1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached_njit()
 def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     """Return the FNV-1a state after the bytes `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
     for byte in data:
@@ -79,7 +81,7 @@ def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     return state
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(inline="always", **CALLED)
 def mix(z):  # type: ignore[no-untyped-def]
     """Return splitmix64's finaliser of z (uint64): a bijection in which every bit reaches every other.
 
@@ -91,14 +93,14 @@ def mix(z):  # type: ignore[no-untyped-def]
     return z ^ (z >> _U(31))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(inline="always", **CALLED)
 def block_multiplier(block, key_index, word):  # type: ignore[no-untyped-def]
     """Return M, the odd 64-bit multiplier of a block of 4096 rows for one word of one column (all uint64)."""
     seed = mix(_MULTIPLIER_TAG + (_U(2) * key_index + word + _U(1)) * _GOLDEN)
     return mix(seed + (block + _U(1)) * _GOLDEN) | _U(1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(inline="always", **CALLED)
 def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-def]
     """Sum value * key over `count` rows of one block: at even and odd rows, or low and high words of 8 bytes.
 
@@ -132,7 +134,7 @@ def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-
     return even, odd
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(inline="always", **CALLED)
 def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
     """Return the digest's sum over a run of rows of one column, mod 2^64.
 
@@ -158,7 +160,7 @@ def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached_njit()
 def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
     """Return the digest's sum over the default ids (id i at row i) of rows [start, stop), with no array."""
     total = _U(0)

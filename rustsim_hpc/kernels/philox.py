@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core.errors import TypingError
 from numba.extending import overload
 
 from rustsim_hpc import random as faces
-
-_INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy", "nogil": True}
-_FILL: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": True}
+from rustsim_hpc.kernels.cached import INLINED, cached_njit
+from rustsim_hpc.kernels.far_call import address_of
 
 _U = np.uint64
 _0, _1, _2, _3 = _U(0), _U(1), _U(2), _U(3)
@@ -57,14 +57,14 @@ _FRACTION = _U(2**52 - 1)
 # -- Philox4x32-10 ---------------------------------------------------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Return the counter after one round; upper halves of words are not cleared."""
     product_0, product_1 = (c0 & _LOW) * _MULTIPLIER_0, (c2 & _LOW) * _MULTIPLIER_1
     return (product_1 >> _32) ^ c1 ^ k0, product_1, (product_0 >> _32) ^ c3 ^ k1, product_0
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _nine_rounds(key, row_id, step, block):  # type: ignore[no-untyped-def]
     """Return counter and key before the last round; upper halves of words are not cleared."""
     c0, c1, c2, c3 = row_id, row_id >> _32, step, block
@@ -75,7 +75,7 @@ def _nine_rounds(key, row_id, step, block):  # type: ignore[no-untyped-def]
     return c0, c1, c2, c3, k0, k1
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _bits(key, row_id, step, block, half):  # type: ignore[no-untyped-def]
     """Return words 0 and 1 of a block (half 0), or 2 and 3 (half 1), as 64 bits, the first word upper.
 
@@ -87,7 +87,7 @@ def _bits(key, row_id, step, block, half):  # type: ignore[no-untyped-def]
     return second if half else first
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _word(key, row_id, step, block, place):  # type: ignore[no-untyped-def]
     """Return word 0 to 3 of a block."""
     c0, c1, c2, c3, k0, k1 = _nine_rounds(key, row_id, step, block)
@@ -100,12 +100,12 @@ def _word(key, row_id, step, block, place):  # type: ignore[no-untyped-def]
 # -- Arithmetic, operation for operation as in the plain faces -------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _open_unit(bits):  # type: ignore[no-untyped-def]
     return (np.float64(bits >> _12) + 0.5) * _UNIT_52
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _horner(x, coefficients):  # type: ignore[no-untyped-def]
     value = coefficients[0]
     for coefficient in coefficients[1:]:
@@ -113,7 +113,7 @@ def _horner(x, coefficients):  # type: ignore[no-untyped-def]
     return value
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _log(x):  # type: ignore[no-untyped-def]
     bits = np.float64(x).view(np.uint64) + _ONE_TO_ROOT_HALF
     k = np.float64(bits >> _52) - 1023.0
@@ -126,7 +126,7 @@ def _log(x):  # type: ignore[no-untyped-def]
     return s * (half_square + series) + k * _LN2_LOW - half_square + f + k * _LN2_HIGH
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _normal_quantile(u):  # type: ignore[no-untyped-def]
     q = u - 0.5
     if abs(q) <= _CENTRAL_LIMIT:
@@ -140,7 +140,7 @@ def _normal_quantile(u):  # type: ignore[no-untyped-def]
     return -x if q < 0.0 else x
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _upper_product(a, b):  # type: ignore[no-untyped-def]
     """Return the upper 64 bits of the 128-bit product."""
     a_low, a_high, b_low, b_high = a & _LOW, a >> _32, b & _LOW, b >> _32
@@ -152,26 +152,26 @@ def _upper_product(a, b):  # type: ignore[no-untyped-def]
 # -- The functions, all arguments uint64 -----------------------------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _uniform(key, row_id, step, draw):  # type: ignore[no-untyped-def]
     value = np.float64(_bits(key, row_id, step, _UNIFORM | (draw >> _1), draw & _1) >> _11) * _UNIT_53
     return value if draw < _UNIFORM_DRAWS else np.nan
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _uniform32(key, row_id, step, draw):  # type: ignore[no-untyped-def]
     word = _word(key, row_id, step, _UNIFORM32 | (draw >> _2), draw & _3)
     value = np.float32(np.int32(word >> _8)) * _UNIT_24
     return value if draw < _UNIFORM32_DRAWS else _NAN32
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _normal(key, row_id, step, draw):  # type: ignore[no-untyped-def]
     value = _normal_quantile(_open_unit(_bits(key, row_id, step, _NORMAL | (draw >> _1), draw & _1)))
     return value if draw < _NORMAL_DRAWS else np.nan
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _exponential(key, row_id, step, draw):  # type: ignore[no-untyped-def]
     value = -_log(_open_unit(_bits(key, row_id, step, _EXPONENTIAL | (draw >> _1), draw & _1)))
     return value if draw < _EXPONENTIAL_DRAWS else np.nan
@@ -190,7 +190,7 @@ def _draw_again(key, row_id, step, first_block, n):  # type: ignore[no-untyped-d
     return upper
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _integers(key, row_id, step, draw, n):  # type: ignore[no-untyped-def]
     first_block = _INTEGERS | (draw << _ATTEMPTS_SHIFT)
     bits = _bits(key, row_id, step, first_block, _0)
@@ -204,47 +204,60 @@ def _integers(key, row_id, step, draw, n):  # type: ignore[no-untyped-def]
 # Row i has the id ids[i], or start + i where ids is empty; all numbers are uint64.
 
 
-@njit(**_FILL)
-def fill_bits(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
+@cached_njit(no_cpython_wrapper=True)
+def _fill_bits(key, start, ids, id_count, step, draw, out, rows):  # type: ignore[no-untyped-def]
     """Set out[i] (uint64) to the 64 bits that each row's `uniform` of this draw is made from."""
-    block, half = _UNIFORM | (draw >> _1), draw & _1
-    if ids.size:
-        for i in range(out.size):
-            out[i] = _bits(key, ids[i], step, block, half)
+    bits, block, half = carray(out, rows), _UNIFORM | (draw >> _1), draw & _1
+    if id_count:
+        given = carray(ids, rows)
+        for i in range(rows):
+            bits[i] = _bits(key, given[i], step, block, half)
     else:
-        for i in range(out.size):
-            out[i] = _bits(key, start + _U(i), step, block, half)
+        for i in range(rows):
+            bits[i] = _bits(key, start + i, step, block, half)
+    return _0
 
 
-@njit(**_FILL)
+@lru_cache(maxsize=1)
+def fill_bits_address() -> int:
+    """Return the address of the function that makes the bits of one draw of `uniform` for a run of rows.
+
+    It takes the key, the first row's id, the address and the number of explicit ids (0: none), the step, the
+    draw, the address of the bits (uint64) and the number of rows; it returns 0.
+    """
+    word, words = types.uint64, types.CPointer(types.uint64)
+    return address_of(_fill_bits, word, word, words, word, word, word, words, word)
+
+
+@cached_njit()
 def fill_uniform(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float64) to each row's `uniform`."""
     for i in range(out.size):
         out[i] = _uniform(key, ids[i] if ids.size else start + _U(i), step, draw)
 
 
-@njit(**_FILL)
+@cached_njit()
 def fill_uniform32(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float32) to each row's `uniform32`."""
     for i in range(out.size):
         out[i] = _uniform32(key, ids[i] if ids.size else start + _U(i), step, draw)
 
 
-@njit(**_FILL)
+@cached_njit()
 def fill_normal(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float64) to each row's `normal`."""
     for i in range(out.size):
         out[i] = _normal(key, ids[i] if ids.size else start + _U(i), step, draw)
 
 
-@njit(**_FILL)
+@cached_njit()
 def fill_exponential(key, start, ids, step, draw, out):  # type: ignore[no-untyped-def]
     """Set out[i] (float64) to each row's `exponential`."""
     for i in range(out.size):
         out[i] = _exponential(key, ids[i] if ids.size else start + _U(i), step, draw)
 
 
-@njit(**_FILL)
+@cached_njit()
 def fill_integers(key, start, ids, step, draw, n, out):  # type: ignore[no-untyped-def]
     """Set out[i] (int64) to each row's `integers`."""
     for i in range(out.size):
@@ -254,7 +267,7 @@ def fill_integers(key, start, ids, step, draw, n, out):  # type: ignore[no-untyp
 # -- What row kernels call -------------------------------------------------------------------------------
 
 MAX_READY = 2
-"""So many first draws of `uniform` may stand behind key, id and step in a kernel's rng, made for a whole tile."""
+"""So many first draws of `uniform` may stand behind key, id and step in a rng, made for a whole tile."""
 
 _PLAIN = 3
 _registering = threading.Lock()
@@ -281,13 +294,17 @@ _BODIES: dict[str, Any] = {
 
 
 def _register_draw(name: str, face: Callable[..., Any], body: Any) -> None:
-    @overload(face, jit_options=_INLINE, prefer_literal=True)
+    @overload(face, jit_options=INLINED, prefer_literal=True)
     def typed(rng, draw):  # type: ignore[no-untyped-def]
         _check_types(name, rng, draw)
-        if name == "uniform" and isinstance(draw, types.IntegerLiteral) and draw.literal_value < len(rng) - _PLAIN:
+        if (
+            name == "uniform"
+            and isinstance(draw, types.IntegerLiteral)
+            and draw.literal_value < len(rng) - _PLAIN
+        ):
             place = _PLAIN + draw.literal_value
 
-            def ready(rng, draw):  # type: ignore[no-untyped-def]
+            def ready(rng, draw):  # type: ignore[no-untyped-def]  # noqa: ARG001
                 return np.float64(rng[place] >> _11) * _UNIT_53
 
             return ready
@@ -299,7 +316,7 @@ def _register_draw(name: str, face: Callable[..., Any], body: Any) -> None:
 
 
 def _register_integers() -> None:
-    @overload(faces.integers, jit_options=_INLINE, prefer_literal=True)
+    @overload(faces.integers, jit_options=INLINED, prefer_literal=True)
     def typed(rng, draw, n):  # type: ignore[no-untyped-def]
         _check_types("integers", rng, draw)
         if not isinstance(n, types.Integer):

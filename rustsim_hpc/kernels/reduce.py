@@ -30,6 +30,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import DTypeLike, NDArray
 
 from rustsim_hpc.kernels import exact_sum
+from rustsim_hpc.kernels.cached import CALLED, ENTERED, INLINED, cached_njit
 
 State = NDArray[np.int64]
 
@@ -38,8 +39,6 @@ MAX_ADDS = 2**31 - 1
 """So many values may be added to a sum before `settle_sum` is due."""
 
 _INTEGER_WORDS = 3
-_INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy", "nogil": True}
-_CALLED: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 _U, _I = np.uint64, np.int64
 _LOW, _SIGNED_LOW, _32, _SIGNED_32 = _U(2**32 - 1), _I(2**32 - 1), _U(32), _I(32)
 
@@ -68,7 +67,7 @@ def _sort_key(_context: Any, value: Any) -> Any:
 # -- In compiled loops -------------------------------------------------------------------------------------
 
 
-@njit(**_INLINE)
+@njit(forceinline=True, **ENTERED)
 def _add_integer(state, value):  # type: ignore[no-untyped-def]
     bits = _U(value)
     state[0] += _I(bits & _LOW)
@@ -80,32 +79,32 @@ def add_sum(state: Any, value: Any) -> None:
     (exact_sum.add if isinstance(value, (float, np.floating)) else _add_integer)(state, value)
 
 
-@overload(add_sum, jit_options=_INLINE)
+@overload(add_sum, jit_options=INLINED)
 def _typed_add_sum(state, value):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return (exact_sum.add if isinstance(value, types.Float) else _add_integer).py_func
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_count(state, value):  # type: ignore[no-untyped-def]
     """Count a row if the value is true (not zero)."""
     state[0] += _I(value != 0)
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_min(state, value):  # type: ignore[no-untyped-def]
     """Keep the smallest value, and whether there was a NaN."""
     state[0] = min(state[0], _sort_key(value))
     state[1] = min(state[1], -_I(value != value))  # noqa: PLR0124
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_max(state, value):  # type: ignore[no-untyped-def]
     """Keep the largest value, and whether there was a NaN."""
     state[0] = max(state[0], _sort_key(value))
     state[1] = max(state[1], _I(value != value))  # noqa: PLR0124
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_histogram(state, key):  # type: ignore[no-untyped-def]
     """Count a row under its key; return whether the key is in [0, bins), else nothing is done."""
     place = _U(_I(key))
@@ -115,7 +114,7 @@ def add_histogram(state, key):  # type: ignore[no-untyped-def]
     return inside
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_keyed_count(state, key, value):  # type: ignore[no-untyped-def]
     """Count a row under its key if the value is true; return whether the key is in [0, bins)."""
     place = _U(_I(key))
@@ -125,7 +124,7 @@ def add_keyed_count(state, key, value):  # type: ignore[no-untyped-def]
     return inside
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def add_keyed_sum(state, key, value):  # type: ignore[no-untyped-def]
     """Add a value to the sum of its key; return whether the key is in [0, bins), else nothing is done."""
     place = _U(_I(key))
@@ -135,7 +134,7 @@ def add_keyed_sum(state, key, value):  # type: ignore[no-untyped-def]
     return inside
 
 
-@njit(**_CALLED)
+@cached_njit()
 def _fold_integers(state, values):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         _add_integer(state, values[i])
@@ -146,12 +145,12 @@ def fold_sum(state: Any, values: Any) -> None:
     (exact_sum.fold if values.dtype.kind == "f" else _fold_integers)(state, values)
 
 
-@overload(fold_sum, jit_options=_CALLED)
+@overload(fold_sum, jit_options=CALLED)
 def _typed_fold_sum(state, values):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return (exact_sum.fold if isinstance(values.dtype, types.Float) else _fold_integers).py_func
 
 
-@njit(**_INLINE)
+@njit(**INLINED)
 def _settle(state):  # type: ignore[no-untyped-def]
     if state.size == _INTEGER_WORDS:
         for j in range(_INTEGER_WORDS - 1):
@@ -161,7 +160,7 @@ def _settle(state):  # type: ignore[no-untyped-def]
         exact_sum.carry(state)
 
 
-@njit(**_CALLED)
+@cached_njit()
 def settle_sum(state):  # type: ignore[no-untyped-def]
     """Carry between the parts of a sum, or of each key's sum; the values stay the same.
 

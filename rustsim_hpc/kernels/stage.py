@@ -8,20 +8,24 @@ the tile, from 0: Numba and LLVM vectorise that, and not a loop over signed posi
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.errors import KernelError
-from rustsim_hpc.kernels.compiling import STAGE_OPTIONS, compile_row_function, load_generated, one_compiler
+from rustsim_hpc.kernels.compiling import (
+    STAGE_OPTIONS,
+    checking,
+    compile_row_function,
+    load_generated,
+    one_compiler,
+)
 from rustsim_hpc.kernels.diagnose import explain
-from rustsim_hpc.kernels.philox import MAX_READY
+from rustsim_hpc.kernels.draws import ready_draws
 from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.schema import Schema
@@ -31,7 +35,8 @@ KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 1, 2
 """Codes in the first field of a stage's status (0: all is well)."""
 
 FIXED = (
-    "start", "stop", "first_row", "tile", "want_digest", "status", "times", "ticks", "digests", "step", "ids", "repeat",
+    "start", "stop", "first_row", "tile", "want_digest", "status", "times", "digests", "step", "ids",
+    "repeat",
 )  # fmt: skip
 
 
@@ -46,13 +51,27 @@ class Argument:
 
 @dataclass
 class StageFunction:
-    """A stage ready to be called: ``function(*FIXED, *arguments)``."""
+    """A stage ready to be called: ``function(*FIXED, *arguments)``.
+
+    Attributes:
+        stage: what it does.
+        arguments: what it takes after the fixed arguments.
+        module: the generated module with the function and the dispatchers of its row functions.
+        path: the module's file.
+        checked: with bounds checks.
+    """
 
     stage: KernelStage
     arguments: tuple[Argument, ...]
-    function: Any
-    path: Any
+    module: ModuleType
+    path: Path
     checked: bool
+    _dtypes: dict[tuple[Any, ...], dict[int, str]] = field(default_factory=dict)
+
+    @property
+    def function(self) -> Any:
+        """The compiled function (a Numba dispatcher)."""
+        return self.module.stage
 
     def compile_for(self, values: Sequence[Any]) -> dict[int, str]:
         """Compile, or load from the disk cache, for the types of these arguments.
@@ -64,21 +83,27 @@ class StageFunction:
             KernelError: a row function does not compile; names phase, argument and line.
         """
         from numba import typeof
-        from numba.core.errors import NumbaError
 
         signature = tuple(typeof(value) for value in values)
+        if signature not in self._dtypes:
+            self._dtypes[signature] = self._compile(signature)
+        return self._dtypes[signature]
+
+    def _compile(self, signature: tuple[Any, ...]) -> dict[int, str]:
+        from numba.core.errors import NumbaError
+
         by_name = dict(zip((*FIXED, *(a.name for a in self.arguments)), signature, strict=True))
-        with one_compiler(self.path) as notes:
+        with one_compiler(self.path) as notes, checking(checked=self.checked):
             name = str(signature)
             if name not in notes:
                 # Nobody has compiled it yet: say what is wrong in the user's terms, not in Numba's.
-                found = explain(self.stage, by_name, self.checked)
+                found = explain(self.stage, by_name, vars(self.module))
                 notes[name] = {str(slot): dtype for slot, dtype in found.items()}
             try:
                 if signature not in self.function.overloads:
                     self.function.compile(signature)
             except NumbaError as error:
-                explain(self.stage, by_name, self.checked)
+                explain(self.stage, by_name, vars(self.module))
                 names = ", ".join(op_name(op) for op in self.stage.ops)
                 raise KernelError(f"phases {names} do not compile together: {error}") from error
             return {int(slot): dtype for slot, dtype in notes[name].items()}
@@ -99,27 +124,7 @@ def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checke
         name: compile_row_function(fn, checked=checked) for name, fn in writer.functions.items()
     }
     module, path = load_generated(source, f"{identity}\n{checked}", names)
-    return StageFunction(stage, tuple(writer.arguments.values()), module.stage, path, checked)
-
-
-@lru_cache(maxsize=256)
-def ready_draws(described: RowKernel | Reduction) -> int:
-    """Return how many of `uniform`'s draws 0, 1 a row function names in its source: 0, 1 or 2.
-
-    They can be made for a whole tile beforehand; a draw that is not seen here is made where it is asked for.
-    """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(described.fn)))
-    except (OSError, SyntaxError, TypeError):
-        return 0
-    ready = 0
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            draw = node.args[1].value
-            if name == "uniform" and type(draw) is int and 0 <= draw < MAX_READY:
-                ready = max(ready, draw + 1)
-    return ready
+    return StageFunction(stage, tuple(writer.arguments.values()), module, path, checked)
 
 
 class _Writer:
@@ -155,18 +160,18 @@ class _Writer:
         names = (*FIXED, *(a.name for a in self.arguments.values()))
         reduces = any(isinstance(op, ReduceOp) for op in self.stage.ops)
         lines = [
-            f'"""Stage of {", ".join(op_name(op) for op in self.stage.ops)} (generated by rustsim-hpc)."""',
+            f"# Stage of {', '.join(op_name(op) for op in self.stage.ops)} (generated by rustsim-hpc).",
             "import numpy as np",
             "from numba import njit",
             *(["from rustsim_hpc.kernels import reduce"] if reduces else []),
             "from rustsim_hpc.kernels.clock import now",
-            "from rustsim_hpc.kernels.hashing import digest_range",
-            "from rustsim_hpc.kernels.philox import fill_bits",
+            "from rustsim_hpc.kernels.convert import fits, stored",
+            "from rustsim_hpc.kernels.far_call import far_call",
             "",
             f"@njit({options})",
             f"def stage({', '.join(names)}):",
             "    no_ids = ids[:0]",
-            "    clock = now(ticks)",
+            "    clock = now()",
             "    lo = start",
             "    while lo < stop:",
             "        hi = min(stop, lo + tile - (first_row + lo) % tile)",
@@ -210,11 +215,12 @@ class _Writer:
         ready = ready_draws(described) if any(read.source == "rng" for read in op.reads) else 0
         key = self._argument("key", described.stream, self._key_name(described.stream)) if ready else ""
         ids = "no_ids" if self.default_ids else "tile_ids"
+        far = self._argument("fill_bits", "", "fill_bits") if ready else ""
         for draw in range(ready):
             self._argument("bits", draw, f"bits{draw}")
             lines += [
                 f"u{draw} = bits{draw}[: hi - lo]",
-                f"fill_bits({key}, np.uint64(base), {ids}, ustep, np.uint64({draw}), u{draw})",
+                f"far_call({far}, ({key}, base, {ids}, {ids}.size, ustep, {draw}, u{draw}, hi - lo))",
             ]
         return [*lines, "for j in range(hi - lo):"]
 
@@ -223,19 +229,15 @@ class _Writer:
         return known.name if known else f"key{sum(k[0] == 'key' for k in self.arguments)}"
 
     def _store(self, target: str, value: str, column: int, phase: int) -> list[str]:
-        dtype = np.dtype(self.schema.columns[column].dtype)
-        if dtype.kind == "b":
-            return [f"{target}[j] = bool({value})"]
-        store = f"{target}[j] = {value}"
-        if not self.checked or dtype.kind == "f":
+        store = f"{target}[j] = stored({value}, {target})"
+        if not self.checked or np.dtype(self.schema.columns[column].dtype).kind not in "iu":
             return [store]
-        info = np.iinfo(dtype)
-        fits = f"{value} >= {info.min} and {value} <= {info.max}"
-        if dtype.itemsize == 8:
-            # As floats both bounds are powers of two; as integers of 64 bits every value fits.
-            fits = f"float({value}) >= {float(info.min)!r} and float({value}) <= {float(info.max)!r}"
-        report = f"if status[0] == 0: status[0] = {NOT_REPRESENTABLE}; status[2] = {phase}; status[3] = base + j"
-        return [f"if {fits}:", f"    {store}", "else:", f"    {report}"]
+        return [
+            f"if not fits({value}, {target}) and status[0] == 0:",
+            f"    status[0] = {NOT_REPRESENTABLE}; status[2] = {phase}",
+            f"    status[3] = base + j; status[4] = {column}",
+            store,
+        ]
 
     def _reduction(self, op: ReduceOp) -> list[str]:
         reduction = op.reduction
@@ -254,21 +256,26 @@ class _Writer:
     def _add_keyed(self, op: ReduceOp, add: str) -> list[str]:
         return [
             f"if not {add} and status[0] == 0:",
-            f"    status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}; status[3] = base + j; status[4] = key",
+            f"    status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}",
+            "    status[3] = base + j; status[4] = key",
         ]
 
     def _digests(self) -> list[str]:
         lines = ["if want_digest:"]
         for column, side in self.stage.digests:
             keys = self._argument("digest_keys", column, f"dk{column}")
-            lines.append(
-                f"    digests[{column}] += digest_range({self._sliced(column, side)}, np.uint64(base), {keys}, np.uint64({column + 1}))"
-            )
+            itemsize = np.dtype(self.schema.columns[column].dtype).itemsize
+            address = self._argument("digest", itemsize, f"digest{itemsize}")
+            values = self._sliced(column, side)
+            call = f"far_call({address}, ({values}, hi - lo, base, {keys}, {column + 1}))"
+            lines.append(f"    digests[{column}] += {call}")
         return lines
 
     # -- arguments -----------------------------------------------------------------------------------
 
-    def _call(self, phase: int, described: RowKernel | Reduction, stream: str, reads: Sequence[Binding]) -> str:
+    def _call(
+        self, phase: int, described: RowKernel | Reduction, stream: str, reads: Sequence[Binding]
+    ) -> str:
         name = f"f{phase}"
         self.functions[name] = described.fn
         self.ready = ready_draws(described)
@@ -323,4 +330,4 @@ def _slice(column: int, side: int) -> str:
 
 
 def _clock(phase: int) -> list[str]:
-    return ["tock = now(ticks)", f"times[{phase}] += tock - clock", "clock = tock"]
+    return ["tock = now()", f"times[{phase}] += tock - clock", "clock = tock"]
