@@ -1,7 +1,7 @@
 """A model in which one bit can be flipped at will: in one step, phase, column and row. For drills and tests.
 
-Every kind of phase is there, and columns of several dtypes; a flipped bit is seen at the end of its step, and
-by way of the mean of `b` in every row of `f`.
+Every kind of phase is there, and columns of several dtypes. A flipped bit is seen at the end of its step; `h`
+keeps it from then on, so that a log that has not every step sees it, too. One of `b` moves every row of `f`.
 """
 
 from typing import Any
@@ -87,6 +87,17 @@ def settle(
     return new_d, new_g
 
 
+@rs.row_kernel(writes="h")
+def trail(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    bits = np.float64(c).view(np.uint64) ^ np.uint64(np.float32(b).view(np.uint32)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    bits ^= np.float64(f).view(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+    small = np.uint64(a) << np.uint64(32) | np.uint64(np.uint16(d)) << np.uint64(16)
+    bits ^= (small | np.uint64(e) << np.uint64(8) | np.uint64(g)) * np.uint64(0x94D049BB133111EB)
+    return (np.uint64(h) ^ bits) * np.uint64(0x2545F4914F6CDD1D)
+
+
 def initialise(rows: Any, params: Any, tables: Any, seed: int) -> dict[str, Any]:
     numbers = np.arange(rows.start, rows.stop)
     return {
@@ -97,6 +108,7 @@ def initialise(rows: Any, params: Any, tables: Any, seed: int) -> dict[str, Any]
         "e": (numbers % 7).astype(np.uint8),
         "f": numbers.astype(np.float64),
         "g": numbers % 2 == 0,
+        "h": np.zeros(len(numbers), np.uint64),
     }
 
 
@@ -117,7 +129,8 @@ def model() -> Any:
             rs.Column("e", "uint8", doc="a counter"),
             rs.Column("f", "float64", doc="drawn to the mean of b"),
             rs.Column("g", "bool", doc="on and off"),
+            rs.Column("h", "uint64", doc="a hash of all that was"),
         ],
         initialise=initialise,
-        phases=[mix, wander, total, mean, pull, turn, settle],
+        phases=[mix, wander, total, mean, pull, turn, settle, trail],
     )

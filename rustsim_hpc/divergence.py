@@ -57,7 +57,8 @@ class _Investigation:
         self.report = DivergenceReport(left, right)
         self.first = max(left.origin, right.origin)
         self.far = min(left.reached, right.reached)
-        self.same_layout = left.layout is not None and left.layout == right.layout
+        # Where one is not known there are only fingerprints, and those tell layouts apart.
+        self.same_layout = None in (left.layout, right.layout) or left.layout == right.layout
         self.keys: dict[str, int] = {}
         self.can_run = False
         self.proven: list[Cause] = []
@@ -231,12 +232,16 @@ class _Investigation:
         self._check_partitions(before)
         if self._note_strays():
             return
-        self.report.columns = self.report.columns or traces[0][-1].differing_columns(traces[1][-1])
+        if not self.report.columns and all(traces):
+            self.report.columns = traces[0][-1].differing_columns(traces[1][-1])
         self._name_phase(before, *traces)
 
     def _first_state(self, step: int) -> None:
         self.report.equal_at = None
         self.report.phase = "initialise" if step == 0 else f"the state of step {step:,}"
+        if step == 0 and not self.proven and not causes_of_input(*self.sides):
+            text = "initialise is not deterministic: of the same seed and parameters it made two states"
+            self.proven.append(Cause("not deterministic", text))
         find_rows(
             self.report,
             self.report.phase,

@@ -135,7 +135,7 @@ def verify_run(
         made = _run(prepared, own, log, folder, options, watchdog)
         if not isinstance(made.failure, ReplayDivergence):
             return made
-        _learn_from_repetition(left, right, own, made.failure, log.header.scheme)
+        _learn_from_repetition(left, right, own, made.failure, log)
         try:
             report = investigate(
                 left, right, team, say=lambda text: _say(team, text), beat=watchdog.beat,
@@ -270,6 +270,8 @@ def _plane(prepared: Prepared, store: DeviceSoaStore, step: int, log: ReplayLog)
 
 
 def _with_hint(error: EngineControlPlaneError, log: ReplayLog) -> EngineControlPlaneError:
+    if isinstance(error, ReplayStepMismatch) and log.entries:
+        error.add_facts(hint=f"the log begins with step {log.entries[0].step_index}: is it that of a fork?")
     if isinstance(error, ReplayExhausted):
         last = log.entries[-1].step_index if log.entries else 0
         error.add_facts(
@@ -316,13 +318,14 @@ def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> R
 
 
 def _learn_from_repetition(
-    left: RunSide, right: RunSide, own: RunSide, failure: ReplayDivergence, scheme: str
+    left: RunSide, right: RunSide, own: RunSide, failure: ReplayDivergence, log: ReplayLog
 ) -> None:
     """Add what the repetition told: its states are the log's, up to the one that is not."""
     end = failure.step_index
     right.reached = end
-    right.known = {step: known for step, known in left.known.items() if right.origin <= step < end}
-    right.known[end] = Known(failure.actual, scheme)
+    checked = (entry.step_index for entry in log.entries if right.origin < entry.step_index < end)
+    right.known = {step: left.known[step] for step in checked}
+    right.known[end] = Known(failure.actual, log.header.scheme)
     for step, path in own.checkpoints:
         # A checkpoint of the earlier run serves if its state is known to be this one's, too.
         equal = step in right.known and step < end and own.known[step].differs(right.known[step]) is False
