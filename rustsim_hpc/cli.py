@@ -77,10 +77,13 @@ def _run(session: Session, arguments: list[str] | None) -> int:
             error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
+        session.leave_alone(EXIT_INTERRUPTED, "interrupted")
         return EXIT_INTERRUPTED
     except RustsimError as error:
-        if session.speaks:
+        if session.speaks or session.lost:
             _tell(error, session.debug)
+        if session.lost:
+            session.leave_alone(error.exit_code, str(error))
         return error.exit_code
     except SystemExit:
         # click's answer to a broken pipe. `Session.say` deals with a reader who has gone, so it is another.

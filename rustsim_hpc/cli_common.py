@@ -67,6 +67,11 @@ class Session:
         return self._team
 
     @property
+    def lost(self) -> bool:
+        """Whether other ranks may be gone, or wait for this one for ever."""
+        return self._team is not None and self._team.broken
+
+    @property
     def alone_among_ranks(self) -> bool:
         """Whether other ranks may be waiting for this one."""
         return self._team is not None and self._team.size > 1

@@ -9,24 +9,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from rustsim_hpc.agreement import agree
 from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.control_plane import EngineControlPlane
 from rustsim_hpc.crash import write_crash_bundle
-from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError, TeamError
+from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError
 from rustsim_hpc.fingerprint import StateView
 from rustsim_hpc.job import JobSpec
-from rustsim_hpc.metrics_log import MetricsLog
-from rustsim_hpc.model import ColumnPhase
-from rustsim_hpc.output_set import OutputSet
-from rustsim_hpc.outputs import Sample
+from rustsim_hpc.job_records import JobRecords
 from rustsim_hpc.progress import Progress
-from rustsim_hpc.replay_log import ReplayHeader
-from rustsim_hpc.replay_writer import ReplayLogWriter
 from rustsim_hpc.run_folder import RunFolder
 from rustsim_hpc.signals import StopRequests
+from rustsim_hpc.stepper import Stepper
 from rustsim_hpc.stepping import Executor
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writer import CheckpointWriter
@@ -34,10 +28,10 @@ from rustsim_hpc.team import Team
 from rustsim_hpc.watchdog import Watchdog
 
 # A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
-# alone says: whether a checkpoint may be made by the clock, and how many steps to make together next.
-_STOP, _WRITTEN, _TIME_IS_UP, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41
+# alone says: whether a checkpoint may be made by the clock, whether it has met a failure that the others do
+# not know of, and how many steps to make together next.
+_STOP, _WRITTEN, _TIME_IS_UP, _TROUBLE, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41, 1 << 42
 _FIELD = (1 << 20) - 1
-_METRICS_SECONDS = 10.0
 
 
 @dataclass
@@ -59,6 +53,7 @@ class JobRun:
         executor: runs this rank's partitions.
         folder: the run's folder, held.
         team: the ranks.
+        stop: requests to stop, from before the run began.
         resumed_from: the restored step, or None.
         forked: the state comes from another run's checkpoint, so this one saves it first.
         progress: show a bar if this is a terminal.
@@ -72,6 +67,7 @@ class JobRun:
         executor: Executor,
         folder: RunFolder,
         team: Team,
+        stop: StopRequests,
         *,
         resumed_from: int | None,
         forked: bool,
@@ -79,6 +75,8 @@ class JobRun:
     ) -> None:
         self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
         self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
+        self._stop = stop
+        self._stepper: Stepper | None = None
         self._first = team.rank == 0
         self._bar = Progress(
             spec.run.name,
@@ -87,7 +85,7 @@ class JobRun:
             agents=model.agents,
             wanted=progress and self._first,
         )
-        self.outputs = OutputSet(model.outputs, folder.path, model.agents)
+        self.records = JobRecords(spec, model, plane, folder, team, resumed_from)
         options = spec.checkpoint
         self.writer = CheckpointWriter(
             folder.checkpoints,
@@ -95,12 +93,8 @@ class JobRun:
             storage_options(spec),
             asynchronous=options.asynchronous,
         )
-        self._log: ReplayLogWriter | None = None
-        self._metrics: MetricsLog | None = None
         self._last_checkpoint_step = resumed_from
         self._last_checkpoint_time = time.monotonic()
-        self._last_metrics_time = time.monotonic()
-        self._fingerprints: list[tuple[int, int]] = []
         self._opened = False
         self._seconds_a_step = 1.0
 
@@ -120,25 +114,43 @@ class JobRun:
         Raises:
             RustsimError: whatever ended the run, the same on every rank; a crash bundle is in the folder.
         """
-        watchdog = Watchdog(
-            self.spec.run.watchdog_seconds, rank=self.team.rank, host=self.team.host, folder=self.folder.path
-        )
-        with StopRequests(self.spec.run.time_limit) as stop, self._bar, watchdog, self._bundle_on_failure():
-            self._on_first(self._open)
+        watchdog = self._watchdog()
+        with self._bar, watchdog, self._bundle_on_failure():
+            self._on_first(self.records.open)
             self._opened = True
-            self._record_first()
+            self.records.first_state(self.executor)
             if self.forked:
                 self._checkpoint()
-            result = self._loop(stop, watchdog)
+            result = self._loop(watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
             self._last_checkpoint()
-            self._on_first(self._close)
+            self._on_first(self.records.close)
             return result
 
-    def _loop(self, stop: StopRequests, watchdog: Watchdog) -> LoopResult:
-        plane, target = self.plane, self.spec.run.steps
+    def _watchdog(self) -> Watchdog:
+        table, team = self.spec.run, self.team
+        watchdog = Watchdog(table.watchdog_seconds, rank=team.rank, host=team.host, folder=self.folder.path)
+        watchdog.waiting = lambda: team.waiting
+        watchdog.phase = self._phases_begun
+        watchdog.show_more = self._show_workers
+        return watchdog
+
+    def _phases_begun(self) -> str:
+        """Return which phases this rank's partitions have begun last."""
+        if self._stepper is None:
+            return ""
+        names = self._stepper.work.program.phase_names
+        return ", ".join(dict.fromkeys(names[k] for k in self._stepper.session.board.status[:, 1]))
+
+    def _show_workers(self) -> None:
+        show = getattr(getattr(self._stepper, "session", None), "show_stacks", None)
+        if show is not None:
+            show()
+
+    def _loop(self, watchdog: Watchdog) -> LoopResult:
+        plane, target, stop = self.plane, self.spec.run.steps, self._stop
         begun = plane.runtime.step_index
-        stepper = plane.stepper(self.executor)
+        self._stepper = stepper = plane.stepper(self.executor)
         compiled_before = stepper.session.compile_seconds
         start = time.perf_counter()
         stopped: str | None = None
@@ -146,14 +158,16 @@ class JobRun:
         self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
             watchdog.beat("step", plane.runtime.step_index)
-            stepper.meeting.vote = self._vote(stop)
+            stepper.meeting.vote = self._vote()
             before, began = plane.runtime.step_index, time.perf_counter()
             most = min(together, self._steps_to_checkpoint(), target - before)
             step = plane.step_fused(self.executor, most)
             votes, made = stepper.meeting.votes, plane.runtime.step_index - before
             self._seconds_a_step = (time.perf_counter() - began) / made
-            together = max(1, votes >> 41)
-            self._record(step.fingerprint)
+            together = max(1, votes // _TOGETHER)
+            if votes & _TROUBLE:
+                agree(self.team, self.records.trouble)
+            self.records.after_step(step.fingerprint)
             self._checkpoint_if_due(votes)
             self._bar.advance(made)
             if votes & _FIELD:
@@ -164,13 +178,14 @@ class JobRun:
         seconds = max(0.0, time.perf_counter() - start - compiled)
         return LoopResult(plane.runtime.step_index - begun, seconds, stopped)
 
-    def _vote(self, stop: StopRequests) -> int:
-        vote = _STOP if stop.stop_requested() is not None else 0
+    def _vote(self) -> int:
+        vote = _STOP if self._stop.stop_requested() is not None else 0
         if self.writer.busy and self.writer.done_here:
             vote += _WRITTEN
         waited = time.monotonic() - self._last_checkpoint_time
         if self._first:
             vote += _TIME_IS_UP if waited >= self.spec.checkpoint.min_seconds else 0
+            vote += _TROUBLE if self.records.trouble is not None else 0
             # Few enough steps at once that a signal is heard within a second.
             vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
@@ -178,72 +193,6 @@ class JobRun:
     def _steps_to_checkpoint(self) -> int:
         every = self.spec.checkpoint.every
         return every - self.plane.runtime.step_index % every if every else self.spec.run.fuse_steps
-
-    # -- after each step -----------------------------------------------------------------------------
-
-    def _record(self, fingerprint: Any) -> None:
-        """Put the step's fingerprint into the log and its due values into the outputs."""
-        step = self.plane.runtime.step_index
-        failure: Exception | None = None
-        if fingerprint is not None:
-            self._fingerprints = [*self._fingerprints[-9:], (fingerprint.step_index, fingerprint.value)]
-            self.plane.forget_recorded()
-        if self._first and self._log is not None and fingerprint is not None:
-            try:
-                self._log.append(fingerprint, self.plane.column_values())
-            except Exception as error:  # noqa: BLE001 (told to all ranks below)
-                failure = error
-        due = [
-            output for output in self.outputs.declarations if step % getattr(output, "every", step + 1) == 0
-        ]
-        if due:
-            self._write_outputs(step, failure)
-        elif failure is not None or self._log_can_fail(fingerprint):
-            agree(self.team, failure)
-        self._write_metrics()
-
-    def _log_can_fail(self, fingerprint: Any) -> bool:
-        return fingerprint is not None and self.spec.replay.mode == "record" and self.team.size > 1
-
-    def _write_outputs(self, step: int, failure: Exception | None) -> None:
-        samples = self._samples(step)
-        if self._first and failure is None:
-            try:
-                context = self.model.context(step, self.plane.values)
-                self.outputs.record(step, context.time, context, samples)
-            except Exception as error:  # noqa: BLE001 (told to all ranks below)
-                failure = error
-        agree(self.team, failure)
-
-    def _samples(self, step: int) -> dict[str, dict[str, Any]]:
-        """Gather the sampled rows of all ranks on rank 0."""
-        store = self.plane.runtime.device_store()
-        made: dict[str, dict[str, Any]] = {}
-        for output in self.outputs.declarations:
-            if not isinstance(output, Sample) or step % output.every:
-                continue
-            rows = output.rows_of(self.model.agents)
-            mine = rows[(rows >= store.row_offset) & (rows < store.row_offset + store.agent_count)]
-            local = mine - store.row_offset
-            parts = self.team.gather(
-                (mine, [store.column(self.model.schema.index(n))[local] for n in output.columns])
-            )
-            if parts is not None:
-                where = np.concatenate([part[0] for part in parts])
-                order = np.argsort(where, kind="stable")[
-                    np.argsort(np.argsort(rows, kind="stable"), kind="stable")
-                ]
-                made[output.file] = {
-                    name: np.concatenate([part[1][k] for part in parts])[order]
-                    for k, name in enumerate(output.columns)
-                }
-        return made
-
-    def _write_metrics(self) -> None:
-        now = time.monotonic()
-        if self._metrics is not None and now - self._last_metrics_time >= _METRICS_SECONDS:
-            self._last_metrics_time = now
-            self._metrics.append(self.plane.metrics())
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
@@ -259,7 +208,7 @@ class JobRun:
         """Begin a checkpoint of the current state (or write it, where that is not asynchronous)."""
         plane, store = self.plane, self.plane.runtime.device_store()
         step = plane.runtime.step_index
-        self._on_first(self.outputs.flush)
+        self._on_first(self.records.flush)
         view = StateView(
             step_index=step,
             rows=store.total_rows,
@@ -299,38 +248,10 @@ class JobRun:
             action()
         except CheckpointFileError as error:
             if self.spec.checkpoint.on_error == "stop":
-                raise CheckpointWriteFailed(str(error), step=error.step, hint=error.hint) from error
+                raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
             self._warn(f"warning: {error}")
 
     # -- beginning and end ---------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        self.outputs.open(self.resumed_from, self.plane.runtime.step_index)
-        self._metrics = MetricsLog(self.folder.path, self.resumed_from)
-        if self.spec.replay.mode == "record":
-            self._log = ReplayLogWriter(
-                self.folder.replay_log,
-                replay_header(self.spec, self.model, self.plane),
-                resume_step=self.resumed_from,
-            )
-
-    def _record_first(self) -> None:
-        """Write the outputs of the state that the run begins with, unless they are there."""
-        step = self.plane.runtime.step_index
-        due = self.team.bcast(bool(self.outputs.due(step)) if self._first else None)
-        if not due:
-            return
-        self.plane.observe(self.executor)
-        self._write_outputs(step, None)
-
-    def _close(self) -> None:
-        self.outputs.close()
-        if self._metrics is not None:
-            self._metrics.append(self.plane.metrics())
-            self._metrics.close()
-        if self._log is not None:
-            self._log.sync()
-            self._log.close()
 
     def _on_first(self, action: Any) -> None:
         """Run something on rank 0; its failure is everybody's."""
@@ -353,14 +274,15 @@ class JobRun:
                 host=self.team.host,
                 error=error,
                 step=self.plane.runtime.step_index,
-                fingerprints=self._fingerprints,
+                fingerprints=self.records.fingerprints,
             )
             self._save_what_is_whole(error)
             raise
 
     def _save_what_is_whole(self, error: Exception) -> None:
         """Close outputs and, where every rank still has the last complete step, save a checkpoint of it."""
-        agreed = isinstance(error, RustsimError) and not isinstance(error, TeamError)
+        alone = self.team.size == 1
+        agreed = alone or (isinstance(error, RustsimError) and not self.team.broken)
         whole = self.spec.run.guard == "rollback" and agreed and not isinstance(error, CheckpointWriteFailed)
         try:
             if whole and self._opened:
@@ -369,7 +291,7 @@ class JobRun:
             self._warn(f"warning: no checkpoint of the last complete step: {second}")
         if self._first and self._opened:
             with suppress(Exception):
-                self._close()
+                self.records.close()
 
     def _warn(self, text: str) -> None:
         if self._first:
@@ -384,25 +306,3 @@ def storage_options(spec: JobSpec) -> StorageOptions:
         compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
     options = StorageOptions(table.layout, compression, keep=table.keep, keep_every=table.keep_every)
     return options if table.chunk_rows is None else replace(options, chunk_rows=table.chunk_rows)
-
-
-def replay_header(spec: JobSpec, model: BoundModel, plane: EngineControlPlane) -> ReplayHeader:
-    """Return the first line of a run's replay log."""
-    notes = []
-    bound = [p.name for p in model.phases if isinstance(p, ColumnPhase) and not p.row_local]
-    if bound:
-        count = plane.partition_plan.partition_count
-        notes.append(
-            f"phases {', '.join(bound)} look at whole partitions: this holds for {count} partitions only"
-        )
-    return ReplayHeader(
-        scheme=spec.replay.fingerprint,
-        job=spec.run.name,
-        model=model.identity(),
-        agents=model.agents,
-        seed=spec.run.seed,
-        columns=tuple((column.name, column.dtype) for column in model.schema.columns),
-        interval=spec.replay.interval,
-        params=model.params.plain(),
-        notes=tuple(notes),
-    )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 from rustsim_hpc.agreement import on_all
 from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control_plane import EngineControlPlane
+from rustsim_hpc.crash import write_crash_bundle
 from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.job import JobSpec, RunOptions
 from rustsim_hpc.job_run import JobRun, LoopResult
@@ -28,9 +33,13 @@ from rustsim_hpc.restored import (
 from rustsim_hpc.run_folder import RunFolder, fresh_folder
 from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.runtime import ColumnarRuntime
+from rustsim_hpc.signals import StopRequests
 from rustsim_hpc.storage.reading import load_newest, on_first_rank
 from rustsim_hpc.summary import RunSummary
 from rustsim_hpc.team import Team
+
+EXIT_FAILED: Final = 3
+"""Exit code after an error that nobody expected."""
 
 
 def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
@@ -39,12 +48,12 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
     Raises:
         RustsimError: it cannot be started, or ended in a failure; the same on every rank.
     """
-    prepared = prepare(spec, team)
-    path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
-    folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
-    part = prepared.part
-    store = on_all(team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind))
-    return _run(prepared, folder, store, 0, options)
+    with StopRequests(spec.run.time_limit) as stop:
+        prepared = prepare(spec, team)
+        path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
+        folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
+        with _session(folder, team) as session:
+            return _run(prepared, session, _first_store(prepared), 0, options, stop)
 
 
 def resume_run(
@@ -55,32 +64,38 @@ def resume_run(
     Raises:
         RustsimError: as :func:`run_job`; also when no checkpoint can be used.
     """
-    prepared = prepare(spec, team)
-    finished = on_all(team, lambda: _finished(path, spec))
-    if finished is not None and at is None:
-        return finished
-    folder = RunFolder.reopen(path, facts(prepared), team)
-    try:
-        loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at=at)
-        if loaded is None:
-            part = prepared.part
-            store = on_all(
-                team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind)
-            )
-            return _run(prepared, folder, store, 0, options)
-        for rejected, reason in loaded.rejected:
-            _say(team, f"warning: {rejected.name} does not prove itself and was moved aside: {reason}")
-        step = loaded.header.step_index
-        if at is not None:
-            on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
-        store = on_all(team, lambda: restored_store(prepared, loaded))
-        on_all(team, lambda: folder.update(session={"resumed_from": step}))
-        for line in machine_differences(folder):
-            _say(team, f"warning: {line}")
-    except BaseException:
-        folder.release()
-        raise
-    return _run(prepared, folder, store, step, options, resumed_from=step)
+    with StopRequests(spec.run.time_limit) as stop:
+        prepared = prepare(spec, team)
+        finished = on_all(team, lambda: _finished(path, spec))
+        if finished is not None and at is None:
+            return finished
+        folder = RunFolder.reopen(path, facts(prepared), team)
+        with _session(folder, team) as session:
+            store, step = _newest_store(prepared, folder, at)
+            if step is None:
+                return _run(prepared, session, store, 0, options, stop)
+            return _run(prepared, session, store, step, options, stop, resumed_from=step)
+
+
+def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tuple[DeviceSoaStore, int | None]:
+    """Return a store of the newest proven checkpoint (or that of step ``at``) and its step.
+
+    Without any checkpoint it is the first state, and the step is None.
+    """
+    team = prepared.team
+    loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at=at)
+    if loaded is None:
+        return _first_store(prepared), None
+    for rejected, reason in loaded.rejected:
+        _say(team, f"warning: {rejected.name} does not prove itself and was moved aside: {reason}")
+    step = loaded.header.step_index
+    if at is not None:
+        on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
+    store = on_all(team, lambda: restored_store(prepared, loaded))
+    on_all(team, lambda: folder.update(session={"resumed_from": step}))
+    for line in machine_differences(folder):
+        _say(team, f"warning: {line}")
+    return store, step
 
 
 def fork_run(
@@ -98,17 +113,26 @@ def fork_run(
     """
     if options.out is None:
         raise JobError("fork needs a folder for the new run", hint="give one with --out")
-    prepared = prepare(spec, team)
+    with StopRequests(spec.run.time_limit) as stop:
+        prepared = prepare(spec, team)
+        store, step, lineage = _parents_store(prepared, parent, at)
+        folder = RunFolder.create(
+            options.out, spec.to_toml(), facts(prepared, lineage), team, force=options.force
+        )
+        with _session(folder, team) as session:
+            return _run(prepared, session, store, step, options, stop, forked=True)
+
+
+def _parents_store(
+    prepared: Prepared, parent: Path, at: int | None
+) -> tuple[DeviceSoaStore, int, dict[str, Any]]:
+    """Return a store of another run's checkpoint, its step, and the lineage of what starts from it."""
+    team = prepared.team
     loaded = load_newest(parent / "checkpoints", team, lambda header: forked_rows(prepared, header), at=at)
     if loaded is None:
         raise CheckpointFileError(f"{parent} has no checkpoint to start from", damaged=False)
-    step = loaded.header.step_index
-    lineage = on_all(team, lambda: lineage_of(parent, spec, loaded))
-    folder = RunFolder.create(
-        options.out, spec.to_toml(), facts(prepared, lineage), team, force=options.force
-    )
-    store = on_all(team, lambda: restored_store(prepared, loaded))
-    return _run(prepared, folder, store, step, options, forked=True)
+    lineage = on_all(team, lambda: lineage_of(parent, prepared.spec, loaded))
+    return on_all(team, lambda: restored_store(prepared, loaded)), loaded.header.step_index, lineage
 
 
 def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
@@ -127,45 +151,75 @@ def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
 # -- running -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Session:
+    """A session that has a run's folder. step_index: how far it has come."""
+
+    folder: RunFolder
+    plane: EngineControlPlane | None = None
+    step_index: int = 0
+    reported: bool = False
+
+
+@contextmanager
+def _session(folder: RunFolder, team: Team) -> Iterator[_Session]:
+    """Hold a run's folder; whatever ends the session early is recorded in it."""
+    session = _Session(folder)
+    try:
+        yield session
+    except Exception as error:
+        if not session.reported:
+            write_crash_bundle(folder.path, rank=team.rank, host=team.host, error=error)
+        if session.plane is not None:
+            session.step_index = session.plane.runtime.step_index
+        code = error.exit_code if isinstance(error, RustsimError) else EXIT_FAILED
+        _note_failure(folder, code, session.step_index, str(error))
+        raise
+    finally:
+        if session.plane is not None:
+            session.plane.close()
+        folder.release()
+
+
+def _first_store(prepared: Prepared) -> DeviceSoaStore:
+    part = prepared.part
+    return on_all(
+        prepared.team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind)
+    )
+
+
 def _run(
     prepared: Prepared,
-    folder: RunFolder,
+    session: _Session,
     store: DeviceSoaStore,
     step_index: int,
     options: RunOptions,
+    stop: StopRequests,
     *,
     resumed_from: int | None = None,
     forked: bool = False,
 ) -> RunSummary:
     """Build the plane on a store, run the steps that are left, and record how it ended."""
-    spec, team = prepared.spec, prepared.team
+    spec, team, folder = prepared.spec, prepared.team, session.folder
+    session.step_index = step_index
     executor = executor_of(prepared, folder.lock.descriptors)
-    plane: EngineControlPlane | None = None
-    try:
-        plane = on_all(team, lambda: _plane(prepared, store, step_index))
-        run = JobRun(
-            spec, prepared.model, plane, executor, folder, team,
-            resumed_from=resumed_from, forked=forked, progress=options.progress,
-        )  # fmt: skip
-        result = run.run()
-        fingerprint = plane.fingerprint()
-        _draw(run, folder, team)
-        summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)
-        on_all(team, lambda: folder.finish(
-            "done" if result.stopped is None else "stopped",
-            exit_code=summary.exit_code, step_index=summary.step_index,
-            fingerprint=fingerprint.value, reason=result.stopped,
-        ))  # fmt: skip
-        return summary
-    except Exception as error:
-        code = error.exit_code if isinstance(error, RustsimError) else 1
-        step = plane.runtime.step_index if plane is not None else step_index
-        _note_failure(folder, code, step, str(error))
-        raise
-    finally:
-        if plane is not None:
-            plane.close()
-        folder.release()
+    session.plane = plane = on_all(team, lambda: _plane(prepared, store, step_index))
+    run = JobRun(
+        spec, prepared.model, plane, executor, folder, team, stop,
+        resumed_from=resumed_from, forked=forked, progress=options.progress,
+    )  # fmt: skip
+    session.reported = True
+    result = run.run()
+    session.reported = False
+    fingerprint = plane.fingerprint()
+    _draw(run, folder, team)
+    summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)
+    on_all(team, lambda: folder.finish(
+        "done" if result.stopped is None else "stopped",
+        exit_code=summary.exit_code, step_index=summary.step_index,
+        fingerprint=fingerprint.value, reason=result.stopped,
+    ))  # fmt: skip
+    return summary
 
 
 def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> EngineControlPlane:
@@ -192,7 +246,7 @@ def _choose_folder(spec: JobSpec, options: RunOptions, team: Team) -> Path:
 def _draw(run: JobRun, folder: RunFolder, team: Team) -> None:
     def draw() -> None:
         if team.rank == 0:
-            run.outputs.draw_pictures(open_run(folder.path))
+            run.records.outputs.draw_pictures(open_run(folder.path))
 
     on_all(team, draw)
 
@@ -222,7 +276,7 @@ def _summary(
         seconds=result.seconds,
         checkpoints=tuple(path for path in run.writer.paths if path.exists()),
         resumed_from=resumed_from,
-        outputs={name: Path(path) for name, path in run.outputs.files().items()},
+        outputs={name: Path(path) for name, path in run.records.outputs.files().items()},
         stopped=result.stopped,
     )
 

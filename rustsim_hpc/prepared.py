@@ -10,6 +10,7 @@ from typing import Any
 
 from rustsim_hpc.agreement import agree_hash, on_all
 from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.environment import versions
 from rustsim_hpc.errors import JobError
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
@@ -23,7 +24,6 @@ from rustsim_hpc.replay_log import read_replay_log
 from rustsim_hpc.run_record import RunFacts
 from rustsim_hpc.stepping import Executor
 from rustsim_hpc.team import Team
-from rustsim_hpc.version import __version__
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
             raise JobError("[run] backend = cuda: there is no CUDA executor in this version")
         return model
 
-    model = on_all(team, bind_here)
-    agree_hash(team, "package version", __version__)
+    agree_hash(team, "set of package versions", ", ".join(f"{k} {v}" for k, v in versions().items()))
     agree_hash(team, "job file", spec.sha256())
+    model = on_all(team, bind_here)
     agree_hash(team, "model source", model.identity())
     model.share_tables(team)
     workers = worker_count(spec, _share_of_cores(team))

@@ -39,13 +39,19 @@ _INSTALL_HINT = (
 
 @runtime_checkable
 class Team(Protocol):
-    """The ranks of a run: `rank` of `size` in all, `node_rank` of `node_size` on this machine, `host`."""
+    """The ranks of a run: `rank` of `size` in all, `node_rank` of `node_size` on this machine, `host`.
+
+    waiting: whether this rank is in a collective at this moment, for a watchdog to see.
+    broken: whether a collective has failed here, so that the other ranks may be gone, or wait for ever.
+    """
 
     rank: int
     size: int
     node_rank: int
     node_size: int
     host: str
+    waiting: bool
+    broken: bool
 
     @property
     def native(self) -> Any:
@@ -107,6 +113,8 @@ class SoloTeam:
     node_rank = 0
     node_size = 1
     native = None
+    waiting = False
+    broken = False
 
     def __init__(self) -> None:
         self.host = socket.gethostname()
@@ -177,6 +185,8 @@ class MpiTeam:
         self.node_rank: int = self._node.Get_rank()
         self.node_size: int = self._node.Get_size()
         self.host = socket.gethostname()
+        self.waiting = False
+        self.broken = False
         self._windows: list[Any] = []
         self._link = np.zeros(2, np.uint64)
         # Looked up once: the allreduce is in every step, and attribute look-ups would be a tenth of it.
@@ -197,12 +207,14 @@ class MpiTeam:
 
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add up `array` over ranks mod 2^64, in place; return it."""
+        self.waiting = True
         try:
             # Unsigned: there overflow is defined. Count and type are said, which saves mpi4py asking the
             # array.
             self._allreduce(self._in_place, (array, array.size, self._sum_type))
         except self._failure as error:
             raise self._lost(error) from error
+        self.waiting = False
         return array
 
     def gather(self, value: T) -> list[T] | None:
@@ -283,12 +295,16 @@ class MpiTeam:
         os._exit(code)
 
     def _collect(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self.waiting = True
         try:
             return call(*arguments)
         except self._failure as error:
             raise self._lost(error) from error
+        finally:
+            self.waiting = False
 
     def _lost(self, error: BaseException) -> TeamError:
+        self.waiting, self.broken = False, True
         message = f"a collective failed: {error}"
         return TeamError(message=message, rank=self.rank, host=self.host, hint="a rank was probably lost")
 

@@ -17,6 +17,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,9 @@ from typing import Self
 from rustsim_hpc.crash import write_crash_bundle
 
 EXIT_CODE = 3
+PATIENCE = 5.0
+"""Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
+
 _STDERR = 2
 
 
@@ -31,6 +35,12 @@ class Watchdog:
     """Watches one rank while its ``with`` block lasts; the step loop calls `beat`.
 
     Time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
+
+    Attributes:
+        waiting: says whether the rank waits for others. It then holds still a little longer, so that the one
+            that is stuck is heard: the first to leave ends them all.
+        phase: says which phase runs, where that is known better than by the last beat.
+        show_more: prints the stacks of other processes of this rank, its workers, to standard error.
     """
 
     def __init__(
@@ -51,6 +61,9 @@ class Watchdog:
         self.rank = rank
         self.host = host
         self.folder = folder
+        self.waiting: Callable[[], bool] = lambda: False
+        self.phase: Callable[[], str] = lambda: ""
+        self.show_more: Callable[[], None] = lambda: None
         self._backstop = backstop
         self._beat: tuple[str, int] = ("start", 0)
         self._done = threading.Event()
@@ -77,7 +90,7 @@ class Watchdog:
         self._beat = (phase, step)
 
     def _watch(self) -> None:
-        poll = min(1.0, self.limit / 10)
+        poll, patience = min(1.0, self.limit / 10), min(PATIENCE, self.limit)
         seen, quiet, before = self._beat, 0.0, time.monotonic()
         try:
             while not self._done.wait(poll):
@@ -87,7 +100,7 @@ class Watchdog:
                 before = now
                 if self._beat is not seen:
                     seen, quiet = self._beat, 0.0
-                elif quiet >= self.limit:
+                elif quiet >= self.limit and (quiet >= self.limit + patience or not self.waiting()):
                     self._expire(*seen)
                 if self._backstop:
                     faulthandler.dump_traceback_later(2 * self.limit + 30, exit=True, file=_STDERR)
@@ -97,11 +110,18 @@ class Watchdog:
 
     def _expire(self, phase: str, step: int) -> None:
         where = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+        if self.waiting():
+            phase = "waiting for other ranks"
+        else:
+            with contextlib.suppress(Exception):  # asked from another thread, at any moment
+                phase = self.phase() or phase
         line = (
             f"watchdog: {where} has not moved for {self.limit:g} s: phase {phase}, step {step}; ending it\n"
         )
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        with contextlib.suppress(Exception):
+            self.show_more()
         try:
             if self.folder is not None:
                 write_crash_bundle(

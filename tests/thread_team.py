@@ -26,6 +26,8 @@ class ThreadTeam:
     """One rank of a world of threads. A rank that stays away from a collective breaks it for all."""
 
     native = None
+    waiting = False
+    broken = False
 
     def __init__(self, world: _World, rank: int) -> None:
         self._world, self.rank, self.size = world, rank, len(world.slots)
