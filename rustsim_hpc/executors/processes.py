@@ -31,11 +31,12 @@ from rustsim_hpc.executors.base import (
 from rustsim_hpc.executors.threads import usable_cores
 from rustsim_hpc.executors.wire import ORDER, encode_values, value_names
 from rustsim_hpc.executors.worker_handle import START_SECONDS, WorkerHandle, end_all
-from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, worker_starts
+from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, SHOW_STACKS, worker_starts
 from rustsim_hpc.reductions import new_board
 from rustsim_hpc.shared_arrays import SharedArrays
 from rustsim_hpc.work import Frame, PhaseFailure, Work
 
+_PRINT_SECONDS = 0.3  # for all workers to print some lines
 _WORDS = 8  # int64 of a worker: a cache line
 
 
@@ -182,6 +183,13 @@ class ProcessSession:
             host=socket.gethostname(),
             pid=worker.pid,
         )
+
+    def show_stacks(self) -> None:
+        """Have the workers that are busy print to standard error where they are."""
+        for worker in self._workers:
+            if worker.busy:
+                worker.signal(SHOW_STACKS)
+        time.sleep(_PRINT_SECONDS)
 
     def close(self) -> None:
         """End the workers: politely, then by force; calling it again does nothing."""

@@ -153,6 +153,11 @@ class WorkerHandle:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_KILL_SECONDS)
 
+    def signal(self, number: int) -> None:
+        """Send the worker a signal; one that is gone gets none."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
     def kill(self) -> None:
         """End the worker at once."""
         if self._process is not None:

@@ -29,7 +29,14 @@ from rustsim_hpc.executors.wire import (
     decode_values,
     value_names,
 )
-from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, WorkerStart, rebuild_work
+from rustsim_hpc.executors.worker_start import (
+    COMPILE_NS,
+    IDLE,
+    RUNNING,
+    SHOW_STACKS,
+    WorkerStart,
+    rebuild_work,
+)
 from rustsim_hpc.shared_arrays import SharedArrays
 from rustsim_hpc.signals import SIGNALS
 from rustsim_hpc.work import Frame, PhaseFailure
@@ -74,6 +81,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     faulthandler.enable()
+    faulthandler.register(SHOW_STACKS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a phase prints is to be seen now
     orders, answers, parent = (int(argument) for argument in arguments)

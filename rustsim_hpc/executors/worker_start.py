@@ -6,6 +6,7 @@ Phases travel as a reference to the model's source, never as code.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ RUNNING, COMPILE_NS = 0, 1
 """Fields of a worker's row of words: the place that is being run (-1: none), nanoseconds of compiling."""
 
 IDLE = -1
+
+SHOW_STACKS = signal.SIGUSR2
+"""What makes a worker print where it is, also out of compiled code; it goes on."""
 
 
 @dataclass(frozen=True)
