@@ -63,7 +63,9 @@ for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm,
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (`sys.argv` where no arguments are given) and exit with its code."""
     session = Session()
-    sys.exit(_run(session, None if arguments is None else list(arguments)))
+    code = _run(session, None if arguments is None else list(arguments))
+    session.stand_by_the_outcome()
+    sys.exit(code)
 
 
 def _run(session: Session, arguments: list[str] | None) -> int:

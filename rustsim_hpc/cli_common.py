@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -90,6 +91,18 @@ class Session:
         """End all ranks: this one has met something that the others know nothing of."""
         if self._team is not None and self._team.size > 1:
             self._team.abort(code, f"rank {self._team.rank}: {message}")
+
+    def stand_by_the_outcome(self) -> None:
+        """Ignore signals from here on if there are other ranks: this one's exit code is decided.
+
+        A launcher that ends all ranks as soon as one has left with a code, as `srun --kill-on-bad-exit` does,
+        would change 75 of a rank that is just leaving into that of a killed one.
+        """
+        if self.alone_among_ranks:
+            from rustsim_hpc.signals import SIGNALS
+
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def debug_option(command: Command) -> Command:

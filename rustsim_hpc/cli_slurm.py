@@ -79,7 +79,7 @@ def slurm(
     """Print a batch script for a job, ready for sbatch, with the memory that its ranks will need."""
     from rustsim_hpc.job import Override, read_job
     from rustsim_hpc.launch import plan_job
-    from rustsim_hpc.slurm import Kind, Request, script, shape, unfit_word
+    from rustsim_hpc.slurm import Kind, Request, script, seconds_of, shape, unfit_word
 
     wanted: dict[Kind, bool] = {
         "requeue": requeue,
@@ -95,6 +95,10 @@ def slurm(
     unfit = unfit_word(given)
     if unfit is not None:
         raise click.UsageError(f"{unfit} {given[unfit]!r} is nothing that Slurm could take")
+    if time is not None and not seconds_of(time):
+        raise click.UsageError(
+            f"--time {time!r} is no time limit; for example 02:00:00, 1-12:00:00, 90 (minutes)"
+        )
     request = Request(
         kinds[0] if kinds else "cpu", nodes, ntasks_per_node, cpus_per_task, gpus_per_node, time, partition,
         account, array, out, sets,

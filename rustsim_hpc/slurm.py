@@ -108,6 +108,7 @@ def script(job: Path, spec: JobSpec, plan: RunPlan, request: Request) -> str:
         "cpus-per-task": cores,
         "mem-per-cpu": f"{per_core}M",
         "time": request.time,
+        "signal": _warning(text, request.time),
         "partition": request.partition,
         "account": request.account,
         "array": request.array,
@@ -130,11 +131,11 @@ def _with_header(text: str, job: Path, plan: RunPlan, memory: int) -> str:
     """Put what the script is for in the place of the template's introduction."""
     first, rest = text.split("\n", 1)
     rest = re.sub(r"\A(?:#(?!SBATCH).*\n)+", "", rest)
-    rows = max(share.rows for share in plan.shares)
+    rows, disk = max(share.rows for share in plan.shares), size(plan.checkpoint_bytes)
     lines = [
         first,
         f"# {_one_line(plan.job)} ({_one_line(str(job))}): {plan.agents:,} agents on {plan.ranks:,} ranks,",
-        f"# {rows:,} rows and about {size(memory)} of memory each; a checkpoint has {size(plan.checkpoint_bytes)}.",
+        f"# {rows:,} rows and about {size(memory)} of memory each; {disk} on disk for a checkpoint.",
         "# Submit it from a folder that all nodes see; OUT=DIR sbatch SCRIPT goes on with the run in DIR.",
         "# Exit code 75: the time was up, a checkpoint is saved.",
     ]
@@ -176,6 +177,29 @@ def with_default(text: str, name: str, value: str) -> str:
 def _environment() -> str | None:
     """Return the virtual environment that this process is of, None outside of any."""
     return sys.prefix if (Path(sys.prefix) / "bin" / "activate").is_file() else None
+
+
+def seconds_of(limit: str) -> int | None:
+    """Return the seconds of a time limit as sbatch takes it, None where it is none.
+
+    minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]].
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII)
+    if found is None:
+        return None
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is not None or found[4] is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
+
+
+def _warning(text: str, limit: str | None) -> str | None:
+    """Return a script's ``--signal`` for a time limit: a job must not be warned as soon as it has begun."""
+    seconds = None if limit is None else seconds_of(limit)
+    if seconds is None:
+        return None
+    signal, _, ahead = directive(text, "signal").rpartition("@")
+    return f"{signal}@{min(int(ahead), max(1, seconds // 4))}"
 
 
 def unfit_word(values: Mapping[str, str | None]) -> str | None:

@@ -39,7 +39,11 @@ def why_not() -> str | None:
 
 def libopenmpi() -> Path | None:
     """Return Debian's Open MPI library, which knows PMIx, or None."""
-    return next(iter(sorted(Path("/usr/lib").glob("*/libmpi.so.40"))), None)
+    return _library("libmpi.so.40")
+
+
+def _library(name: str) -> Path | None:
+    return next(iter(sorted(Path("/usr/lib").glob(f"*/{name}"))), None)
 
 
 def _program(name: str) -> str | None:
@@ -80,7 +84,7 @@ def configuration(folder: Path) -> str:
             "MpiDefault=pmi2",
             "ReturnToService=2",
             "JobRequeue=1",
-            "KillWait=5",
+            "KillWait=10",
             "GresTypes=gpu",
             "SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,defer",
             *nodes,
@@ -110,6 +114,13 @@ class Cluster:
         gpus = "".join(f"Name=gpu File={device}\n" for device in _DEVICES[:GPUS])
         (folder / "gres.conf").write_text(gpus)
         self.env = {**_clean(os.environ), "SLURM_CONF": str(folder / "slurm.conf")}
+        pmix = _library("libpmix.so.2")
+        if pmix is not None:
+            # Slurm looks for it by the name that only development files have.
+            (folder / "lib").mkdir()
+            (folder / "lib" / "libpmix.so").symlink_to(pmix)
+            given = self.env.get("LD_LIBRARY_PATH")
+            self.env["LD_LIBRARY_PATH"] = f"{folder}/lib{f':{given}' if given else ''}"
         with (folder / "keeper.log").open("wb") as log:
             self._keeper = subprocess.Popen(
                 [sys.executable, __file__, str(folder)],

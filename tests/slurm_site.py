@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,6 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 _MODEL = """
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +37,8 @@ def walk(x, reach, rng):
 
 @rs.column_phase(writes="x", row_local=True)
 def rest(context, columns, rows):
-    if not Path(os.environ.get("TEST_HURRY", "/")).exists():
+    # As slow as the environment says, but not after the run was resumed.
+    if os.environ.setdefault("TEST_BEGAN", str(context.step_index)) == "0":
         time.sleep(float(os.environ.get("TEST_PACE", "0")))
 
 
@@ -96,11 +97,6 @@ class Site:
     environ: dict[str, str]
     jobs: list[str] = field(default_factory=list)
 
-    @property
-    def hurry(self) -> Path:
-        """A file that ends the slowness of all running jobs when it is there."""
-        return self.folder / "hurry"
-
     def out(self, name: str) -> Path:
         """Return a run's folder that has not been used."""
         return self.folder / "runs" / name
@@ -108,19 +104,18 @@ class Site:
     def run(self, *words: str | Path, timeout: float = 90, **environ: str | Path) -> tuple[int, str]:
         """Run a command; return its exit code and all that it printed."""
         given = {name: str(value) for name, value in environ.items()}
-        done = self.cluster.run(*words, cwd=self.folder, timeout=timeout, **self.environ, **given)
+        done = self.cluster.run(*words, cwd=self.folder, timeout=timeout, **(self.environ | given))
         return done.returncode, done.stdout + done.stderr
 
     def engine(self, *words: str | Path) -> tuple[int, str]:
         """Run the engine on this machine, outside of Slurm."""
         return self.run(self.folder / "venv" / "bin" / "rustsim-hpc", *words)
 
-    def submit(self, script: str | Path, *options: str, **environ: str | Path) -> str:
-        """Submit a script (a name in slurm/, or a path) and return the job's id."""
-        path = SCRIPTS / script
-        words = [word for word in options if not word.startswith("engine:")]
-        engine = [word.removeprefix("engine:") for word in options if word.startswith("engine:")]
-        code, text = self.run("sbatch", "--parsable", *words, path, *engine, **environ)
+    def submit(
+        self, script: str | Path, *options: str, engine: Sequence[str] = (), **environ: str | Path
+    ) -> str:
+        """Submit a script (a name in slurm/, or a path) and return the job's id; `engine`: its arguments."""
+        code, text = self.run("sbatch", "--parsable", *options, SCRIPTS / script, *engine, **environ)
         assert code == 0, text
         job = text.strip()
         self.jobs.append(job)
@@ -146,12 +141,20 @@ class Site:
         """Return what a job has printed."""
         return "\n".join(path.read_text(errors="replace") for path in self.folder.glob(f"*-{job}*.log"))
 
-    def wait_for_step(self, out: Path, step: int, timeout: float = 60) -> None:
-        """Wait until a run has saved a checkpoint of this step or a later one."""
+    def wait_for(self, what: Callable[[], bool], timeout: float = 120) -> None:
+        """Wait until something is true."""
         deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+        while not what():
+            if time.monotonic() > deadline:
+                raise AssertionError("what was waited for has not come:\n" + self.cluster.logs())
+            time.sleep(0.5)
+
+    def wait_for_step(self, out: Path, step: int) -> None:
+        """Wait until a run has saved a checkpoint of this step or a later one."""
+
+        def there() -> bool:
             with contextlib.suppress(RunFolderError):
-                if max(rs.open_run(out).checkpoints(), default=-1) >= step:
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"{out} has no checkpoint of step {step}")
+                return max(rs.open_run(out).checkpoints(), default=-1) >= step
+            return False
+
+        self.wait_for(there)

@@ -47,8 +47,15 @@ def environ(place: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def session_site(place: Path, cluster: Cluster, environ: dict[str, str]) -> Site:
+    """A site whose jobs go on until the cluster is stopped."""
+    return Site(place, cluster, environ)
+
+
 @pytest.fixture
 def site(place: Path, cluster: Cluster, environ: dict[str, str]) -> Iterator[Site]:
+    """A site whose jobs end with the test."""
     site = Site(place, cluster, environ)
     yield site
     if site.jobs:
@@ -56,10 +63,10 @@ def site(place: Path, cluster: Cluster, environ: dict[str, str]) -> Iterator[Sit
 
 
 @pytest.fixture(scope="session")
-def expected(place: Path, cluster: Cluster, environ: dict[str, str]) -> int:
+def expected(session_site: Site) -> int:
     """The fingerprint of the run that nobody interrupted."""
-    code, text = Site(place, cluster, environ).engine("run", "walkers.toml", "--out", "runs/expected")
+    code, text = session_site.engine("run", "walkers.toml", "--out", "runs/expected")
     assert code == 0, text
-    fingerprint = rs.open_run(place / "runs/expected").fingerprint
+    fingerprint = rs.open_run(session_site.out("expected")).fingerprint
     assert fingerprint is not None
     return fingerprint
