@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rustsim_hpc.agreement import on_all
-from rustsim_hpc.errors import CheckpointFileError, ReplayLogError, RustsimError
+from rustsim_hpc.errors import CheckpointFileError, ReplayLogError, RunFolderError, RustsimError
 from rustsim_hpc.job import JobSpec, ReplayTable, read_job
 from rustsim_hpc.replay import differing_columns
 from rustsim_hpc.replay_log import IDS, ReplayLog, read_replay_log
@@ -121,6 +121,16 @@ def side_of_folder(folder: Path) -> RunSide:
         RunFolderError: it is no run's folder, or its record is damaged.
     """
     run = open_run(folder)
+    try:
+        return _read_side(run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RustsimError):
+            raise
+        raise RunFolderError(f"the record of {folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _read_side(run: Run) -> RunSide:
+    folder = run.path
     side = RunSide(str(folder), folder, record=run.record, params=run.params)
     side.agents, side.seed, side.reached = run.agents, run.seed, run.step_index
     side.model = str(run.record.get("model_hash", ""))

@@ -441,6 +441,12 @@ def test_what_is_no_run(clean: Path, tmp_path: Path) -> None:
     code, _, err = command("diff", clean, tmp_path / "nowhere")
     assert code == 2
     assert "is not a run's folder" in err
+    damaged = shutil.copytree(clean, tmp_path / "damaged")
+    record = json.loads((damaged / "run.json").read_text())
+    (damaged / "run.json").write_text(json.dumps(record | {"lineage": {"parent": 7}, "agents": "many"}))
+    code, _, err = command("diff", clean, damaged)
+    assert code == 2
+    assert "the record of" in err
 
 
 def test_report_that_cannot_be_written(clean: Path, tmp_path: Path) -> None:

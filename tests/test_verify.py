@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from compare_runs import (
+    MODEL,
     STEPS,
     command,
     drop_checkpoints,
@@ -186,6 +187,25 @@ def test_phase_that_reads_its_partition(tmp_path: Path) -> None:
     assert (report["step"], report["phase"]) == (1, "spread")
     assert report["causes"][0]["kind"] == "reads other partitions"
     assert report["rows"][0]["ranges"][0][0] == 334  # where the second of three partitions begins
+
+
+def test_phase_that_may_read_its_partition_is_cut_as_it_was(tmp_path: Path) -> None:
+    text = MODEL.read_text().replace('writes="n", row_local=True', 'writes="n"')
+    model = tmp_path / "bound_model.py"
+    model.write_text(text)
+    options = ("--set=params.spread=true", "--executor=threads", "--workers=3")
+    run = make_run(tmp_path / "run", *options, model=model)
+    assert "partitions" not in (run / "job.toml").read_text()
+    assert verify(run, run, "--executor=inline")[0] == 0
+    code, out, _ = verify(run, run, "--executor=inline", "--partitions=2")
+    assert (code, "depends on how the rows are cut" in out) == (4, True)
+
+
+def test_log_of_another_population(clean: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", "--agents=999")
+    out = tmp_path / "report.json"
+    assert verify(clean, other, "--out", out)[0] == 4
+    assert kinds(json.loads(out.read_text())) == ["agents"]
 
 
 def test_environment_that_is_another(clean: Path, tmp_path: Path) -> None:
