@@ -19,7 +19,7 @@ from collections.abc import Callable
 from rustsim_hpc.causes import Cause, causes_of_change, causes_of_environment, causes_of_input
 from rustsim_hpc.divergence_report import DivergenceReport, value_difference
 from rustsim_hpc.divergence_rows import RowsOf, find_rows, rows_from_checkpoints
-from rustsim_hpc.errors import RunFolderError, RustsimError
+from rustsim_hpc.errors import RunFolderError, RustsimError, TeamError
 from rustsim_hpc.model import ColumnPhase
 from rustsim_hpc.phase_trace import PhaseResult
 from rustsim_hpc.replay import differing_columns
@@ -102,6 +102,8 @@ class _Investigation:
             self._find_step(equal, differs)
             if report.step is not None:
                 self._look_into(report.step)
+        except TeamError:
+            raise
         except RustsimError as error:
             if report.step is None and not self._other_columns():
                 raise RunFolderError(
@@ -284,7 +286,7 @@ class _Investigation:
             assert side.strayed is not None  # noqa: S101
             step, columns = side.strayed
             where = f" in {', '.join(columns)}" if columns else ""
-            self.proven.insert(0, Cause(
+            self.proven.append(Cause(
                 "not reproduced",
                 f"{side.name} does not repeat its own record: run again here it is another state after step "
                 f"{step:,}{where}; so a transient fault (memory, CPU), another environment, or a phase "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rustsim_hpc.divergence_report import DivergenceReport, TableRow
-from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.errors import RustsimError, TeamError
 from rustsim_hpc.replica import Bench, checkpoint_rows
 from rustsim_hpc.row_search import Rows, RowsNow, differing_rows, ids_of
 from rustsim_hpc.run_side import RunSide
@@ -60,6 +60,8 @@ def rows_from_checkpoints(
             where = f"the state of step {at:,}"
             if not find_rows(report, where, _given(by_side), names, team):
                 report.notes.append(f"the states of step {at:,} do not differ any more")
+        except TeamError:
+            raise
         except RustsimError as error:
             report.notes.append(f"rows of step {at:,}: {error}")
             continue

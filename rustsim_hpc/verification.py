@@ -141,7 +141,9 @@ def verify_run(
                 left, right, team, say=lambda text: _say(team, text), beat=watchdog.beat,
                 columns=made.failure.columns,
             )  # fmt: skip
-        except RustsimError as error:  # the divergence matters more
+        except Exception as error:  # the divergence matters more
+            if team.size > 1 and not isinstance(error, RustsimError):
+                raise  # the other ranks do not know of it
             _say(team, f"warning: the difference was not followed further: {error}")
             return made
     _write(report, out or folder / DIVERGENCE, team)

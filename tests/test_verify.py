@@ -120,7 +120,7 @@ def test_divergence(clean: Path, tmp_path: Path) -> None:
     before = content(run)
     code, out, err = verify(run, log, "--json")
     assert code == 4
-    assert "warning: the log is of a run with other seed: 3 against 0" in err
+    assert "warning: the log is of another run: other seed: 3 against 0" in err
     assert "Error: replay diverged at step 1: expected 0x" in err
     assert "columns: v" in err
     facts = json.loads(out.splitlines()[-1])
@@ -189,6 +189,16 @@ def test_phase_that_reads_its_partition(tmp_path: Path) -> None:
     assert report["rows"][0]["ranges"][0][0] == 334  # where the second of three partitions begins
 
 
+@needs_mpirun
+def test_phase_that_reads_its_partition_under_ranks(tmp_path: Path) -> None:
+    """Two ranks cannot repeat a run of one partition; the report says why it is another."""
+    run = make_run(tmp_path / "run", "--set=params.spread=true", "--partitions=1")
+    code, out, err = mpirun(2, "verify", run, "--against", run / "replay.jsonl")
+    assert code == 4, err
+    assert "depends on how the rows are cut into partitions (here 1 and 2 a rank)" in out
+    assert kinds(report_of(run)) == ["reads other partitions", "not reproduced"]
+
+
 def test_phase_that_may_read_its_partition_is_cut_as_it_was(tmp_path: Path) -> None:
     text = MODEL.read_text().replace('writes="n", row_local=True', 'writes="n"')
     model = tmp_path / "bound_model.py"
@@ -218,6 +228,7 @@ def test_environment_that_is_another(clean: Path, tmp_path: Path) -> None:
     code, _, err = verify(run, run)
     assert code == 0
     warnings = err.splitlines()
+    assert len(warnings) == 3
     assert warnings[0].startswith("warning: version of numba: 0.1 then, ")
     assert warnings[1].startswith("warning: CPU model: Z80 then, ")
     assert warnings[2].startswith("warning: math library: abacus 1.0 (unknown) then, ")
