@@ -13,10 +13,11 @@ import numpy as np
 from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.memory import ColumnMemory, Kind
-from rustsim_hpc.model import Check, Model, Output, Phase, where
-from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
+from rustsim_hpc.model import Check, Model, Output, Phase, Reduction
+from rustsim_hpc.outputs import Arrays, Picture, Series, check_outputs
 from rustsim_hpc.params import Params, bind_params
-from rustsim_hpc.schema import Schema
+from rustsim_hpc.schema import DTYPES, Schema
+from rustsim_hpc.signatures import where
 from rustsim_hpc.team import Team
 from rustsim_hpc.work import Work
 
@@ -92,14 +93,16 @@ class BoundModel:
         self.reference = reference
         self.checks: tuple[Check, ...] = tuple(model.checks)
         self.outputs: tuple[Output, ...] = tuple(model.outputs)
-        self.tables = _tables(model, self.params) if tables is None else dict(tables)
+        _require(agents >= 0, f"a population cannot have {agents} agents")
         _require(model.step_length > 0, f"step_length must be positive, got {model.step_length}")
+        for name, given in (("initialise", model.initialise), ("tables", model.tables or model.initialise)):
+            _require(callable(given), f"{name} of a model must be a function, got {given!r}")
         for check in self.checks:
             _require(isinstance(check, Check), f"checks: {check!r} is not a check")
-        for output in self.outputs:
-            if isinstance(output, Sample):
-                for name in output.columns:
-                    self.schema.index(name)
+        check_outputs(self.outputs, self.schema.names)
+        self.tables = _tables(model, self.params) if tables is None else dict(tables)
+        for reduction in self._reductions():
+            reduction.bin_count(self.params)
 
     # -- the state -----------------------------------------------------------------------------------
 
@@ -189,7 +192,13 @@ class BoundModel:
     def program_options(self) -> dict[str, Any]:
         """Return what :func:`~rustsim_hpc.program.plan_program` has to know of the model."""
         numeric = [name for name, value in self.params.items() if not isinstance(value, str)]
-        return {"params": numeric, "tables": self.tables, "checks": self.checks, "outputs": self.outputs}
+        return {
+            "params": numeric,
+            "texts": [name for name in self.params if name not in numeric],
+            "tables": self.tables,
+            "checks": self.checks,
+            "outputs": self.outputs,
+        }
 
     def bind_work(self, work: Work) -> None:
         """Give a rank's work the model's parameters, tables, seed and reference."""
@@ -203,6 +212,13 @@ class BoundModel:
         """Return whether a check or an output wants the state after ``step`` steps."""
         owners = (*self.checks, *(output for output in self.outputs if not isinstance(output, Picture)))
         return any(step % owner.every == 0 for owner in owners)
+
+    def _reductions(self) -> list[Reduction]:
+        found = [phase for phase in self.phases if isinstance(phase, Reduction)]
+        return [
+            *found,
+            *(r for owner in self._observers for r in owner.reductions if isinstance(r, Reduction)),
+        ]
 
     @cached_property
     def _observers(self) -> tuple[Any, ...]:
@@ -224,10 +240,14 @@ class BoundModel:
         digest = hashlib.sha256()
         for column in self.schema.columns:
             digest.update(f"{column.name}\0{column.dtype}\0".encode())
-        functions = [self.model.initialise, *([self.model.tables] if self.model.tables else [])]
+        functions: list[Any] = [self.model.initialise, *([self.model.tables] if self.model.tables else [])]
         for phase in self.phases:
-            digest.update(f"{type(phase).__name__}\0{phase.name}\0{getattr(phase, 'writes', '')}\0".encode())
-            functions.append(phase.fn)
+            declared = {name: value for name, value in vars(phase).items() if not name.startswith("__")}
+            facts = [
+                (name, value) for name, value in declared.items() if isinstance(value, str | int | tuple)
+            ]
+            digest.update(f"{type(phase).__name__}\0{facts}\0".encode())
+            functions += [value for value in declared.values() if callable(value)]
         for fn in functions:
             digest.update(function_identity(fn).encode())
         for name, table in sorted(self.tables.items()):
@@ -253,13 +273,27 @@ def _tables(model: Model, params: Params) -> dict[str, Array]:
     _require(isinstance(made, Mapping), f"tables ({where(model.tables)}) must return a dict of arrays")
     tables = {}
     for name, value in made.items():
-        array = np.ascontiguousarray(value)
-        if array.dtype.kind not in "fiub":
-            raise ModelError(f'table "{name}" ({where(model.tables)}) is {array.dtype}, not numbers')
+        array = _as_array(name, value, model.tables)
+        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+            raise ModelError(
+                f'table "{name}" ({where(model.tables)}) is {array.dtype}: tables may be {", ".join(DTYPES)}'
+            )
+        if np.ndim(value) == 0:
+            raise ModelError(
+                f'table "{name}" ({where(model.tables)}) is a single number, not an array',
+                hint="make it a parameter, or an array of one",
+            )
         view = array.view()
         view.flags.writeable = False
         tables[str(name)] = view
     return tables
+
+
+def _as_array(name: Any, value: Any, fn: Any) -> Array:
+    try:
+        return np.ascontiguousarray(value)
+    except ValueError as error:  # rows of several lengths
+        raise ModelError(f'table "{name}" ({where(fn)}) is not an array: {error}') from error
 
 
 def _require(holds: bool, message: str) -> None:

@@ -8,15 +8,17 @@ parameter values, a seed and a number of agents; :mod:`rustsim_hpc.program` turn
 from __future__ import annotations
 
 import functools
-import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal, overload
 
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
 from rustsim_hpc.params import Param, Params, as_param
 from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.signatures import Function, argument_names, returned_keys, where
 
 __all__ = [
     "Check",
@@ -37,7 +39,6 @@ __all__ = [
     "row_kernel",
 ]
 
-Function = Callable[..., Any]
 Output = Series | Arrays | Sample | Picture
 ReductionKind = Literal["sum", "count", "min", "max", "histogram"]
 
@@ -47,32 +48,9 @@ RESERVED = ("step", "row", "id", "rng")
 _KINDS = ("sum", "count", "min", "max", "histogram")
 
 
-def where(fn: Function) -> str:
-    """Return ``file:line`` of a function, for error messages."""
-    code = inspect.unwrap(fn).__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
-
-
-def argument_names(fn: Function, what: str) -> tuple[str, ...]:
-    """Return the names of a function's arguments, which are what the engine binds by.
-
-    Raises:
-        ModelError: it takes ``*args``, ``**kwargs`` or defaults, which nothing could bind.
-    """
-    names = []
-    for parameter in inspect.signature(fn).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ModelError(
-                f"{what} {fn.__name__} ({where(fn)}) takes *{parameter.name}: arguments are bound by name",
-                hint="name each column and parameter that it needs",
-            )
-        if parameter.default is not parameter.empty:
-            raise ModelError(
-                f"{what} {fn.__name__} ({where(fn)}) gives its argument {parameter.name} a default",
-                hint="declare it as a parameter of the model instead",
-            )
-        names.append(parameter.name)
-    return tuple(names)
+def _is_a(value: object, kind: type) -> bool:
+    """Return whether a value that a user gave is what it is declared to be."""
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +61,8 @@ class _Described:
     name: str
 
     def __post_init__(self) -> None:
+        if not _is_a(self.name, str) or not self.name or not self.name.isprintable():
+            raise ModelError(f"{self.name!r} ({where(self.fn)}) cannot be the name of a phase")
         # As functools.update_wrapper, which a frozen class refuses.
         for attribute in (*functools.WRAPPER_ASSIGNMENTS, "__wrapped__"):
             value = self.fn if attribute == "__wrapped__" else getattr(self.fn, attribute, None)
@@ -133,13 +113,15 @@ class Reduction(_Described):
         """Return the number of bins for these parameters (0: one single value)."""
         if self.bins is None:
             return 0
-        count = self.bins(params) if callable(self.bins) else self.bins
         try:
-            count = int(count)
-        except (TypeError, ValueError):
-            count = -1
+            given = self.bins(params) if callable(self.bins) else self.bins
+        except Exception as error:
+            raise ModelError(f"reduction {self.name} ({where(self.fn)}): bins failed: {error}") from error
+        count = operator.index(given) if hasattr(given, "__index__") else -1
         if count < 1:
-            raise ModelError(f"reduction {self.name}: bins must be a positive integer, got {count}")
+            raise ModelError(
+                f"reduction {self.name} ({where(self.fn)}): bins must be a positive integer, got {given!r}"
+            )
         return count
 
 
@@ -165,6 +147,8 @@ Phase = RowKernel | ColumnPhase | Reduction | Derive
 
 def function(fn: Function) -> DeviceFunction:
     """Mark a helper that row functions may call; it is compiled with them."""
+    if not isinstance(fn, FunctionType):
+        raise ModelError(f"function: {getattr(fn, '__name__', fn)!r} must be a plain Python function")
     return DeviceFunction(fn, fn.__name__)
 
 
@@ -181,15 +165,22 @@ def row_kernel(
     The arguments bind by name: columns, parameters, tables, results of earlier reductions and derived
     values as they are at this row, and ``step``, ``row``, ``id`` and ``rng``.
     """
-    targets = (writes,) if isinstance(writes, str) else tuple(writes)
-    if not targets or len(set(targets)) != len(targets):
-        raise ModelError(f"row_kernel: writes must name one or more different columns, got {writes!r}")
+    targets = _targets("row_kernel", writes)
+    if not targets:
+        raise ModelError("row_kernel: writes must name one or more columns")
 
     def wrap(fn: Function) -> RowKernel:
         phase = name or fn.__name__
         return RowKernel(fn, phase, targets, stream or phase, argument_names(fn, "row kernel"))
 
     return wrap
+
+
+def _targets(what: str, writes: str | Sequence[str]) -> tuple[str, ...]:
+    targets = (writes,) if isinstance(writes, str) else tuple(writes)
+    if not all(_is_a(name, str) for name in targets) or len(set(targets)) != len(targets):
+        raise ModelError(f"{what}: writes must name different columns, got {writes!r}")
+    return targets
 
 
 def column_phase(
@@ -204,12 +195,13 @@ def column_phase(
     Args:
         writes: columns that it changes; the others are read-only views. None: it may change all (and the
             rollback guard has to copy all).
-        row_local: promise that each row's new value depends on that row alone. Without it the same bits
-            hold for one partition plan only, and the replay log says so.
+        row_local: promise that each row's new value depends on that row alone. The phase is then called for
+            some rows after the others, as fit in the cache. Without it, it gets all rows of the partition,
+            the same bits hold for one partition plan only, and the replay log says so.
         stream: name of the random stream of ``context.random``; the phase's name by default.
         name: name of the phase; the function's by default.
     """
-    targets = None if writes is None else (writes,) if isinstance(writes, str) else tuple(writes)
+    targets = None if writes is None else _targets("column_phase", writes)
 
     def wrap(fn: Function) -> ColumnPhase:
         phase = name or fn.__name__
@@ -273,28 +265,11 @@ def derive(
 
     def wrap(inner: Function) -> Derive:
         phase = name or inner.__name__
-        made = tuple(names) if names is not None else _returned_keys(inner)
+        made = tuple(names) if names is not None else returned_keys(inner)
         arguments = argument_names(inner, "derived value")
         return Derive(inner, phase, made or (phase,), bool(made), arguments)
 
     return wrap if fn is None else wrap(fn)
-
-
-def _returned_keys(fn: Function) -> tuple[str, ...]:
-    """Return the keys of the dict literal that a function returns, or () for anything else."""
-    import ast
-    import textwrap
-
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
-    except (OSError, SyntaxError, TypeError):
-        return ()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
-            keys = node.value.keys
-            if keys and all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys):
-                return tuple(str(k.value) for k in keys if isinstance(k, ast.Constant))
-    return ()
 
 
 @overload
@@ -309,8 +284,8 @@ def check(
     A check that is false, or raises, undoes the step and ends the run (exit code 3). ``reductions`` are
     made from the new state for it alone, read as ``context.reductions["NAME"]``.
     """
-    if every < 1:
-        raise ModelError(f"check: every must be at least 1, got {every}")
+    if _is_a(every, bool) or not _is_a(every, int) or every < 1:
+        raise ModelError(f"check: every must be an integer of at least 1, got {every!r}")
 
     def wrap(inner: Function) -> Check:
         return Check(inner, inner.__name__, every, tuple(reductions))

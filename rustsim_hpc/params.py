@@ -56,9 +56,10 @@ class Param:
         """
         kind = self.kind()
         typed: Any = _text(name, value) if kind == "str" else _number(name, value, kind)
-        if self.min is not None and typed < self.min:
+        # The given value is what is compared: rounded to float32, 0.1 would lie above a bound of 0.1.
+        if self.min is not None and value < self.min:
             raise ModelError(f"parameter {name} = {value} must be >= {self.min}")
-        if self.max is not None and typed > self.max:
+        if self.max is not None and value > self.max:
             raise ModelError(f"parameter {name} = {value} must be <= {self.max}")
         return typed
 
@@ -74,8 +75,7 @@ def _number(name: str, value: Any, kind: str) -> Any:
         if not isinstance(value, bool | np.bool_):
             raise ModelError(f"parameter {name} must be true or false, got {value!r}")
         return np.bool_(value)
-    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number:
+    if not _is_number(value):
         raise ModelError(f"parameter {name} must be a number ({kind}), got {value!r}")
     if math.isnan(value):
         raise ModelError(f"parameter {name} must be a number ({kind}), got NaN")
@@ -94,6 +94,10 @@ def _number(name: str, value: Any, kind: str) -> Any:
     return dtype.type(int(value))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 def as_param(name: str, declared: Param | Any) -> Param:
     """Return a declaration for a declared parameter or a bare default, its own default checked.
 
@@ -105,6 +109,13 @@ def as_param(name: str, declared: Param | Any) -> Param:
         raise ModelError(f'parameter "{name}" is not a name that a kernel could take')
     if param.dtype is not None and param.dtype not in (*_NUMERIC, "str"):
         raise ModelError(f'parameter {name}: unknown dtype "{param.dtype}"{nearest(param.dtype, _NUMERIC)}')
+    if name in _METHODS:
+        raise ModelError(f'parameter "{name}" has the name of a method of params: call it something else')
+    for bound in (param.min, param.max):
+        if bound is None:
+            continue
+        if param.kind() in ("str", "bool") or not _is_number(bound) or math.isnan(bound):
+            raise ModelError(f"parameter {name} ({param.kind()}) cannot have the bound {bound!r}")
     if param.default is None:
         raise ModelError(f"parameter {name} has no default")
     param.typed(name, param.default)
@@ -149,6 +160,9 @@ class Params(Mapping[str, Any]):
     def plain(self) -> dict[str, Any]:
         """Return the values as plain Python numbers and text (for TOML and JSON)."""
         return {k: v.item() if isinstance(v, np.generic) else v for k, v in self._values.items()}
+
+
+_METHODS = frozenset(name for name in dir(Params) if not name.startswith("_"))
 
 
 def bind_params(declared: Mapping[str, Param], given: Mapping[str, Any]) -> Params:

@@ -14,23 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from rustsim_hpc.errors import ModelError, nearest
-from rustsim_hpc.model import (
-    RESERVED,
-    Check,
-    ColumnPhase,
-    Derive,
-    Output,
-    Phase,
-    Reduction,
-    RowKernel,
-    where,
-)
+from rustsim_hpc.errors import ModelError
+from rustsim_hpc.model import Check, ColumnPhase, Derive, Output, Phase, Reduction, RowKernel
+from rustsim_hpc.names import Names, Source, made_names
 from rustsim_hpc.schema import Schema
-
-Source = Literal["column", "param", "table", "value", "step", "row", "id", "rng"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +149,7 @@ def plan_program(
     *,
     two_sided: bool,
     params: Iterable[str] = (),
+    texts: Iterable[str] = (),
     tables: Iterable[str] = (),
     checks: Sequence[Check] = (),
     outputs: Sequence[Output] = (),
@@ -168,14 +158,16 @@ def plan_program(
 
     Args:
         two_sided: write to the other side (the rollback guard) or in place (torn).
-        params, tables: names that row functions can bind.
+        params, tables: names that row functions and derived values can bind.
+        texts: parameters that are text, which derived values alone can bind.
         checks, outputs: whose reductions the observing segment makes.
 
     Raises:
         ModelError: an argument or column that does not exist, two things of one name, a value that is
             read before it is made.
     """
-    planner = _Planner(schema, two_sided, tuple(params), tuple(tables), phases)
+    known = Names(schema.names, tuple(params), tuple(texts), tuple(tables), made_names(phases))
+    planner = _Planner(schema, two_sided, known)
     for phase in phases:
         planner.add(phase)
     observers = _observers(checks, outputs)
@@ -195,23 +187,12 @@ def _observers(checks: Sequence[Check], outputs: Sequence[Output]) -> tuple[Redu
 class _Planner:
     """Walks the phases once, keeping which columns were written and which values exist so far."""
 
-    def __init__(
-        self,
-        schema: Schema,
-        two_sided: bool,
-        params: tuple[str, ...],
-        tables: tuple[str, ...],
-        phases: Sequence[Phase],
-    ) -> None:
+    def __init__(self, schema: Schema, two_sided: bool, known: Names) -> None:
         self.schema = schema
         self.two_sided = two_sided
-        self.params = params
-        self.tables = tables
-        self.made_later = _made_names(phases)
-        _refuse_shared_names(schema, params, tables, self.made_later)
+        self.known = known
         self.sides = [0] * len(schema.columns)
         self.written: set[int] = set()
-        self.ready: set[str] = set()
         self.pending: list[int] = []
         self.pending_names: set[str] = set()
         self.names: list[str] = []
@@ -238,10 +219,7 @@ class _Planner:
     def _add_kernel(self, index: int, kernel: RowKernel) -> None:
         self._meet_if_needed(kernel.arguments)
         reads = self._bind(kernel, kernel.arguments, kernel.fn)
-        writes = []
-        for name in kernel.writes:
-            column = self._column(kernel, name)
-            writes.append(column)
+        writes = [self.known.column(kernel, name) for name in kernel.writes]
         for column in writes:
             self._mark_written(column)
         self.stage.append(KernelOp(index, kernel, reads, tuple((c, self.sides[c]) for c in writes)))
@@ -257,17 +235,12 @@ class _Planner:
         self.pending_names.add(reduction.name)
 
     def _add_derive(self, index: int, derive: Derive) -> None:
-        for name in derive.arguments:
-            if name in self.pending_names or name in self.ready or name == "step":
-                continue
-            if name in self.params or name in self.tables:
-                continue
-            raise self._unknown(derive, name, derive.fn, columns=False)
+        self.known.check_derivable(derive, self.pending_names)
         if not self.segments or self.stage or self.items or self.pending:
             self._close_segment()
         last = self.segments[-1]
         self.segments[-1] = replace(last, derives=(*last.derives, (index, derive)))
-        self.ready.update(derive.names)
+        self.known.ready.update(derive.names)
 
     def _add_column_phase(self, index: int, phase: ColumnPhase) -> None:
         if self.pending:
@@ -277,7 +250,7 @@ class _Planner:
         targets = (
             tuple(range(count))
             if phase.writes is None
-            else tuple(self._column(phase, name) for name in phase.writes)
+            else tuple(self.known.column(phase, name) for name in phase.writes)
         )
         fill = tuple(c for c in targets if self.two_sided and c not in self.written)
         for column in targets:
@@ -311,12 +284,12 @@ class _Planner:
             return None
         self.segments = []
         for reduction in observers:
-            if reduction.name in self.made_later:
+            if reduction.name in self.known.made or reduction.name in self.names:
                 raise ModelError(
-                    f'reduction "{reduction.name}" of a check or output has the name of a phase',
+                    f'reduction "{reduction.name}" of a check or output has the name of another phase',
                     hint='give it a name of its own with name="…"',
                 )
-            self.made_later[reduction.name] = reduction.name
+            self.known.made[reduction.name] = reduction.name
             self.add(reduction)
         self._close_segment()
         if len(self.segments) != 1:
@@ -337,7 +310,7 @@ class _Planner:
     def _close_segment(self) -> None:
         self._close_stage()
         self.segments.append(Segment(tuple(self.items), tuple(self.pending)))
-        self.ready |= self.pending_names
+        self.known.ready |= self.pending_names
         self.items, self.pending, self.pending_names = [], [], set()
 
     def _mark_written(self, column: int) -> None:
@@ -351,69 +324,11 @@ class _Planner:
         return tuple(self._bind_one(phase, name, fn) for name in arguments)
 
     def _bind_one(self, phase: Phase, name: str, fn: Callable[..., Any]) -> Binding:
-        if name in self.schema.names:
-            column = self.schema.index(name)
-            return Binding(name, "column", column, self.sides[column])
-        if name in RESERVED:
-            return Binding(name, name)  # type: ignore[arg-type]
-        if name in self.params:
-            return Binding(name, "param")
-        if name in self.tables:
-            return Binding(name, "table")
-        if name in self.ready:
-            return Binding(name, "value")
-        raise self._unknown(phase, name, fn, columns=True)
-
-    def _unknown(self, phase: Phase, name: str, fn: Callable[..., Any], *, columns: bool) -> ModelError:
-        if name in self.made_later:
-            return ModelError(
-                f'{phase.name} ({where(fn)}) reads "{name}" before phase {self.made_later[name]} makes it',
-                phase=phase.name,
-                hint=f"move phase {self.made_later[name]} before {phase.name}",
-            )
-        known = [*self.params, *self.tables, *self.made_later]
-        known += [*self.schema.names, *RESERVED] if columns else ["step"]
-        return ModelError(
-            f'{phase.name} ({where(fn)}) takes an argument "{name}" that is not '
-            f"{'a column, ' if columns else ''}a parameter, a table or an earlier result"
-            f"{nearest(name, known)}",
-            phase=phase.name,
-        )
-
-    def _column(self, phase: Phase, name: str) -> int:
-        if name not in self.schema.names:
-            raise ModelError(
-                f'{phase.name} ({where(phase.fn)}) writes "{name}", which is not a column'
-                f"{nearest(name, self.schema.names)}",
-                phase=phase.name,
-            )
-        return self.schema.index(name)
-
-
-def _made_names(phases: Sequence[Phase]) -> dict[str, str]:
-    """Return every value that phases make, with the phase that makes it."""
-    made: dict[str, str] = {}
-    for phase in phases:
-        for name in phase.names if isinstance(phase, Derive) else [phase.name]:
-            if isinstance(phase, RowKernel | ColumnPhase):
-                continue
-            if name in made:
-                raise ModelError(f'two phases, {made[name]} and {phase.name}, make a value named "{name}"')
-            made[name] = phase.name
-    return made
-
-
-def _refuse_shared_names(
-    schema: Schema, params: tuple[str, ...], tables: tuple[str, ...], made: dict[str, str]
-) -> None:
-    """Raise ModelError if one name could mean two things in a row function."""
-    owner: dict[str, str] = dict.fromkeys(RESERVED, "a name that the engine binds")
-    groups = (("a column", schema.names), ("a parameter", params), ("a table", tables), ("a result", made))
-    for what, names in groups:
-        for name in names:
-            if name in owner:
-                raise ModelError(f'"{name}" is both {owner[name]} and {what}: give one of them another name')
-            owner[name] = what
+        source = self.known.source(phase, name, fn)
+        if source != "column":
+            return Binding(name, source)
+        column = self.schema.index(name)
+        return Binding(name, source, column, self.sides[column])
 
 
 def _with_digests(

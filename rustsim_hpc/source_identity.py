@@ -7,13 +7,17 @@ key that covers everything listed in :func:`function_identity`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import inspect
 import sys
 import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +38,7 @@ def function_identity(fn: Any) -> str:
     and by the attributes that are used), but nothing of an installed library except its version.
     """
     digest = hashlib.sha256()
-    _add_function(digest, fn, set())
+    _add_value(digest, fn, set(), set())
     return digest.hexdigest()
 
 
@@ -52,25 +56,23 @@ def _hash_file(path: str, _mtime_ns: int, _size: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _add_function(digest: Any, fn: Any, seen: set[int]) -> None:
-    while isinstance(fn, _Described) or hasattr(fn, "py_func"):
-        fn = fn.fn if isinstance(fn, _Described) else fn.py_func
-    if not isinstance(fn, FunctionType):
-        _put(digest, "callable", f"{type(fn)}{getattr(fn, '__qualname__', '')}")
+def _add_function(digest: Any, fn: Any, seen: set[Any]) -> None:
+    if fn in seen:
         return
-    if id(fn) in seen:
-        return
-    seen.add(id(fn))
+    seen.add(fn)
     _add_code(digest, fn.__code__)
     _put(digest, "file", file_identity(fn.__code__.co_filename))
-    _put(digest, "defaults", repr(fn.__defaults__))
     names = _names(fn.__code__)
+    for default in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
+        _put(digest, "default", "")
+        _add_value(digest, default, names, seen)
     for name in sorted(names & set(fn.__globals__)):
         _put(digest, "global", name)
         _add_value(digest, fn.__globals__[name], names, seen)
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         _put(digest, "closure", name)
-        _add_value(digest, cell.cell_contents, names, seen)
+        with contextlib.suppress(ValueError):  # not set yet
+            _add_value(digest, cell.cell_contents, names, seen)
 
 
 def _add_code(digest: Any, code: CodeType) -> None:
@@ -80,7 +82,7 @@ def _add_code(digest: Any, code: CodeType) -> None:
         if isinstance(constant, CodeType):
             _add_code(digest, constant)
         else:
-            _put(digest, "const", f"{type(constant).__name__} {constant!r}")
+            _add_value(digest, constant, set(), set())
 
 
 def _names(code: CodeType) -> set[str]:
@@ -91,31 +93,72 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
-def _add_value(digest: Any, value: Any, names: set[str], seen: set[int]) -> None:
+def _add_value(digest: Any, value: Any, names: set[str], seen: set[Any]) -> None:
+    value = _undecorated(value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, ModuleType):
         _add_module(digest, value, names, seen)
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, FunctionType):
+        _add_function(digest, value, seen)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
         _put(digest, "array", f"{value.dtype} {value.shape}")
         digest.update(np.ascontiguousarray(value).tobytes())
-    elif callable(value) and not inspect.isclass(value):
-        _add_function(digest, value, seen)
+    elif isinstance(value, str | bytes | int | float | complex | np.generic | None):
+        _put(digest, "value", f"{kind} {value!r}")
+    elif inspect.isclass(value) or inspect.isbuiltin(value):
+        _put(digest, "name", f"{value.__module__}.{value.__qualname__}")
     else:
-        _put(digest, "value", f"{type(value).__name__} {value!r}")
+        _put(digest, "object", f"{kind} {getattr(value, '__name__', '')}")
+        if id(value) not in seen:
+            seen.add(id(value))
+            for part in _parts(value):
+                _add_value(digest, part, names, seen)
 
 
-def _add_module(digest: Any, module: ModuleType, names: set[str], seen: set[int]) -> None:
+def _undecorated(value: Any) -> Any:
+    """Return the plain function of ours, Numba's and functools' decorated ones."""
+    while not isinstance(value, FunctionType | ModuleType):
+        if isinstance(value, _Described):
+            value = value.fn
+        elif hasattr(value, "py_func") or (callable(value) and hasattr(value, "__wrapped__")):
+            value = getattr(value, "py_func", None) or value.__wrapped__
+        else:
+            break
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what an object consists of: its repr may be shortened or contain an address."""
+    if isinstance(value, Mapping):
+        return [part for item in value.items() for part in item]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, list | tuple | np.ndarray):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__func__, value.__self__)
+    if _is_library(type(value).__module__) and not is_dataclass(value):
+        return ()  # such as a logger: its state is not the model's
+    return [part for item in sorted(getattr(value, "__dict__", {}).items()) for part in item]
+
+
+def _is_library(module: str) -> bool:
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return path is None or str(Path(path).resolve()).startswith(_LIBRARIES)
+
+
+def _add_module(digest: Any, module: ModuleType, names: set[str], seen: set[Any]) -> None:
     _put(digest, "module", module.__name__)
-    path = getattr(module, "__file__", None)
     top = module.__name__.partition(".")[0]
-    if path is None or top == "rustsim_hpc" or str(Path(path).resolve()).startswith(_LIBRARIES):
+    if top == "rustsim_hpc" or _is_library(module.__name__):
         _put(digest, "version", str(getattr(sys.modules.get(top), "__version__", "")))
         return
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    _put(digest, "file", file_identity(path))
-    for name in sorted(names):
-        if name in vars(module):
+    _put(digest, "file", file_identity(module.__file__ or ""))
+    for name in sorted(names & set(vars(module))):
+        if (module.__name__, name) not in seen:
+            seen.add((module.__name__, name))
             _put(digest, "attribute", name)
             _add_value(digest, vars(module)[name], names, seen)
 

@@ -1,0 +1,66 @@
+"""What users' functions take and return, read from the functions themselves."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from rustsim_hpc.errors import ModelError
+
+Function = Callable[..., Any]
+
+
+def where(fn: Function) -> str:
+    """Return ``file:line`` of a function, for error messages."""
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else "not a Python function"
+
+
+def argument_names(fn: Function, what: str) -> tuple[str, ...]:
+    """Return the names of a function's arguments, which are what the engine binds by.
+
+    Raises:
+        ModelError: it is not a plain Python function, or takes ``*args``, ``**kwargs``, keywords alone or
+            defaults, which nothing could bind.
+    """
+    if not isinstance(fn, FunctionType):
+        raise ModelError(f"{what} {getattr(fn, '__name__', fn)!r} must be a plain Python function")
+    names = []
+    # What is compiled is the function itself, not another one that a decorator says it stands for.
+    for parameter in inspect.signature(fn, follow_wrapped=False).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ModelError(
+                f"{what} {fn.__name__} ({where(fn)}) takes *{parameter.name}: arguments are bound by name, "
+                "and passed by position",
+                hint="name each column and parameter that it needs",
+            )
+        if parameter.default is not parameter.empty:
+            raise ModelError(
+                f"{what} {fn.__name__} ({where(fn)}) gives its argument {parameter.name} a default",
+                hint="declare it as a parameter of the model instead",
+            )
+        names.append(parameter.name)
+    return tuple(names)
+
+
+def returned_keys(fn: Function) -> tuple[str, ...]:
+    """Return the keys of the dict literal that a function returns, or () for anything else."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
+    except (OSError, SyntaxError, TypeError):
+        return ()
+    open_nodes: list[ast.AST] = list(tree.body[0].body) if isinstance(tree.body[0], ast.FunctionDef) else []
+    while open_nodes:
+        node = open_nodes.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            continue  # what an inner function returns is its own affair
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
+            keys = node.value.keys
+            if keys and all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys):
+                return tuple(str(k.value) for k in keys if isinstance(k, ast.Constant))
+        open_nodes += ast.iter_child_nodes(node)
+    return ()
