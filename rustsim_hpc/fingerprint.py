@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import InvalidConfig, SchemeMismatch, nearest
+from rustsim_hpc.schema import DTYPES
 
 FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
@@ -33,6 +34,7 @@ _MULTIPLIER_TAG = int.from_bytes(b"digest:M", "big")
 # From here on hashing in pieces, which is faster, is worth the second that loading or compiling it takes.
 _PARALLEL_BYTES = 1 << 20
 _IDS_AT_ONCE = 1 << 17
+_PLAIN = frozenset(np.dtype(name) for name in DTYPES)
 _PACK_U64 = struct.Struct("<Q").pack
 
 AnyArray = NDArray[Any]
@@ -235,11 +237,25 @@ def digest_column(column: AnyArray, row_offset: int, key_index: int) -> int:
     column: 1-D, any column dtype. row_offset: global row of column[0]. key_index: 0 for the ids, i + 1 for
     column i.
     """
-    bits = _bits_of(column)
-    keys = digest_keys(key_index, bits.itemsize)
-    return _digest_function(bits.itemsize)(
-        bits.ctypes.data, bits.size, row_offset, keys.ctypes.data, key_index
-    )
+    if not _is_plain(column):
+        column = _bits_of(column)
+    digest, _keys, keys_address = _digest_of(key_index, column.itemsize)  # _keys: alive during the call
+    return digest(column.ctypes.data, column.size, row_offset, keys_address, key_index)
+
+
+def _is_plain(column: AnyArray) -> bool:
+    """Return whether a column's bytes can be read as they lie in memory."""
+    flags = column.flags
+    return column.ndim == 1 and column.dtype in _PLAIN and flags.c_contiguous and flags.aligned
+
+
+@lru_cache(maxsize=512)
+def _digest_of(key_index: int, itemsize: int) -> tuple[Callable[..., int], NDArray[np.uint32], int]:
+    """Return the compiled digest of a column, its keys and their address."""
+    from rustsim_hpc.kernels.digest_call import digest_function
+
+    keys = digest_keys(key_index, itemsize)
+    return digest_function(itemsize), keys, int(keys.ctypes.data)
 
 
 def digest_default_ids(start: int, stop: int) -> int:
@@ -344,13 +360,6 @@ def _bytes_of(column: AnyArray) -> NDArray[np.uint8]:
     view = _bits_of(column).view(np.uint8)
     view.flags.writeable = False
     return view
-
-
-@lru_cache(maxsize=8)
-def _digest_function(itemsize: int) -> Callable[[int, int, int, int, int], int]:
-    from rustsim_hpc.kernels.digest_call import digest_function
-
-    return digest_function(itemsize)
 
 
 def _kernels() -> Any:

@@ -20,7 +20,7 @@ from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.fingerprint import digest_column, digest_keys
 from rustsim_hpc.partition import PartitionExecutionContext
 from rustsim_hpc.phase_columns import PhaseColumns
-from rustsim_hpc.program import ColumnCall, Item, KernelStage, Segment
+from rustsim_hpc.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.schema import DTYPES
 from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rustsim_hpc.kernels.stage import Argument, StageFunction
 
 _NO_IDS = np.zeros(0, np.uint64)
+_PHASE_ROWS = 131072
+"""Rows that row-local column phases get at a time: few enough for the cache, enough to call Python for."""
 
 
 class StageCache:
@@ -80,7 +82,9 @@ class PartitionRun:
         self._place = place
         self._stages = stages
         self._calls: dict[tuple[int, bytes], tuple[Any, list[Any], list[tuple[int, str]]]] = {}
-        self._compiled: set[tuple[int, bytes]] = set()
+        self._compiled: set[tuple[Any, ...]] = set()
+        self._groups: dict[int, list[KernelStage | list[ColumnCall]]] = {}
+        self._seen: dict[tuple[int, bytes], list[Any]] = {}
         self._phase = 0
 
     def run(self, segment: Segment, frame: Frame) -> PhaseFailure | None:
@@ -88,13 +92,12 @@ class PartitionRun:
         status = self._board.status[self._place]
         status[:] = 0
         try:
-            for item in segment.items:
-                if isinstance(item, ColumnCall):
-                    self._phase = status[1] = item.phase
-                    self._run_column_phase(item, frame)
-                else:
+            for item in self._grouped(segment):
+                if isinstance(item, KernelStage):
                     self._phase = item.ops[0].phase
                     self._run_stage(item, frame, status)
+                else:
+                    self._run_column_phases(item, frame, status)
         except Exception as error:  # noqa: BLE001 (whatever a phase raises becomes a typed failure)
             return self._failure(error, "phase")
         except BaseException as error:  # noqa: BLE001 (SystemExit: a worker would have died of it)
@@ -103,52 +106,78 @@ class PartitionRun:
 
     # -- column phases -------------------------------------------------------------------------------
 
-    def _run_column_phase(self, call: ColumnCall, frame: Frame) -> None:
-        start = time.perf_counter_ns()
-        memory, task = self.work.memory, self.task
-        rows = slice(task.start, task.stop)
+    def _grouped(self, segment: Segment) -> list[KernelStage | list[ColumnCall]]:
+        """Return a segment's items, those column phases together that can share a visit of some rows."""
+        if id(segment) not in self._groups:
+            groups: list[KernelStage | list[ColumnCall]] = []
+            for item in segment.items:
+                last = groups[-1] if groups else None
+                if isinstance(item, KernelStage):
+                    groups.append(item)
+                elif isinstance(last, list) and _row_local(last[-1]) and _row_local(item):
+                    last.append(item)
+                else:
+                    groups.append([item])
+            self._groups[id(segment)] = groups
+        return self._groups[id(segment)]
+
+    def _run_column_phases(self, calls: list[ColumnCall], frame: Frame, status: Any) -> None:
+        """Run column phases on all rows of the partition, or row-local ones on some after the others."""
+        start, stop = self.task.start, self.task.stop
+        at_once = (self.work.tile_rows or _PHASE_ROWS) if _row_local(calls[0]) else max(stop - start, 1)
+        for first in range(start, max(stop, start + 1), at_once):
+            last = min(first + at_once, stop)
+            for call in calls:
+                self._phase = status[1] = call.phase
+                self._run_column_phase(call, frame, first, last)
+
+    def _run_column_phase(self, call: ColumnCall, frame: Frame, start: int, stop: int) -> None:
+        began = time.perf_counter_ns()
+        memory, rows = self.work.memory, slice(start, stop)
         for column in call.fill:
             np.copyto(memory.other(column)[rows], memory.current(column)[rows])
-        arrays = [
-            (memory.other(column) if side else memory.current(column))[rows]
-            for column, side in enumerate(call.sides)
-        ]
+        arrays = [array[rows] for array in self._columns(call)]
         columns = PhaseColumns(memory.schema, arrays, call.writable)
         try:
-            call.column_phase.fn(self._context(call, frame), columns, task.stop - task.start)
-            columns.verify_unchanged_shape(task.stop - task.start)
+            call.column_phase.fn(self._context(call, frame, start, stop), columns, stop - start)
+            columns.verify_unchanged_shape(stop - start)
         finally:
             columns.seal()
-        self._board.times[self._place, call.phase] += time.perf_counter_ns() - start
+        self._board.times[self._place, call.phase] += time.perf_counter_ns() - began
         if frame.want_digest:
-            self._digest(call)
+            digests = self._board.digests[self._place]
+            for column, _ in call.digests:
+                value = digest_column(arrays[column], self.work.first_row + start, column + 1)
+                digests[column : column + 1] += np.uint64(value)
 
-    def _context(self, call: ColumnCall, frame: Frame) -> PartitionExecutionContext:
-        work, task = self.work, self.task
-        assignment = task.assignment
-        ids = assignment.row_start if work.ids is None else work.ids[task.start : task.stop]
+    def _columns(self, call: ColumnCall) -> list[Any]:
+        """Return the columns that a phase sees, all rows of the rank."""
+        memory = self.work.memory
+        key = call.phase, memory.parity.tobytes()
+        if key not in self._seen:
+            self._seen[key] = [
+                memory.other(column) if side else memory.current(column)
+                for column, side in enumerate(call.sides)
+            ]
+        return self._seen[key]
+
+    def _context(self, call: ColumnCall, frame: Frame, start: int, stop: int) -> PartitionExecutionContext:
+        work, assignment = self.work, self.task.assignment
+        row_start = work.first_row + start
+        ids = row_start if work.ids is None else work.ids[start:stop]
+        key = work.stream_key(call.column_phase.stream)
+        in_reach = frame.step_index <= MAX_STEP
         return PartitionExecutionContext(
             partition_id=assignment.partition_id,
-            row_start=assignment.row_start,
-            row_end=assignment.row_end,
+            row_start=row_start,
+            row_end=row_start + stop - start,
             worker=assignment.worker,
-            backend=task.backend,
+            backend=self.task.backend,
             step_index=frame.step_index,
             params=work.params,
             reductions=MappingProxyType(frame.values),
-            random=RowRandom(
-                work.stream_key(call.column_phase.stream), ids, task.stop - task.start, frame.step_index
-            )
-            if frame.step_index <= MAX_STEP
-            else None,
+            random=RowRandom(key, ids, stop - start, frame.step_index) if in_reach else None,
         )
-
-    def _digest(self, item: Item) -> None:
-        memory, task = self.work.memory, self.task
-        for column, side in item.digests:
-            array = memory.other(column) if side else memory.current(column)
-            value = digest_column(array[task.start : task.stop], self.work.first_row + task.start, column + 1)
-            self._board.digests[self._place, column] = value
 
     # -- stages --------------------------------------------------------------------------------------
 
@@ -161,12 +190,16 @@ class PartitionRun:
         values[4] = frame.want_digest
         values[8] = frame.step_index
         values[10] = frame.repeat
+        kinds: tuple[Any, ...] = key
         for position, name in dynamic:
-            values[position] = frame.values[name]
-        if key not in self._compiled:
+            value = values[position] = frame.values[name]
+            kinds = (*kinds, value.dtype, value.ndim)  # a derived value may change its type
+        if function.draws and frame.step_index + frame.repeat - 1 > MAX_STEP:
+            raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
+        if kinds not in self._compiled:
             for slot, dtype in self._stages.compile(function, values).items():
                 self._board.codes[self._place, slot] = DTYPES.index(dtype)
-            self._compiled.add(key)
+            self._compiled.add(kinds)
         status[1] = stage.ops[0].phase
         try:
             function.function(*values)
@@ -240,6 +273,10 @@ class PartitionRun:
             pid=os.getpid(),
             error=error if isinstance(error, KernelError) else None,
         )
+
+
+def _row_local(call: ColumnCall) -> bool:
+    return call.column_phase.row_local
 
 
 def _status_text(work: Work, step: int, status: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,10 @@ class Work:
 
     def stream_key(self, stream: str) -> int:
         """Return the Philox key of a random stream."""
-        return key_of(self.seed, stream)
+        return _stream_key(self.seed, stream)
+
+
+_stream_key = lru_cache(maxsize=1024)(key_of)
 
 
 def require_partitions_that_add_up(work: Work) -> None:

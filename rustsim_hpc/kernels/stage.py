@@ -69,6 +69,11 @@ class StageFunction:
     _dtypes: dict[tuple[Any, ...], dict[int, str]] = field(default_factory=dict)
 
     @property
+    def draws(self) -> bool:
+        """Whether it makes random numbers."""
+        return any(argument.source == "key" for argument in self.arguments)
+
+    @property
     def function(self) -> Any:
         """The compiled function (a Numba dispatcher)."""
         return self.module.stage
