@@ -85,6 +85,7 @@ class EngineControlPlane:
 
     def runtime_mut(self) -> ColumnarRuntime:
         """Return the wrapped runtime, to be changed: sums remembered of its state are forgotten."""
+        self._stepping.take_back()
         self._proof.forget()
         return self._runtime
 

@@ -78,6 +78,16 @@ class _Buffers:
         )
 
 
+class Keeper(Protocol):
+    """Who holds a memory's current values while they are elsewhere: workers on other machines, say."""
+
+    def refresh(self) -> None:
+        """Write the current values into the memory's current sides; they stay with the keeper as well."""
+
+    def fnv1a(self, state: int, column: int, *, other: bool) -> int:
+        """Carry a FNV-1a chain on over a column where it is: its current side, or the other one."""
+
+
 class _Backing(Protocol):
     """Where the bytes come from."""
 
@@ -236,7 +246,8 @@ class ColumnMemory:
 
     All arrays are 1-D of `rows` items, 64-byte aligned, and keep their address until `close`. What a side
     holds before it is first written is undefined. Views that outlive `close` keep their part of the memory
-    alive but are no longer anybody's state.
+    alive but are no longer anybody's state. While there is a `keeper`, the current values are with it: they
+    are fetched when they are read here, and cannot be written.
 
     Args:
         schema: the columns.
@@ -262,6 +273,7 @@ class ColumnMemory:
         self.rows = rows
         self.kind: Kind = kind
         self.with_ids = with_ids
+        self.keeper: Keeper | None = None
         self._arrays: dict[int, Array] = {}
         self._lock = threading.Lock()
         self._buffers = _Buffers(schema, rows, with_ids)
@@ -357,12 +369,23 @@ class ColumnMemory:
         return self._array(side * columns + column)
 
     def current(self, column: int) -> Array:
-        """Return the side of a column that holds the state."""
+        """Return the side of a column that holds the state; read-only while that is with a keeper."""
+        if self.keeper is not None:
+            self.keeper.refresh()
+            view = self.array(column, int(self.parity[column])).view()
+            view.flags.writeable = False
+            return view
         return self.array(column, int(self.parity[column]))
 
     def other(self, column: int) -> Array:
         """Return the side of a column that the next step may write."""
         return self.array(column, 1 - int(self.parity[column]))
+
+    def take_back(self, user: object = None) -> None:
+        """Make the state this memory's own again, unless ``user`` is who keeps it."""
+        if self.keeper is not None and self.keeper is not user:
+            self.keeper.refresh()
+            self.keeper = None
 
     def swap(self, columns: Iterable[int]) -> None:
         """Make the other side of these columns the current one."""

@@ -156,7 +156,14 @@ class ColumnarRuntime:
         return self._store
 
     def sync_to_host(self) -> None:
-        """Make the host's copy current; nothing to do where the columns live in host memory."""
+        """Make this process's copy current; nothing to do where the columns live here.
+
+        Raises:
+            ExecutorError: rows are with a worker that is lost, and cannot be made again.
+        """
+        keeper = self._store.memory.keeper
+        if keeper is not None:
+            keeper.refresh()
 
     def add_cpu_phase(self, name: str, fn: object) -> None:
         """Add a phase ``fn(context, columns, rows)`` that runs over all rows of this rank.

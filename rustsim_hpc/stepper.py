@@ -71,6 +71,7 @@ class Stepper:
             StepFailed: a phase failed somewhere; the same on every rank.
             ColumnarRuntimeError: a reduction's result or a derived value could not be made.
         """
+        self.work.memory.take_back(self.session)
         frame = Frame(step_index, want_digest, repeat)
         board = self.session.board
         board.times[:] = 0
@@ -95,6 +96,7 @@ class Stepper:
         if segment is None:
             return
         memory = self.work.memory
+        memory.take_back(self.session)
         if committed:  # the observing segment reads the final sides: make the current state stand there
             memory.swap(self.work.program.swapped)
         try:

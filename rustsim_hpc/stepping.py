@@ -297,6 +297,11 @@ class Stepping:
             raise InvalidConfig(f"a partition of the plan lies across rows {first} and {last} of one rank")
         return tuple(mine)
 
+    def take_back(self) -> None:
+        """Let nobody else keep the state, which is to be changed; in the middle of a step it stays."""
+        if not self._step_lock.locked():
+            self.runtime.device_store().memory.take_back()
+
     def bound(self, kind: StepKind) -> Stepper | None:
         """Return the stepper that is bound now, if any."""
         bound = self._bound.get(kind)
@@ -316,6 +321,7 @@ class Stepping:
 
     def replace(self, store: DeviceSoaStore, step_index: int) -> None:
         """Replace the state; everything bound to the old one is let go."""
+        self.runtime.device_store().memory.keeper = None  # of the old one nothing has to come back
         self._let_go()
         self.runtime.restore_device_store(store, step_index)
         self._seen = self._state_now()

@@ -85,6 +85,11 @@ class ExecutorSuite:
         """Return what makes a new executor."""
         raise NotImplementedError
 
+    @pytest.fixture
+    def make_other(self):
+        """Return what makes an executor of another kind that serves the same plans."""
+        return rs.InlinePartitionExecutor
+
     def plan(self, rows, parts):
         """Return a plan and its workers that the executor serves."""
         return rs.PartitionPlan.row_ranges(rows, parts), ()
@@ -189,8 +194,7 @@ class ExecutorSuite:
     def test_explicit_ids(self, drive):
         """Random numbers follow the ids, wherever they come from."""
         streams = []
-        for executor in (None, rs.InlinePartitionExecutor()):
-            driven = drive(executor=executor)
+        for driven in (drive(), Driven(ExecutorSuite(), rs.InlinePartitionExecutor())):
             state = driven.plane.runtime.device_store().checkpoint()
             ids = state.ids * 7 + 3
             named = dict(zip(state.column_names, state.columns, strict=True))
@@ -339,11 +343,11 @@ class ExecutorSuite:
 
     # -- life ----------------------------------------------------------------------------------------
 
-    def test_executors_take_turns_on_one_plane(self, drive):
+    def test_executors_take_turns_on_one_plane(self, drive, make_other):
         driven = drive()
         for _ in range(2):
             driven.run(2)
-            driven.plane.run_partitions_with_executor(1, rs.InlinePartitionExecutor())
+            driven.plane.run_partitions_with_executor(1, make_other())
         assert driven.stream == self.expected(6)
 
     def test_one_executor_serves_two_planes(self, drive):

@@ -63,6 +63,16 @@ class PartitionExecutablePhase:
         """Return the phase's name."""
         return self._name
 
+    @property
+    def function(self) -> PhaseFunction:
+        """What it does; an executor that cannot send it compares it with what a worker has."""
+        return self._function
+
+    @property
+    def stream_key(self) -> int | None:
+        """Philox key of its random numbers, None where there are none."""
+        return self._stream_key
+
     def run(self, context: PartitionExecutionContext, columns: Any, rows: int) -> None:
         """Run the phase in place on one partition's columns; whatever it raises is its failure.
 
