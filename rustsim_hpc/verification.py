@@ -123,13 +123,9 @@ def verify_run(
     prepared = _same_cut(prepared, own, log, team)
     left = first_rank(team, lambda: _side_of_log(log, own))
     right = _repetition(folder, own, prepared, team)
-    lines = [cause.text for cause in causes_of_input(left, right)]
-    lines += environment_differences(left.record or own.record, right.record)
-    for line in lines:
-        _say(
-            team,
-            f"warning: the log is of a run with {line}" if line.startswith("other") else f"warning: {line}",
-        )
+    lines = [f"the log is of another run: {cause.text}" for cause in causes_of_input(left, right)]
+    for line in [*own.notes, *lines, *environment_differences(left.record or own.record, right.record)]:
+        _say(team, f"warning: {line}")
     limit = prepared.spec.run.watchdog_seconds
     with Watchdog(limit, rank=team.rank, host=team.host) as watchdog:
         made = _run(prepared, own, log, folder, options, watchdog)

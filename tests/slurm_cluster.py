@@ -37,13 +37,12 @@ def why_not() -> str | None:
     return None if os.geteuid() == 0 else "needs root, to start a Slurm"
 
 
-def libopenmpi() -> Path | None:
-    """Return Debian's Open MPI library, which knows PMIx, or None."""
-    return _library("libmpi.so.40")
-
-
-def _library(name: str) -> Path | None:
-    return next(iter(sorted(Path("/usr/lib").glob(f"*/{name}"))), None)
+def open_mpi() -> Path | None:
+    """Return Debian's Open MPI library, None where it or Slurm's door to it is missing."""
+    libraries = sorted(Path("/usr/lib").glob("*/libmpi.so.40"))
+    # Slurm loads PMIx by the name that only its development package has.
+    pmix = sorted(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so"))
+    return libraries[0] if libraries and pmix else None
 
 
 def _program(name: str) -> str | None:
@@ -70,6 +69,8 @@ def configuration(folder: Path) -> str:
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool-%n",
             f"SlurmctldPidFile={folder}/slurmctld.pid",
+            # Two nodes of one machine must not meet in /tmp.
+            f"TmpFS={folder}/local-%n",
             f"SlurmdPidFile={folder}/slurmd-%n.pid",
             f"SlurmctldLogFile={folder}/slurmctld.log",
             f"SlurmdLogFile={folder}/slurmd-%n.log",
@@ -114,13 +115,6 @@ class Cluster:
         gpus = "".join(f"Name=gpu File={device}\n" for device in _DEVICES[:GPUS])
         (folder / "gres.conf").write_text(gpus)
         self.env = {**_clean(os.environ), "SLURM_CONF": str(folder / "slurm.conf")}
-        pmix = _library("libpmix.so.2")
-        if pmix is not None:
-            # Slurm looks for it by the name that only development files have.
-            (folder / "lib").mkdir()
-            (folder / "lib" / "libpmix.so").symlink_to(pmix)
-            given = self.env.get("LD_LIBRARY_PATH")
-            self.env["LD_LIBRARY_PATH"] = f"{folder}/lib{f':{given}' if given else ''}"
         with (folder / "keeper.log").open("wb") as log:
             self._keeper = subprocess.Popen(
                 [sys.executable, __file__, str(folder)],
@@ -204,6 +198,7 @@ def keep(folder: Path) -> None:
             time.sleep(0.05)
         _start("slurmctld", "-D", "-i")
         for node in range(1, NODES + 1):
+            (folder / f"local-node{node}").mkdir()
             _start("slurmd", "-D", "-N", f"node{node}")
         sys.stdin.buffer.read()
     finally:

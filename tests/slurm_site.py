@@ -139,7 +139,8 @@ class Site:
 
     def log(self, job: str) -> str:
         """Return what a job has printed."""
-        return "\n".join(path.read_text(errors="replace") for path in self.folder.glob(f"*-{job}*.log"))
+        logs = [path for end in (".log", "_*.log") for path in sorted(self.folder.glob(f"*-{job}{end}"))]
+        return "\n".join(path.read_text(errors="replace") for path in logs)
 
     def wait_for(self, what: Callable[[], bool], timeout: float = 120) -> None:
         """Wait until something is true."""

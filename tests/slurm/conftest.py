@@ -64,8 +64,8 @@ def site(place: Path, cluster: Cluster, environ: dict[str, str]) -> Iterator[Sit
 
 @pytest.fixture(scope="session")
 def expected(session_site: Site) -> int:
-    """The fingerprint of the run that nobody interrupted."""
-    code, text = session_site.engine("run", "walkers.toml", "--out", "runs/expected")
+    """The fingerprint of the run that nobody interrupted; it is recorded in runs/expected."""
+    code, text = session_site.engine("run", "walkers.toml", "--record", "--out", "runs/expected")
     assert code == 0, text
     fingerprint = rs.open_run(session_site.out("expected")).fingerprint
     assert fingerprint is not None

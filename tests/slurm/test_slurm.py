@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import GPUS, NODES, libopenmpi
+from slurm_cluster import GPUS, NODES, open_mpi
 from slurm_site import SCRIPTS, STEPS, Site
 
 import rustsim_hpc as rs
@@ -207,20 +207,23 @@ def test_ranks_that_do_not_know_each_other_are_refused(site: Site) -> None:
 
 
 def test_open_mpi_under_pmix(site: Site, expected: int) -> None:
-    library = libopenmpi()
+    library = open_mpi()
     if library is None:
-        pytest.skip("needs Debian's Open MPI, which brings PMIx (apt-get install libopenmpi3)")
-    out = site.out("pmix")
+        pytest.skip("needs Debian's Open MPI and PMIx (apt-get install libopenmpi3 libpmix-dev)")
     environ = {
         "MPI4PY_MPIABI": "openmpi",
         "MPI4PY_LIBMPI": library,
-        # Two nodes that are one machine: no shared memory between them.
+        # Two nodes that are one machine: no shared memory between them; and ranks that share cores.
         "OMPI_MCA_btl": "self,tcp",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
     }
-    words = ("--mpi=pmix", "--nodes=2", "--ntasks=2", site.folder / "venv/bin/rustsim-hpc")
-    code, text = site.run("srun", *words, "run", "walkers.toml", "--out", out, **environ)
+    out, recorded = site.out("pmix"), site.out("expected") / "replay.jsonl"
+    engine = (site.folder / "venv/bin/rustsim-hpc", "run", "walkers.toml", "--steps", "30")
+    words = ("srun", "--mpi=pmix", "--nodes=2", "--ntasks=2", *engine, "--verify", recorded, "--out", out)
+    code, text = site.run(*words, **environ)
     assert code == 0, text
-    assert assert_whole(out, expected)["ranks"] == 2
+    record = rs.open_run(out).record
+    assert (record["status"], record["step_index"], record["ranks"]) == ("done", 30, 2)
 
 
 def test_requeued_job_ends_as_if_nothing_had_been(long_runs: LongRuns, expected: int) -> None:
