@@ -1,0 +1,38 @@
+"""The page of figures, made from their JSON alone; nobody writes in it by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rustsim_hpc.bench.report import Report
+
+_HEAD = """# Benchmarks
+
+Made by `rustsim-hpc bench --write docs/benchmarks.md`, from the figures in
+[benchmarks.json](benchmarks.json); not written by hand. The cases of a table are run in turns, round after
+round; a time is the median of the rounds, a multiple the median of each round's ratio to the first row of its
+kind.
+"""
+
+_COMPARE = """## Side by side
+
+The same work by what else one could use, each in its own words, made by `python benchmarks/compare.py`; see
+there for the programs. What is not installed is left out.
+
+![Side by side](images/compare.png)
+"""
+
+
+def page_text(figures: Mapping[str, Any]) -> str:
+    """Return the page for figures by kind: ``bench``, and where they were made ``compare`` and ``scaling``.
+
+    Raises:
+        KeyError, TypeError: they are something else.
+    """
+    parts = [_HEAD]
+    if "bench" in figures:
+        parts.append(Report.from_dict(figures["bench"]).markdown())
+    if "compare" in figures:
+        parts += [_COMPARE, Report.from_dict(figures["compare"]).markdown(level=3)]
+    return "\n".join(parts)

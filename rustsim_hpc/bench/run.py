@@ -1,0 +1,140 @@
+"""The standard set, from beginning to end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rustsim_hpc.bench import loops, ranks, startup, steps, storage
+from rustsim_hpc.bench.measure import Section
+from rustsim_hpc.bench.report import Report
+from rustsim_hpc.bench.setting import Bandwidth, Size
+from rustsim_hpc.environment import host_facts, versions
+from rustsim_hpc.errors import OutputError
+from rustsim_hpc.files import write_atomic
+
+TABLES: Final = (
+    "memory", "integrate.one", "integrate.all", "integrate.ranks", "orbit", "parts", "flights", "empty",
+    "checkpoint", "start",
+)  # fmt: skip
+"""Keys of the tables, in order. Memory is measured in any case."""
+
+
+def measure(size: Size, only: Collection[str] = (), say: Callable[[str], None] = lambda _: None) -> Report:
+    """Measure the standard set, or the tables ``only``; ``say`` hears what is being measured.
+
+    Raises:
+        RustsimError: something that the set needs does not work here.
+    """
+    # An OpenMP that spins after a prange loop would take a core from what is measured next.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    before = os.getloadavg()[0]
+    say("memory")
+    memory, bandwidth = loops.memory(size)
+    made = [memory]
+    for key in TABLES[1:]:
+        if not only or key in only:
+            say(key)
+            made.append(_table(key, size, bandwidth))
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Report(now, _machine(), versions(), asdict(size), (before, os.getloadavg()[0]), made)
+
+
+def _table(key: str, size: Size, bandwidth: Bandwidth) -> Section:
+    match key:
+        case "integrate.one":
+            return loops.integrate_one(size, bandwidth)
+        case "integrate.all":
+            return loops.integrate_all(size, bandwidth)
+        case "integrate.ranks":
+            return ranks.integrate_ranks(size, bandwidth)
+        case "orbit":
+            return loops.orbit_all(size, bandwidth)
+        case "parts":
+            return loops.parts(size, bandwidth)
+        case "flights":
+            section = steps.flights(size)
+            section.rows += ranks.weak_scaling(size)
+        case "empty":
+            section = steps.empty(size)
+            section.rows += ranks.empty_rows(size)
+        case "checkpoint":
+            section = storage.checkpoints(size, Path.cwd())
+        case _:
+            section = startup.start(size)
+    return section
+
+
+def _machine() -> dict[str, Any]:
+    facts = host_facts()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    caches = [f"L{level} {found}" for level in (2, 3) if (found := _cache(level))]
+    return {
+        "CPU": facts["cpu"],
+        "cores": facts["cores"],
+        "caches": " ".join(caches) or "unknown",
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "system": facts["system"],
+    }
+
+
+def _cache(level: int) -> str:
+    try:
+        return (
+            Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text(encoding="ascii").strip()
+        )
+    except OSError:
+        return ""
+
+
+# -- kept figures -------------------------------------------------------------------------------------
+
+
+def cache_path() -> Path:
+    """Return where this machine's figures are kept, for `rustsim-hpc plan`."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("rustsim-hpc")) / "bench.json"
+
+
+def keep(report: Report) -> None:
+    """Keep a report as this machine's figures; a cache that cannot be written is no failure."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, report.to_json().encode())
+    except OSError:
+        return
+
+
+def kept() -> Report | None:
+    """Return this machine's figures, None where there are none that can be read."""
+    try:
+        return Report.from_dict(json.loads(cache_path().read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_page(page: Path, report: Report) -> None:
+    """Write a page of documentation, and beside it the figures that it is made of, as JSON.
+
+    Figures of other kinds that the JSON holds (``compare``, ``scaling``) stay, in the page as well.
+
+    Raises:
+        OutputError: a file cannot be read or written.
+    """
+    from rustsim_hpc.bench.page import page_text
+
+    source = page.with_suffix(".json")
+    try:
+        figures = json.loads(source.read_bytes()) if source.exists() else {}
+        figures["bench"] = report.to_dict()
+        write_atomic(source, (json.dumps(figures, indent=1) + "\n").encode())
+        write_atomic(page, page_text(figures).encode())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {page}: {error}") from error
