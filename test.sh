@@ -32,7 +32,7 @@ if ! cmp -s pyproject.toml "$stamp"; then
     "$python" -m venv "$venv"
     # Dependency groups need pip 25.1; a fresh environment may bring an older one.
     "$venv/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
-    "$venv/bin/python" -m pip install --quiet --editable '.[mpi,plot]' --group dev
+    "$venv/bin/python" -m pip install --quiet --editable '.[mpi,plot,remote]' --group dev
     cp pyproject.toml "$stamp"
 fi
 

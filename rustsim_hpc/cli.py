@@ -12,12 +12,14 @@ from typing import Final, NoReturn
 
 import click
 
+from rustsim_hpc.cli_bench import bench
 from rustsim_hpc.cli_common import Session
 from rustsim_hpc.cli_compare import diff, verify
 from rustsim_hpc.cli_fork import fork
 from rustsim_hpc.cli_look import doctor, inspect, plan
 from rustsim_hpc.cli_run import resume, run
 from rustsim_hpc.cli_slurm import collect, slurm
+from rustsim_hpc.cli_worker import worker
 from rustsim_hpc.errors import RustsimError
 from rustsim_hpc.version import __version__
 
@@ -56,7 +58,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm, doctor):
+for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm, bench, doctor, worker):
     cli.add_command(_command)
 
 

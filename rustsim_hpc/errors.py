@@ -41,6 +41,21 @@ class ColumnMemoryError(RustsimError, MemoryError):
     message: str
 
 
+class DeviceError(RustsimError, RuntimeError):
+    """A CUDA device cannot be used, or refused what it was asked for."""
+
+    message: str
+
+
+class DeviceMemoryError(RustsimError, MemoryError):
+    """A CUDA device has not enough memory: `asked` bytes, of which `free` could be had."""
+
+    template = "CUDA device {ordinal} is out of memory: {asked:,} bytes asked for, {free:,} free"
+    ordinal: int
+    asked: int
+    free: int
+
+
 class PartitionPlanError(RustsimError, ValueError):
     """A partition plan cannot be built, or does not fit the population."""
 
@@ -374,6 +389,13 @@ class ReplayLogError(RustsimError, ValueError):
 
 class LauncherError(RustsimError, RuntimeError):
     """The launcher's environment and the MPI library do not agree."""
+
+    exit_code = 2
+    message: str
+
+
+class RemoteError(RustsimError, ValueError):
+    """Remote workers cannot be set up: an address, keys, the library."""
 
     exit_code = 2
     message: str

@@ -1,0 +1,104 @@
+"""The executor whose partitions stay with remote workers."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from rustsim_hpc.errors import ExecutorError, InvalidConfig, MissingEndpoint, RemoteError, Worker
+from rustsim_hpc.partition import PartitionExecutionBackend
+from rustsim_hpc.remote.addresses import parse_endpoint
+from rustsim_hpc.remote.keys import ClientKeys, read_client_keys
+from rustsim_hpc.remote.link import Patience
+from rustsim_hpc.remote.session import RemoteSession, Share
+from rustsim_hpc.remote.sockets import library
+from rustsim_hpc.work import Task, Work
+
+
+class RemotePartitionExecutor:
+    """Runs partitions on workers started by ``rustsim-hpc worker``, where they stay between steps.
+
+    A step sends bytes of control and the results of reductions; columns travel when the first step is made,
+    when the state is asked for here (a checkpoint, ``store.columns``), and when a worker is lost. Every
+    partition's worker must be ``PartitionWorker.external(label, endpoint)``; phases must be those of a model
+    that was loaded by its reference, and that the workers have installed.
+
+    Args:
+        keys: a folder made by ``rustsim-hpc worker --make-keys``, or None for workers on the loopback.
+        connect_seconds: until a connection must stand.
+        answer_seconds: until a request must be answered; compiling is part of the first.
+        retries: how often an unanswered request is sent again before its worker counts as dead.
+        keep_steps: after so many steps the state is brought here; of a worker that is lost, no more steps
+            than these have to be made again.
+
+    Raises:
+        InvalidConfig: a number that cannot be right, keys that cannot be read, or pyzmq is missing.
+    """
+
+    name = "remote"
+
+    def __init__(
+        self,
+        keys: str | Path | None = None,
+        *,
+        connect_seconds: float = 10.0,
+        answer_seconds: float = 600.0,
+        retries: int = 1,
+        keep_steps: int = 256,
+    ) -> None:
+        if keep_steps < 1:
+            raise InvalidConfig(f"keep_steps must be at least 1, got {keep_steps}")
+        self._patience = Patience(connect_seconds, answer_seconds, retries)
+        self._keep_steps = keep_steps
+        self._keys = client_keys(keys)
+
+    def attach(self, work: Work) -> RemoteSession:
+        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`).
+
+        Workers are spoken to when the first step is made.
+
+        Raises:
+            ExecutorError: a partition's backend is not external, or the phases are not those of a model.
+            InvalidConfig: an endpoint that is none, or that needs keys.
+        """
+        try:
+            shares = self._shares(work)
+        except RemoteError as error:
+            raise InvalidConfig(error.message, hint=error.hint) from error
+        return RemoteSession(
+            work, shares, keys=self._keys, patience=self._patience, keep_steps=self._keep_steps
+        )
+
+    def _shares(self, work: Work) -> list[Share]:
+        shares, place = [], 0
+        for endpoint, group in groupby(work.tasks, key=_endpoint_of):
+            tasks = tuple(group)
+            address = parse_endpoint(endpoint)
+            if self._keys is None and not address.loopback:
+                hint = "rustsim-hpc worker --make-keys DIR makes keys; give the folder as keys="
+                raise RemoteError(f"{endpoint} is not on this machine for sure: it needs keys", hint=hint)
+            shares.append(Share(range(place, place + len(tasks)), tasks, endpoint, address))
+            place += len(tasks)
+        return shares
+
+
+def _endpoint_of(task: Task) -> str:
+    partition = task.assignment.partition_id
+    if not isinstance(task.backend, PartitionExecutionBackend.External):
+        raise ExecutorError(Worker(partition, "remote executor can only run External partition backends"))
+    if not task.backend.endpoint:
+        raise ExecutorError(MissingEndpoint(partition))
+    return task.backend.endpoint
+
+
+def client_keys(folder: str | Path | None) -> ClientKeys | None:
+    """Return the keys of a client, None where there is no folder of them.
+
+    Raises:
+        InvalidConfig: they cannot be read, or pyzmq is missing.
+    """
+    try:
+        library()
+        return None if folder is None else read_client_keys(Path(folder))
+    except RemoteError as error:
+        raise InvalidConfig(error.message, hint=error.hint) from error

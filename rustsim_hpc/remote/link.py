@@ -1,0 +1,232 @@
+"""A client's conversation with one worker: numbered requests, deadlines, fresh connections, and who lies.
+
+A request that was not answered is sent again over a fresh connection. That is safe whatever became of the
+first one: the worker answers a request whose number it has seen from what it kept, and drops older ones.
+Several conversations run side by side, see :func:`converse`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any, TypeVar
+
+from rustsim_hpc.errors import InvalidConfig
+from rustsim_hpc.remote.addresses import Address
+from rustsim_hpc.remote.keys import ClientKeys
+from rustsim_hpc.remote.messages import (
+    ANSWER_OF,
+    ANSWERS,
+    MAX_MESSAGE,
+    Frame,
+    Malformed,
+    Message,
+    read_message,
+)
+from rustsim_hpc.remote.sockets import ClientSocket
+
+T = TypeVar("T")
+Talk = Generator[Message, Message, T]
+"""A conversation: yields requests, is sent their answers, returns what came of it."""
+
+_LOOK_SECONDS = 0.05
+_MOST_LATE = 100
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a client waits for a worker.
+
+    Attributes:
+        connect: seconds until a connection must stand.
+        answer: seconds until a request must be answered; compiling a model's kernels is part of the first.
+        retries: how often a request is sent again, over a fresh connection, before the worker counts as dead.
+    """
+
+    connect: float = 10.0
+    answer: float = 600.0
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("connect", "answer"):
+            if not getattr(self, name) > 0:
+                raise InvalidConfig(
+                    f"{name} must be a number of seconds above 0, got {getattr(self, name)!r}"
+                )
+        if self.retries < 0:
+            raise InvalidConfig(f"retries must be a whole number from 0, got {self.retries!r}")
+
+
+class LinkError(Exception):
+    """A worker cannot be used: it is not there, does not answer, or answers what cannot be."""
+
+
+class Refused(LinkError):
+    """A worker says no; ``code`` is one of those in :mod:`rustsim_hpc.remote.messages`."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Link:
+    """A session with the worker at one address.
+
+    Args:
+        address: of the worker.
+        keys: see :class:`~rustsim_hpc.remote.sockets.ClientSocket`.
+        patience: how long to wait.
+
+    Raises:
+        RemoteError: see :class:`~rustsim_hpc.remote.sockets.ClientSocket`.
+    """
+
+    def __init__(self, address: Address, keys: ClientKeys | None, patience: Patience) -> None:
+        self.address = address
+        self._keys = keys
+        self._patience = patience
+        self._session = token_hex(16)
+        self._number = 0
+        self.socket = ClientSocket(address, keys)
+        self._fresh(first=True)
+        self._sent: Message | None = None
+        self._tries = 0
+        self._trouble = ""
+        self._deadline = 0.0
+
+    def _fresh(self, *, first: bool = False) -> None:
+        if not first:
+            self.socket.close()
+            self.socket = ClientSocket(self.address, self._keys)
+        self._open = False
+        self._since = time.monotonic()
+
+    def ask(self, kind: str, data: Sequence[Frame] = (), **fields: Any) -> Message:
+        """Return the session's next request."""
+        self._number += 1
+        return Message(kind, self._session, self._number, fields, data)
+
+    def send(self, request: Message) -> None:
+        """Send a request; the session has no other one under way that still matters."""
+        self._sent, self._tries, self._trouble = request, 0, ""
+        for event in self.socket.events():  # of the time when nothing was asked
+            self._open = event == "open"
+        if not self._open:
+            self._since = time.monotonic()
+        self._post(request)
+
+    def _post(self, request: Message) -> None:
+        frames = request.frames()
+        if (most := max(map(len, frames))) > MAX_MESSAGE:
+            raise LinkError(f"cannot be sent {most:,} bytes at once: {MAX_MESSAGE:,} are the most")
+        self._deadline = time.monotonic() + self._patience.answer
+        self.socket.send(frames)
+
+    def take(self) -> Message | None:
+        """Return the answer to the last request if it has arrived; late answers to others are dropped.
+
+        Raises:
+            LinkError: something has arrived that is no answer.
+            Refused: the worker refuses the request.
+        """
+        sent = self._sent
+        for _ in range(_MOST_LATE):
+            if sent is None or (frames := self.socket.receive()) is None:
+                return None
+            try:
+                answer = read_message(frames, ANSWERS)
+            except Malformed as error:
+                raise LinkError(f"answered with what is no answer: {error}") from error
+            if answer.session != self._session or answer.number > sent.number:
+                raise LinkError("answered a question that was not asked")
+            if answer.number < sent.number:
+                continue
+            self._sent, self._open = None, True
+            if answer.kind == "refused":
+                raise Refused(answer.fields["code"], answer.fields["text"])
+            if answer.kind != ANSWER_OF[sent.kind]:
+                raise LinkError(f'answered "{sent.kind}" with "{answer.kind}"')
+            return answer
+        return None
+
+    def look(self) -> None:
+        """See what has become of the connection; ask again over a fresh one where that may help.
+
+        Raises:
+            LinkError: the worker cannot be reached, shuts the door, or has not answered in time.
+        """
+        now, sent = time.monotonic(), self._sent
+        if sent is None:
+            return
+        for event in self.socket.events():
+            self._open = event == "open"
+            if event == "refused":
+                raise LinkError("does not let this client in, or is not what its key says")
+            if event == "shut":
+                self._again(sent, "broke off the connection")
+                return
+        if not self._open and now > self._since + self._patience.connect:
+            trouble = f"{self._trouble}, and then " if self._trouble else ""
+            raise LinkError(f"{trouble}could not be reached within {self._patience.connect:g} s")
+        if now > self._deadline:
+            self._again(sent, f"did not answer within {self._patience.answer:g} s")
+
+    def _again(self, request: Message, trouble: str) -> None:
+        """Send a request again over a fresh connection; raise LinkError if that was done often enough."""
+        if self._tries >= self._patience.retries:
+            raise LinkError(trouble)
+        self._tries += 1
+        self._trouble = trouble
+        self._fresh()
+        self._post(request)
+
+    def close(self, *, politely: bool = False) -> None:
+        """End the session; ``politely`` tells the worker, which then lets go of what it holds for it."""
+        if politely and self._open:
+            self.socket.send(self.ask("close").frames())
+        self._sent, self._open = None, False
+        self.socket.close(send_rest=politely)
+
+
+def converse(talks: Sequence[tuple[Link, Talk[T]]]) -> list[T | LinkError]:
+    """Lead several conversations at the same time, each over a link of its own; return what came of each."""
+    results: list[Any] = [None] * len(talks)
+    running: dict[int, tuple[Link, Talk[T]]] = {}
+
+    def advance(place: int, link: Link, talk: Talk[T], answer: Message | None) -> None:
+        try:
+            request = next(talk) if answer is None else talk.send(answer)
+            link.send(request)
+        except StopIteration as stop:
+            results[place] = stop.value
+        except Malformed as error:
+            results[place] = LinkError(f"answered what cannot be: {error}")
+        except LinkError as error:
+            results[place] = error
+        else:
+            running[place] = (link, talk)
+            return
+        running.pop(place, None)
+
+    for place, (link, talk) in enumerate(talks):
+        advance(place, link, talk, None)
+    looked = time.monotonic()
+    while running:
+        sockets = [link.socket for link, _ in running.values()]
+        ready = sockets[0].wait_with(sockets[1:], _LOOK_SECONDS)
+        due = time.monotonic() > looked + _LOOK_SECONDS
+        looked = time.monotonic() if due else looked
+        for place, (link, talk) in list(running.items()):
+            try:
+                answer = link.take() if id(link.socket) in ready else None
+                if answer is not None:
+                    advance(place, link, talk, answer)
+                elif due:
+                    link.look()
+            except LinkError as error:
+                talk.close()
+                running.pop(place, None)
+                results[place] = error
+    return results
