@@ -6,11 +6,13 @@ every executor reports it in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -44,25 +46,25 @@ class StageCache:
 
     def get(self, stage: KernelStage) -> StageFunction:
         """Return the function of a stage, generated at the first call."""
-        with self._lock:
+        with self.counting():
             if id(stage) not in self._stages:
                 from rustsim_hpc.kernels.stage import build_stage
 
-                start = time.perf_counter()
                 schema, default_ids = self._work.memory.schema, self._work.ids is None
                 self._stages[id(stage)] = build_stage(
                     stage, schema, default_ids=default_ids, checked=self._work.checked
                 )
-                self.compile_seconds += time.perf_counter() - start
             return self._stages[id(stage)]
 
-    def compile(self, function: StageFunction, values: list[Any]) -> dict[int, str]:
-        """Compile a stage for these arguments; keeps count of the seconds. Returns its reductions' dtypes."""
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the seconds of what is compiled or loaded here, by one thread at a time."""
         with self._lock:
             start = time.perf_counter()
-            dtypes = function.compile_for(values)
-            self.compile_seconds += time.perf_counter() - start
-            return dtypes
+            try:
+                yield
+            finally:
+                self.compile_seconds += time.perf_counter() - start
 
 
 class PartitionRun:
@@ -197,7 +199,9 @@ class PartitionRun:
         if function.draws and frame.step_index + frame.repeat - 1 > MAX_STEP:
             raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
         if kinds not in self._compiled:
-            for slot, dtype in self._stages.compile(function, values).items():
+            with self._stages.counting():
+                dtypes = function.compile_for(values)
+            for slot, dtype in dtypes.items():
                 self._board.codes[self._place, slot] = DTYPES.index(dtype)
             self._compiled.add(kinds)
         status[1] = stage.ops[0].phase
@@ -247,11 +251,13 @@ class PartitionRun:
             case "fill_bits":
                 from rustsim_hpc.kernels.philox import fill_bits_address
 
-                return np.uint64(fill_bits_address())
+                with self._stages.counting():
+                    return np.uint64(fill_bits_address())
             case "digest":
                 from rustsim_hpc.kernels.digest_call import digest_address
 
-                return np.uint64(digest_address(key))
+                with self._stages.counting():
+                    return np.uint64(digest_address(key))
             case "digest_keys":
                 return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)
         raise AssertionError(argument.source)

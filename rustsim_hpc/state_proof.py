@@ -158,4 +158,3 @@ class StateProof:
             value = team.chain(value, partial(carry_on, place))
         agree(team, failures[0] if failures else None)
         return value
-
