@@ -47,6 +47,7 @@ philox.register()
 STAGE_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 
 _helpers: dict[tuple[int, str, bool], tuple[DeviceFunction, Any]] = {}
+_cuda_helpers: dict[tuple[int, str, bool], tuple[DeviceFunction, Any]] = {}
 _mode = threading.local()
 
 
@@ -56,9 +57,29 @@ def _typeof_device_function(value: DeviceFunction, _context: Any) -> Any:
     # Compiled anew where what it captured has changed, and with bounds checks where its caller has them.
     checked = getattr(_mode, "checked", False)
     key = id(value), function_identity(value), checked
+    if getattr(_mode, "cuda", False):
+        return _cuda_helper(key, value)._numba_type_
     if key not in _helpers:
         _helpers[key] = value, compile_row_function(value.fn, checked=checked)
     return types.Dispatcher(_helpers[key][1])
+
+
+def _cuda_helper(key: tuple[int, str, bool], value: DeviceFunction) -> Any:
+    from numba import cuda
+
+    if key not in _cuda_helpers:
+        _cuda_helpers[key] = value, cuda.jit(value.fn, device=True)
+    return _cuda_helpers[key][1]
+
+
+@contextlib.contextmanager
+def for_cuda() -> Iterator[None]:
+    """Compile helpers for CUDA, in this thread."""
+    _mode.cuda = True
+    try:
+        yield
+    finally:
+        _mode.cuda = False
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""Compile generated Python source to PTX for a compute capability: without a device, without contraction.
+
+Numba has no public way to do either of the two things that are needed here, so this module reaches into it,
+and is the only one that does:
+
+- Functions that a kernel calls are compiled "for the current device"; here that is a stand-in, for the time
+  of a compilation, which has a compute capability and nothing else.
+- NVVM fuses x * y + z into one rounding unless it is told not to. Numba passes a kernel's options on to NVVM,
+  but takes none for this from the user. With ``fma=0`` every product and sum is rounded by itself; NVVM then
+  writes the rounding into the instruction (``mul.rn``), which keeps the driver's assembler from fusing them.
+
+Written for Numba 0.61 to 0.68; tests/test_cuda_ptx.py looks at what comes out, kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+from numba import types
+
+from rustsim_hpc.errors import KernelError, message_of
+from rustsim_hpc.files import write_atomic
+from rustsim_hpc.kernels.cached import own_sources
+from rustsim_hpc.kernels.compiling import cache_folder, for_cuda
+from rustsim_hpc.version import __version__
+
+OPTIONS: dict[str, int] = {"opt": 3, "fma": 0, "ftz": 0, "prec_div": 1, "prec_sqrt": 1}
+"""What NVVM is told: IEEE 754 in every operation, none of them fused."""
+
+_compiling = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Image:
+    """A compiled kernel: PTX and the name of its entry."""
+
+    ptx: bytes
+    entry: str
+
+
+@lru_cache(maxsize=1)
+def why_no_compiler() -> str:
+    """Return in one line why nothing can be compiled for CUDA here, or "" if it can."""
+    from numba.cuda.cudadrv import nvvm
+
+    _find_wheel()
+    try:
+        nvvm.NVVM()
+        nvvm.LibDevice()
+    except Exception as error:  # noqa: BLE001 (no library, or not one that Numba knows)
+        reason = (message_of(error).strip().splitlines() or ["no reason given"])[-1]
+        return f"no libNVVM: pip install nvidia-cuda-nvcc-cu12, or set CUDA_HOME to a CUDA toolkit ({reason})"
+    return ""
+
+
+def _find_wheel() -> None:
+    """Let Numba, which looks for toolkits of the system alone, find one that pip has installed."""
+    from numba.cuda.cuda_paths import get_cuda_paths
+
+    try:
+        spec = importlib.util.find_spec("nvidia.cuda_nvcc")
+    except ModuleNotFoundError:
+        return
+    if spec is None or "CUDA_HOME" in os.environ:
+        return
+    known = get_cuda_paths()  # the very dict that Numba keeps
+    for place in spec.submodule_search_locations or ():
+        for name, file in (("nvvm", "lib64/libnvvm.so"), ("libdevice", "libdevice/libdevice.10.bc")):
+            path = Path(place) / "nvvm" / file
+            if path.exists():
+                known[name] = known[name]._replace(by="wheel", info=str(path))
+
+
+def compile_ptx(
+    function: Callable[..., None],
+    signature: Sequence[Any],
+    capability: tuple[int, int],
+    *,
+    identity: str,
+    fma: bool = False,
+) -> Image:
+    """Compile a kernel for Numba types and a compute capability, or take it from the cache on disk.
+
+    Args:
+        function: the kernel, of nothing but scalars and 1-D contiguous arrays.
+        signature: Numba types of its arguments.
+        capability: such as (9, 0).
+        identity: text that covers everything that the kernel's meaning depends on.
+        fma: let products and sums be fused.
+
+    Raises:
+        KernelError: it does not compile, or there is no compiler.
+    """
+    options = OPTIONS | {"fma": int(fma)}
+    record = [__version__, numba.__version__, own_sources(), identity, str(signature), capability, options]
+    key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:32]
+    path = cache_folder() / f"cuda_{key}.ptx"
+    try:
+        return _image(path.read_bytes())
+    except (OSError, ValueError):
+        pass
+    if problem := why_no_compiler():
+        raise KernelError(f"kernels cannot be compiled for CUDA: {problem}")
+    image = _image(_compile(function, signature, capability, options))
+    try:
+        write_atomic(path, image.ptx)
+    except OSError:
+        return image  # it is compiled again next time
+    return image
+
+
+def _image(ptx: bytes) -> Image:
+    found = re.search(rb"\.visible \.entry (\w+)\(", ptx)
+    if found is None or not ptx.rstrip(b"\0\n ").endswith(b"}"):
+        raise ValueError("not a whole PTX file with a kernel")
+    return Image(ptx, found.group(1).decode())
+
+
+def _compile(
+    function: Callable[..., None],
+    signature: Sequence[Any],
+    capability: tuple[int, int],
+    options: dict[str, int],
+) -> bytes:
+    from numba.core.errors import NumbaError
+    from numba.cuda.compiler import compile_cuda
+
+    with _compiling, _device_of(capability), for_cuda():
+        try:
+            made = compile_cuda(function, types.void, tuple(signature), nvvm_options=options, cc=capability)
+            code = function.__code__
+            library, _ = made.target_context.prepare_cuda_kernel(
+                made.library, made.fndesc, False, False, options, code.co_filename, code.co_firstlineno
+            )
+            text: str = library.get_asm_str(cc=capability)
+        except NumbaError as error:
+            raise KernelError(f"{function.__name__} does not compile for CUDA: {error}") from error
+    # Shorter names, so that the file can be read: Numba's say the types of all arguments.
+    return text.replace(_long_name(text), "stage").rstrip("\0").encode()
+
+
+def _long_name(text: str) -> str:
+    found = re.search(r"\.visible \.entry (\w+)\(", text)
+    if found is None:
+        raise KernelError("NVVM has made no kernel")
+    return found.group(1)
+
+
+@contextmanager
+def _device_of(capability: tuple[int, int]) -> Iterator[None]:
+    """Let Numba's dispatchers find a current device of this capability."""
+    from numba.cuda import dispatcher
+
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = before
