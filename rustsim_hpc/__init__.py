@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PartitionTask,
         PartitionTaskResult,
     )
+    from rustsim_hpc.executors.cuda import CudaPartitionExecutor
     from rustsim_hpc.executors.endpoint import EndpointPartitionExecutor, ExternalPartitionClient
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
     from rustsim_hpc.executors.processes import ProcessPartitionExecutor
@@ -92,6 +93,7 @@ _HOMES = {
         "PartitionTaskResult",
     ),
     "executors.endpoint": ("EndpointPartitionExecutor", "ExternalPartitionClient"),
+    "executors.cuda": ("CudaPartitionExecutor",),
     "executors.inline": ("InlinePartitionExecutor",),
     "executors.processes": ("ProcessPartitionExecutor",),
     "executors.threads": ("LocalThreadedPartitionExecutor",),
@@ -145,6 +147,7 @@ __all__ = [
     "ColumnarStepTiming",
     "ControlPlaneConfig",
     "ControlledStep",
+    "CudaPartitionExecutor",
     "Derive",
     "DeviceSoaCheckpoint",
     "DeviceSoaRestoreError",

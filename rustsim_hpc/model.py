@@ -90,12 +90,14 @@ class RowKernel(_Described):
 class ColumnPhase(_Described):
     """A callable ``(context, columns, rows)`` that sees a whole partition at once.
 
-    ``writes`` is None where nothing was declared (then every column counts as written).
+    ``writes`` is None where nothing was declared (then every column counts as written). ``device`` does the
+    same on a CUDA device, over CuPy arrays; None where nobody has said how.
     """
 
     writes: tuple[str, ...] | None
     row_local: bool
     stream: str
+    device: Function | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +191,7 @@ def column_phase(
     row_local: bool = False,
     stream: str | None = None,
     name: str | None = None,
+    device: Function | bool = False,
 ) -> Callable[[Function], ColumnPhase]:
     """Declare a phase ``fn(context, columns, rows)`` that works on a whole partition at once.
 
@@ -200,12 +203,15 @@ def column_phase(
             the same bits hold for one partition plan only, and the replay log says so.
         stream: name of the random stream of ``context.random``; the phase's name by default.
         name: name of the phase; the function's by default.
+        device: what does the same on a CUDA device, where the columns are CuPy arrays; True: the function
+            itself.
     """
     targets = None if writes is None else _targets("column_phase", writes)
 
     def wrap(fn: Function) -> ColumnPhase:
         phase = name or fn.__name__
-        return ColumnPhase(fn, phase, targets, row_local, stream or phase)
+        twin = device if callable(device) else fn if device else None
+        return ColumnPhase(fn, phase, targets, row_local, stream or phase, twin)
 
     return wrap
 

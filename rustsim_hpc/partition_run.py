@@ -211,7 +211,7 @@ class PartitionRun:
             self._phase = int(status[1])
         if status[0]:
             self._phase = int(status[2])
-            raise ValueError(_status_text(self.work, frame.step_index, status))
+            raise ValueError(status_text(self.work, frame.step_index, status))
 
     def _arguments(self, function: StageFunction, status: Any) -> tuple[list[Any], list[tuple[int, str]]]:
         """Return a stage's arguments and the positions of those that change from step to step."""
@@ -285,7 +285,8 @@ def _row_local(call: ColumnCall) -> bool:
     return call.column_phase.row_local
 
 
-def _status_text(work: Work, step: int, status: Any) -> str:
+def status_text(work: Work, step: int, status: Any) -> str:
+    """Return in words what a stage's status says has failed."""
     from rustsim_hpc.kernels.stage import KEY_OUT_OF_RANGE
 
     phase, row, value = int(status[2]), int(status[3]), int(status[4])

@@ -32,7 +32,7 @@ def pull(x, vx, kicks, mean, crowd, rng, row):
     return vx - 0.01 * (x - mean) / (1 + crowd[row % 4]), kicks
 
 
-@rs.column_phase(writes="vx", row_local=True)
+@rs.column_phase(writes="vx", row_local=True, device=True)
 def damp(context, columns, rows):
     columns["vx"] *= np.float32(0.99)
 

@@ -28,13 +28,13 @@ def trip(context, phase):
     raise ValueError(f"tripped in {phase}")
 
 
-@rs.column_phase(writes="x", row_local=True)
+@rs.column_phase(writes="x", row_local=True, device=True)
 def first(context, columns, rows):
     columns["x"] += columns["vx"] * context.params.dt
     trip(context, "first")
 
 
-@rs.column_phase(writes=("vx", "kicks"), row_local=True)
+@rs.column_phase(writes=("vx", "kicks"), row_local=True, device=True)
 def kick(context, columns, rows):
     draw = context.random.uniform(0)
     hit = draw < context.params.chance
@@ -43,7 +43,7 @@ def kick(context, columns, rows):
     trip(context, "kick")
 
 
-@rs.column_phase(writes=("even", "energy"), row_local=True)
+@rs.column_phase(writes=("even", "energy"), row_local=True, device=True)
 def last(context, columns, rows):
     columns["even"] = columns["kicks"] % 2 == 0
     columns["energy"] = 0.5 * columns["vx"].astype(np.float64) ** 2

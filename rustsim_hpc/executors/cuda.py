@@ -1,0 +1,233 @@
+"""Partitions on CUDA devices: columns stay in device memory, a stage of row kernels is one launch.
+
+A partition whose worker is a CUDA device runs there and nowhere else; partitions of the local CPU in the same
+plan run in the calling thread. The rank's own memory is a mirror, brought up to date where somebody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rustsim_hpc.device import CupyDevice, Device
+from rustsim_hpc.errors import DeviceError, DeviceMemoryError, ExecutorError, RustsimError, Worker
+from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResult, describe
+from rustsim_hpc.executors.device_columns import Place, needed_bytes
+from rustsim_hpc.fingerprint import fnv1a_bytes
+from rustsim_hpc.partition import PartitionExecutionBackend, PartitionId
+from rustsim_hpc.partition_run import PartitionRun, StageCache
+from rustsim_hpc.program import ColumnCall, Segment
+from rustsim_hpc.reductions import new_board
+from rustsim_hpc.work import Frame, PhaseFailure, Task, Work
+
+if TYPE_CHECKING:
+    from rustsim_hpc.executors.device_run import DeviceRun
+
+CudaDevice = PartitionExecutionBackend.CudaDevice
+
+
+class CudaSession:
+    """A rank's partitions, on devices and on this CPU.
+
+    While devices hold the state, this session keeps it (see :class:`~rustsim_hpc.memory.Keeper`).
+
+    Attributes:
+        board: what partitions report.
+        runs: the partitions' runs, in order.
+
+    Raises:
+        ExecutorError: a device has not the memory; nothing is held then.
+    """
+
+    def __init__(self, work: Work, devices: dict[int, Device], *, fma: bool) -> None:
+        from rustsim_hpc.executors.device_run import DeviceRun
+
+        self.work = work
+        self.board = new_board(work)
+        self.runs: list[PartitionRun] = []
+        self._on_devices: list[DeviceRun] = []
+        self._stages = StageCache(work)
+        self._lost: RustsimError | None = None
+        self._require_room(devices)
+        for place, task in enumerate(work.tasks):
+            if not isinstance(task.backend, CudaDevice):
+                self.runs.append(PartitionRun(work, task, self.board, place, self._stages))
+                continue
+            try:
+                device = devices[task.backend.device_ordinal]
+                run = DeviceRun(device, work, task, self.board, place, self._stages, fma=fma)
+            except (DeviceError, DeviceMemoryError) as error:
+                self.close()
+                raise _of_worker(task, error) from error
+            self._on_devices.append(run)
+            self.runs.append(run)
+
+    def _require_room(self, devices: dict[int, Device]) -> None:
+        """Raise ExecutorError where a device has not the memory that all of its partitions take together."""
+        for ordinal, device in devices.items():
+            mine = [task for task in self.work.tasks if task.backend == CudaDevice(ordinal)]
+            asked, free = sum(needed_bytes(self.work, task) for task in mine), device.free_bytes()
+            if asked > free:
+                raise _of_worker(mine[0], DeviceMemoryError(ordinal, asked, free))
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling or loading kernels so far."""
+        return self._stages.compile_seconds + sum(run.compile_seconds for run in self._on_devices)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that columns, ids and what stages need take on devices."""
+        return sum(run.columns.held_bytes for run in self._on_devices)
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes of columns uploaded and downloaded so far."""
+        moved = [run.columns.moved for run in self._on_devices]
+        return sum(up for up, _ in moved), sum(down for _, down in moved)
+
+    def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
+        """Run one segment on every partition, in order."""
+        program, memory = self.work.program, self.work.memory
+        items = program.observe if segment == OBSERVE else program.segments[segment]
+        if items is None:  # nothing observes
+            return []
+        if memory.keeper is not self:
+            for run in self._on_devices:
+                run.columns.forget()
+        failures = [self._run_one(run, items, frame) for run in self.runs]
+        return [failure for failure in failures if failure is not None]
+
+    def _run_one(self, run: PartitionRun, items: Segment, frame: Frame) -> PhaseFailure | None:
+        memory = self.work.memory
+        # A partition of the CPU works on the rows here, which are nobody else's.
+        memory.keeper = self if run in self._on_devices else None
+        try:
+            return run.run(items, frame)
+        finally:
+            memory.keeper = self
+
+    # -- who keeps the state -------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Bring this process's current columns up to date: those that have changed on a device since.
+
+        Raises:
+            ExecutorError: a device has failed.
+        """
+        if self._lost is not None:
+            raise self._lost
+        columns = range(len(self.work.memory.schema))
+        self._fetch([(column, 0) for column in columns])
+
+    def fnv1a(self, state: int, column: int, *, other: bool) -> int:
+        """Carry a FNV-1a chain on over a column: fetched, because the chain goes byte by byte.
+
+        Raises:
+            ExecutorError: a device has failed.
+        """
+        memory = self.work.memory
+        self._fetch([(column, int(other))])
+        side = int(memory.parity[column]) ^ int(other)
+        return fnv1a_bytes(state, memory.array(column, side))
+
+    def _fetch(self, sides: Iterable[tuple[int, int]]) -> None:
+        memory = self.work.memory
+        places: list[Place] = [(column, int(memory.parity[column]) ^ side) for column, side in sides]
+        for run in self._on_devices:
+            try:
+                run.columns.fetch(places)
+            except DeviceError as error:
+                raise _of_worker(run.task, error) from error
+
+    def close(self) -> None:
+        """Bring the state here and give the devices' memory back; calling it again does nothing.
+
+        A state that cannot be brought here is lost: who asks for it is told so, and a restore replaces it.
+        """
+        memory = self.work.memory
+        try:
+            if memory.keeper is self and self._lost is None:
+                memory.take_back()
+        except ExecutorError as error:
+            self._lost = error
+        runs, self.runs, self._on_devices = self._on_devices, [], []
+        for run in runs:
+            run.close()
+
+
+def _of_worker(task: Task, error: RustsimError) -> ExecutorError:
+    partition, hint = task.assignment.partition_id, error.hint
+    if isinstance(error, DeviceMemoryError):
+        hint = "take fewer agents, more devices, or the torn guard, which needs no second buffers"
+    made = ExecutorError(Worker(partition, str(error), hint=hint))
+    made.__cause__ = error
+    return made
+
+
+class CudaPartitionExecutor:
+    """Runs partitions on CUDA devices, and those of the local CPU in the calling thread.
+
+    Args:
+        open_device: makes the device of a number; CuPy's by default.
+        fma: let kernels fuse products and sums: faster, and not the CPU's bits.
+    """
+
+    name = "cuda"
+
+    def __init__(self, open_device: Callable[[int], Device] = CupyDevice, *, fma: bool = False) -> None:
+        self._open_device = open_device
+        self._devices: dict[int, Device] = {}
+        self._fma = fma
+
+    def attach(self, work: Work) -> CudaSession:
+        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`).
+
+        Raises:
+            ExecutorError: a partition is on neither a device nor this CPU, there is no such device, it has
+                not the memory, or a phase cannot run on one.
+        """
+        used: dict[int, Device] = {}
+        for task in work.tasks:
+            if isinstance(task.backend, PartitionExecutionBackend.External):
+                partition = task.assignment.partition_id
+                raise ExecutorError(_refusal(partition, describe(task.backend)))
+            if isinstance(task.backend, CudaDevice):
+                self._require_device_phases(work, task)
+                used[task.backend.device_ordinal] = self._device(task, task.backend.device_ordinal)
+        return CudaSession(work, used, fma=self._fma)
+
+    def _device(self, task: Task, ordinal: int) -> Device:
+        if ordinal not in self._devices:
+            try:
+                self._devices[ordinal] = self._open_device(ordinal)
+            except DeviceError as error:
+                raise _of_worker(task, error) from error
+        return self._devices[ordinal]
+
+    def _require_device_phases(self, work: Work, task: Task) -> None:
+        segments = (*work.program.segments, *([work.program.observe] if work.program.observe else []))
+        for item in (item for segment in segments for item in segment.items):
+            if isinstance(item, ColumnCall) and item.column_phase.device is None:
+                partition, name = task.assignment.partition_id, item.column_phase.name
+                text = f'phase "{name}" is a column phase for the CPU, and this is {describe(task.backend)}'
+                hint = "make it a row kernel, or say device= what does the same over CuPy arrays"
+                raise ExecutorError(Worker(partition, text, phase=name, hint=hint))
+
+    def execute(self, tasks: Sequence[PartitionTask]) -> Sequence[PartitionTaskResult]:
+        """Refuse self-contained tasks, whose phases are functions for the CPU.
+
+        Raises:
+            PartitionExecutorError: if there is a task.
+        """
+        for task in tasks:
+            raise _refusal(task.context().partition_id, "self-contained tasks")
+        return []
+
+
+def _refusal(partition: PartitionId, what: str) -> Worker:
+    return Worker(
+        partition,
+        f"the cuda executor runs on CUDA devices and the local CPU, not on {what}",
+        hint="use an executor that serves the partition's backend",
+    )

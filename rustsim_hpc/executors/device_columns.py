@@ -1,0 +1,139 @@
+"""One partition's columns on a CUDA device, and which of their copies, there and here, are good.
+
+A column has two sides, here and there; a step writes one of them there. What was written there is behind
+here until somebody asks for it, and only that is fetched; what was changed here is behind there until a
+kernel reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.device import COMPUTE, TRANSFER, Buffer, Device
+from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.memory import ColumnMemory
+from rustsim_hpc.work import Task, Work
+
+Array = np.ndarray[Any, Any]
+Place = tuple[int, int]
+"""A column and one of its two buffers, by the buffer's own number: which is current, parity says."""
+
+
+def needed_bytes(work: Work, task: Task) -> int:
+    """Return the bytes that a partition's columns (and explicit ids) take on a device."""
+    rows, program = task.stop - task.start, work.program
+    sizes = [dtype.itemsize for dtype in work.memory.schema.dtypes]
+    total = sum(sizes) + sum(sizes[column] for column in program.swapped)
+    return rows * (total + (0 if work.ids is None else 8))
+
+
+class DeviceColumns:
+    """The buffers of one partition.
+
+    Args:
+        device: where they are.
+        work, task: the partition.
+
+    Attributes:
+        moved: bytes uploaded and downloaded so far.
+
+    Raises:
+        DeviceMemoryError: the device has not enough memory; nothing is held then.
+    """
+
+    def __init__(self, device: Device, work: Work, task: Task) -> None:
+        self.device = device
+        self.moved = [0, 0]
+        self._memory: ColumnMemory = work.memory
+        self._rows = slice(task.start, task.stop)
+        self._buffers: dict[Place, Buffer] = {}
+        self._good_there: set[Place] = set()
+        self._behind_here: set[Place] = set()
+        self._held: list[Buffer] = []
+        rows = task.stop - task.start
+        sizes = [rows * dtype.itemsize for dtype in self._memory.schema.dtypes]
+        try:
+            for column, size in enumerate(sizes):
+                now = int(self._memory.parity[column])
+                sides = (now, 1 - now) if column in work.program.swapped else (now,)
+                for side in sides:
+                    self._buffers[column, side] = self.hold(size)
+            self.ids = self.hold(0 if work.ids is None else 8 * rows)
+            if work.ids is not None:
+                self.device.upload(self.ids, np.ascontiguousarray(work.ids[self._rows]))
+        except RustsimError:
+            self.close()
+            raise
+
+    def hold(self, nbytes: int) -> Buffer:
+        """Return device memory that goes with these columns."""
+        self._held.append(self.device.allocate(nbytes))
+        return self._held[-1]
+
+    def let_go(self, buffer: Buffer) -> None:
+        """Give memory back that was held."""
+        self._held.remove(buffer)
+        self.device.release(buffer)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of device memory that go with these columns."""
+        return sum(buffer.nbytes for buffer in self._held)
+
+    def place(self, column: int, side: int) -> Place:
+        """Return the buffer that is a column's current side (0) or its other one (1) now."""
+        return column, int(self._memory.parity[column]) ^ side
+
+    def of(self, column: int, side: int) -> Buffer:
+        """Return the buffer of a side; its content may be anything."""
+        return self._buffers[self.place(column, side)]
+
+    def bring(self, column: int, side: int) -> None:
+        """See to it that a side's values are on the device."""
+        place = self.place(column, side)
+        if place not in self._good_there:
+            data = self._here(place)
+            self.device.upload(self._buffers[place], data)
+            self.moved[0] += data.nbytes
+            self._good_there.add(place)
+
+    def wrote(self, column: int, side: int) -> None:
+        """Note that something on the device writes a side."""
+        place = self.place(column, side)
+        self._good_there.add(place)
+        self._behind_here.add(place)
+
+    def forget(self) -> None:
+        """What is here is the state, and what is on the device is not."""
+        self._good_there.clear()
+        self._behind_here.clear()
+
+    def fetch(self, places: Iterable[Place]) -> None:
+        """Bring buffers here up to date, those that are behind.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        behind = [place for place in places if place in self._behind_here]
+        if not behind:
+            return
+        self.device.order(COMPUTE, TRANSFER)
+        for place in behind:
+            out = self._here(place)
+            self.device.download(self._buffers[place], out)
+            self.moved[1] += out.nbytes
+        self.device.synchronise()
+        self._behind_here.difference_update(behind)
+
+    def _here(self, place: Place) -> Array:
+        return self._memory.array(*place)[self._rows]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for buffer in self._held:
+            self.device.release(buffer)
+        self._held.clear()
+        self._buffers.clear()

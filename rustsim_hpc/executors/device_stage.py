@@ -1,0 +1,298 @@
+"""A stage as one partition launches it on a device: its kernel, its grid, its accumulators, its arguments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.device import COMPUTE, TRANSFER, Buffer, Device
+from rustsim_hpc.executors.device_columns import DeviceColumns
+from rustsim_hpc.fingerprint import digest_keys
+from rustsim_hpc.kernels.cuda_stage import (
+    BLOCK,
+    FIXED,
+    NEVER,
+    Argument,
+    CudaStage,
+    DeviceArray,
+    flat_arguments,
+    kind_of,
+)
+from rustsim_hpc.kernels.stage import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
+from rustsim_hpc.program import KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.reductions import state_shapes
+from rustsim_hpc.work import Board, Frame, Task, Work
+
+Array = np.ndarray[Any, Any]
+
+_MOST_REPLICAS = 32
+_ACCUMULATOR_WORDS = 2**17
+
+
+class Partition:
+    """What the stages of one partition on a device share.
+
+    Attributes:
+        device, columns, work, task: the partition and where it is.
+        rows: how many it has.
+        board, place: where it reports.
+        fma: let kernels fuse products and sums.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        columns: DeviceColumns,
+        work: Work,
+        task: Task,
+        board: Board,
+        place: int,
+        *,
+        fma: bool,
+    ) -> None:
+        self.device, self.columns, self.work, self.task = device, columns, work, task
+        self.board, self.place, self.fma = board, place, fma
+        self.rows = task.stop - task.start
+        self._kept: dict[Any, tuple[Buffer, DeviceArray]] = {}
+
+    def kept(self, name: Any, value: Any, *, changes: bool) -> Any:
+        """Return a read-only array on the device, uploaded once, or each time if it changes; or a scalar."""
+        array = np.asarray(value)
+        if array.ndim == 0:
+            return array[()]
+        known = self._kept.get(name)
+        if known is not None and (known[1].shape, known[1].dtype) == (array.shape, array.dtype):
+            if changes:
+                self.device.upload(known[0], np.ascontiguousarray(array))
+            return known[1]
+        if known is not None:
+            self.columns.let_go(known[0])
+            del self._kept[name]
+        buffer = self.columns.hold(array.nbytes)
+        self.device.upload(buffer, np.ascontiguousarray(array))
+        there = DeviceArray(buffer.address, array.shape, array.dtype, writable=False)
+        self._kept[name] = buffer, there
+        return there
+
+
+class DeviceStage:
+    """A stage of a program for one partition and certain types of arguments.
+
+    Its accumulators are one run of int64: what failed first, then digests and reductions, each as often as
+    there are replicas. Threads of different blocks count in different replicas, or they would wait for each
+    other.
+
+    Args:
+        partition: the partition.
+        stage: what is to be done.
+        frame: a step with the values that it takes, for their types.
+
+    Attributes:
+        made: the kernel's source and arguments.
+
+    Raises:
+        KernelError: it does not compile.
+        DeviceMemoryError: the device has no room for the accumulators.
+    """
+
+    def __init__(self, partition: Partition, stage: KernelStage, frame: Frame) -> None:
+        self._own = partition
+        self.stage = stage
+        work = partition.work
+
+        def kind(argument: Argument) -> Any:
+            return kind_of(self._value(argument, frame, typing=True))
+
+        self.made = CudaStage(
+            stage, work.memory.schema, kind, default_ids=work.ids is None, checked=work.checked
+        )
+        self._arrange(work)
+        self._accumulators = partition.columns.hold(8 * self._words)
+        self._values = partition.columns.hold(8 * self._threads if self.made.can_fail else 0)
+        capability = partition.device.compute_capability
+        image = self.made.image(self._arguments(frame), capability, fma=partition.fma)
+        self._kernel = partition.device.load(image.ptx, image.entry)
+        self._reads, self._writes = reads_and_writes(stage)
+
+    def _arrange(self, work: Work) -> None:
+        """Decide on the grid and on the places of the accumulators."""
+        resident = self._own.device.resident_threads
+        blocks = max(1, min(-(-self._own.rows // BLOCK), resident // BLOCK))
+        self._threads = blocks * BLOCK
+        shapes = state_shapes(work.program, work.bins)
+        slots = [argument.key for argument in self.made.arguments if argument.source == "state"]
+        columns = len(work.memory.schema) if self.stage.digests else 0
+        each = sum(int(np.prod(shapes[slot])) for slot in slots) + columns
+        self._replicas = max(1, min(_MOST_REPLICAS, blocks, _ACCUMULATOR_WORDS // max(each, 1)))
+        at = int(self.made.can_fail)
+        self._digests = slice(at, at + self._replicas * columns)
+        at = self._digests.stop
+        self._states: dict[int, slice] = {}
+        for slot in slots:
+            self._states[slot] = slice(at, at + self._replicas * int(np.prod(shapes[slot])))
+            at = self._states[slot].stop
+        self._words = at
+        self._empty = np.zeros(at, np.int64)
+        self._empty[: int(self.made.can_fail)] = NEVER
+        for slot, part in self._states.items():
+            kind = work.program.reductions[slot].kind
+            if kind in ("min", "max"):
+                self._empty[part].reshape(-1, 2)[:, 0] = NEVER if kind == "min" else np.iinfo(np.int64).min
+
+    # -- one launch ----------------------------------------------------------------------------------
+
+    def launch(self, frame: Frame, status: Any) -> None:
+        """Run the stage, wait for it, and take what it has counted to the board.
+
+        A failure is written to ``status`` as the CPU's stages do.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        own = self._own
+        for column, side in self._reads:
+            own.columns.bring(column, side)
+        arguments = self._arguments(frame)
+        if self._words:
+            own.device.upload(self._accumulators, self._empty)
+        for column, side in self._writes:
+            own.columns.wrote(column, side)
+        own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, flat_arguments(arguments))
+        found = self._download(self._accumulators, self._words)
+        if self.made.can_fail and found[0] != NEVER:
+            self._tell(int(found[0]), frame, status)
+        else:
+            self._take(found, frame)
+
+    def _download(self, buffer: Buffer, words: int) -> Array:
+        device, found = self._own.device, np.empty(words, np.int64)
+        if words:
+            device.order(COMPUTE, TRANSFER)
+            device.download(buffer, found)
+        device.synchronise()
+        return found
+
+    def _take(self, found: Array, frame: Frame) -> None:
+        """Add up what the replicas of the accumulators have counted."""
+        own = self._own
+        if frame.want_digest and self.stage.digests:
+            sums = found[self._digests].view(np.uint64).reshape(self._replicas, -1).sum(axis=0)
+            for column, _ in self.stage.digests:
+                own.board.digests[own.place, column] = sums[column]
+        for slot, part in self._states.items():
+            state = own.board.states[slot][own.place]
+            parts = found[part].reshape(self._replicas, *state.shape)
+            kind = own.work.program.reductions[slot].kind
+            state[...] = {"min": np.min, "max": np.max}.get(kind, np.sum)(parts, axis=0)
+
+    def _tell(self, failed: int, frame: Frame, status: Any) -> None:
+        own = self._own
+        trouble = self.made.trouble(failed, own.work.tile, frame.repeat)
+        values = self._download(self._values, self._threads)
+        value = int(values[(trouble.row - own.work.first_row - own.task.start) % self._threads])
+        op = self.stage.ops[trouble.place]
+        code = KEY_OUT_OF_RANGE if isinstance(op, ReduceOp) else NOT_REPRESENTABLE
+        status[:] = (code, op.phase, op.phase, trouble.row, value)
+
+    # -- arguments -----------------------------------------------------------------------------------
+
+    def _arguments(self, frame: Frame) -> list[Any]:
+        own, work = self._own, self._own.work
+        ids = 0 if work.ids is None else own.rows
+        fixed = {
+            "rows": np.int64(own.rows),
+            "first_row": np.int64(work.first_row + own.task.start),
+            "step": np.int64(frame.step_index),
+            "repeat": np.int64(frame.repeat),
+            "want_digest": np.int64(frame.want_digest),
+            "replicas": np.int64(self._replicas),
+            "tile": np.int64(work.tile),
+            "failed": self._part(slice(0, 1), np.int64),
+            "values": DeviceArray(self._values.address, (self._threads,), np.dtype(np.int64)),
+            "digests": self._part(self._digests, np.uint64),
+            "ids": DeviceArray(own.columns.ids.address, (ids,), np.dtype(np.uint64), writable=False),
+        }
+        values = [self._value(argument, frame) for argument in self.made.arguments]
+        return [fixed[name] for name in FIXED] + values
+
+    def _part(self, part: slice, dtype: Any) -> DeviceArray:
+        address = self._accumulators.address + 8 * part.start
+        return DeviceArray(address, (part.stop - part.start,), np.dtype(dtype))
+
+    def _value(self, argument: Argument, frame: Frame, *, typing: bool = False) -> Any:
+        """Return what an argument is bound to; ``typing``: before there are accumulators."""
+        own, work, key = self._own, self._own.work, argument.key
+        match argument.source:
+            case "column":
+                dtype = work.memory.schema.dtypes[key[0]]
+                return DeviceArray(own.columns.of(*key).address, (own.rows,), dtype)
+            case "param":
+                return work.params[key]
+            case "table":
+                return own.kept(("table", key), work.tables[key], changes=False)
+            case "value":
+                return own.kept(("value", key), frame.values[key], changes=True)
+            case "key":
+                return np.uint64(work.stream_key(key))
+            case "state":
+                none = DeviceArray(0, (1,), np.dtype(np.int64))
+                return none if typing else self._part(self._states[key], np.int64)
+            case "room":
+                return np.int64(own.board.states[key][own.place].size)
+            case "bins":
+                return np.int64(work.bins[key])
+            case "digest_keys":
+                keys = digest_keys(key + 1, work.memory.schema.dtypes[key].itemsize)
+                return own.kept(("digest", key), keys.reshape(-1), changes=False)
+        raise AssertionError(argument.source)
+
+
+class DeviceStages:
+    """The stages of one partition, each made when it is first launched."""
+
+    def __init__(self, partition: Partition) -> None:
+        self._partition = partition
+        self._made: dict[tuple[Any, ...], DeviceStage] = {}
+        self.compile_seconds = 0.0
+
+    def get(self, stage: KernelStage, frame: Frame) -> DeviceStage:
+        """Return a stage for the types of a step's values: a derived value may change its type.
+
+        Raises:
+            KernelError: it does not compile.
+            DeviceMemoryError: the device has no room for its accumulators.
+        """
+        taken = {
+            (read.argument, frame.values[read.argument].dtype, np.ndim(frame.values[read.argument]))
+            for op in stage.ops
+            for read in (*op.reads, *getattr(op, "key_reads", ()))
+            if read.source == "value"
+        }
+        key = id(stage), frozenset(taken)
+        if key not in self._made:
+            start = time.perf_counter()
+            self._made[key] = DeviceStage(self._partition, stage, frame)
+            self.compile_seconds += time.perf_counter() - start
+        return self._made[key]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._made.clear()
+
+
+def reads_and_writes(stage: KernelStage) -> tuple[list[tuple[int, int]], Sequence[tuple[int, int]]]:
+    """Return the sides that must be there before a stage, and those that it makes."""
+    reads: list[tuple[int, int]] = []
+    writes: list[tuple[int, int]] = []
+    for op in stage.ops:
+        for read in (*op.reads, *getattr(op, "key_reads", ())):
+            place = read.index, read.side
+            if read.source == "column" and place not in reads and place not in writes:
+                reads.append(place)
+        if isinstance(op, KernelOp):
+            writes += [place for place in op.writes if place not in writes]
+    reads += [place for place in stage.digests if place not in reads and place not in writes]
+    return reads, writes

@@ -1,0 +1,206 @@
+"""A device that is none: its own address space, limited memory, queues that run late, in any order, faults.
+
+It does what rustsim_hpc.device.Device says and nothing more: nothing queued happens before `synchronise` (or
+memory is given back), the two streams are interleaved at random but for what `order` says, memory holds
+garbage until written, and buffers are not arrays. Kernels are PTX, and run on `ptx_machine`.
+"""
+
+import random
+from contextlib import contextmanager
+
+import numpy as np
+from ptx_machine import Machine
+
+from rustsim_hpc.errors import DeviceError, DeviceMemoryError
+from rustsim_hpc.phase_columns import PhaseColumns
+
+BASE = 0x7F_4000_0000
+ALIGNMENT = 256
+
+
+class StandInBuffer:
+    """A piece of the stand-in's memory; not an array, whoever asks."""
+
+    def __init__(self, address, nbytes):
+        self.address = address
+        self.nbytes = nbytes
+        self.released = False
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("this is device memory: the host cannot touch it")
+
+    __getitem__ = __len__ = __iter__ = __buffer__ = __array__
+
+
+class StandInDevice:
+    """See the module.
+
+    Args:
+        capacity: bytes of memory.
+        seed: of the order in which streams go on.
+        faults: what fails: {"launch": 3} the third launch, {"download": 1} ...; counted down.
+    """
+
+    name = "stand-in"
+    compute_capability = (9, 0)
+
+    def __init__(self, ordinal=0, capacity=64 * 2**20, seed=0, resident_threads=512):
+        self.ordinal = ordinal
+        self.capacity = capacity
+        self.resident_threads = resident_threads
+        self.faults = {}
+        self.counts = dict.fromkeys(("upload", "download", "launch", "copy", "load", "synchronise"), 0)
+        self.ran = []
+        self.live = {}
+        self._memory = np.full(capacity, 0xA5, np.uint8)
+        self._queues = [[], []]
+        self._tickets = [0, 0]  # how many operations were ever queued on each stream
+        self._done = [0, 0]
+        self._choice = random.Random(seed)
+        self._broken = ""
+
+    # -- memory --------------------------------------------------------------------------------------
+
+    def free_bytes(self):
+        return self.capacity - sum(_rounded(buffer.nbytes) for buffer in self.live.values())
+
+    def allocate(self, nbytes):
+        self._fault("allocate")
+        self.counts["memory"] = self.counts.get("memory", 0) + 1
+        if self.faults.get("memory") == self.counts["memory"]:
+            del self.faults["memory"]
+            raise DeviceMemoryError(self.ordinal, nbytes, 0)
+        at = 0
+        for address in sorted(self.live):
+            if address - BASE - at >= _rounded(nbytes):
+                break
+            at = address - BASE + _rounded(self.live[address].nbytes)
+        if at + _rounded(nbytes) > self.capacity:
+            raise DeviceMemoryError(self.ordinal, nbytes, self.free_bytes())
+        buffer = StandInBuffer(BASE + at, nbytes)
+        self.live[buffer.address] = buffer
+        return buffer
+
+    def release(self, buffer):
+        if buffer.released:
+            raise AssertionError("released twice")
+        self._drain()
+        buffer.released = True
+        self._memory[self._range(buffer)] = 0xA5
+        del self.live[buffer.address]
+
+    def _range(self, buffer):
+        return slice(buffer.address - BASE, buffer.address - BASE + buffer.nbytes)
+
+    def _require(self, buffer, nbytes):
+        if buffer.released or nbytes > buffer.nbytes:
+            raise DeviceError(f"device {self.ordinal}: {nbytes} bytes do not fit, or the buffer is released")
+
+    # -- queues --------------------------------------------------------------------------------------
+
+    def upload(self, buffer, data):
+        self._fault("upload")
+        self._require(buffer, data.nbytes)
+        bytes_, where = data.reshape(-1).view(np.uint8).copy(), self._range(buffer)
+        self._queue(0, lambda: self._write(where.start, bytes_))
+
+    def download(self, buffer, out):
+        self._fault("download")
+        self._require(buffer, out.nbytes)
+        if not out.flags.c_contiguous or not out.flags.writeable:
+            raise AssertionError("a download needs contiguous, writable memory")
+        target = out.reshape(-1).view(np.uint8)
+        target[...] = 0x5A  # what the host must not look at yet
+        start = self._range(buffer).start
+        self._queue(1, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size]))
+
+    def copy(self, source, target):
+        self._fault("copy")
+        start, size, to = self._range(source).start, source.nbytes, self._range(target).start
+        self._queue(0, lambda: self._write(to, self._memory[start : start + size].copy()))
+
+    def _write(self, start, data):
+        self._memory[start : start + data.size] = data
+
+    def load(self, image, name):
+        self._fault("load")
+        machine = Machine(image.decode())
+        if machine.entry != name:
+            raise DeviceError(f"no kernel {name}")
+        return machine
+
+    def launch(self, kernel, blocks, threads, arguments):
+        self._fault("launch")
+        if not blocks or any(not isinstance(argument, np.generic) for argument in arguments):
+            raise AssertionError("a launch takes NumPy scalars, and at least one block")
+        fails = self.faults.get("kernel") == self.counts["launch"]
+        self._queue(0, lambda: self._execute(kernel, blocks, threads, list(arguments), fails))
+
+    def _execute(self, kernel, blocks, threads, arguments, fails):
+        if fails:
+            del self.faults["kernel"]
+            raise DeviceError(f"device {self.ordinal}: an illegal memory access was encountered")
+        try:
+            kernel.run(self._memory, BASE, blocks, threads, arguments)
+        except IndexError as error:
+            raise DeviceError(f"device {self.ordinal}: {error}") from error
+
+    def order(self, first, then):
+        self._queues[then].append(("wait", first, self._tickets[first]))
+
+    def _queue(self, stream, operation):
+        self._tickets[stream] += 1
+        self._queues[stream].append(("do", operation))
+
+    def synchronise(self):
+        self._fault("synchronise")
+        self._drain()
+
+    def _drain(self):
+        """Run what is queued: the streams in turn, as chance has it."""
+        while any(self._queues):
+            ready = [stream for stream in (0, 1) if self._is_ready(stream)]
+            stream = self._choice.choice(ready)
+            what = self._queues[stream].pop(0)
+            if what[0] == "do":
+                self._done[stream] += 1
+                try:
+                    what[1]()
+                except DeviceError:
+                    for queue in self._queues:
+                        queue.clear()
+                    self._done = list(self._tickets)
+                    raise
+
+    def _is_ready(self, stream):
+        if not self._queues[stream]:
+            return False
+        what = self._queues[stream][0]
+        return what[0] == "do" or self._done[what[1]] >= what[2]
+
+    def _fault(self, what):
+        self.counts[what] = self.counts.get(what, 0) + 1
+        if self.faults.get(what) == self.counts[what]:
+            del self.faults[what]
+            raise DeviceError(f"device {self.ordinal}: {what} refused")
+
+    # -- device phases -------------------------------------------------------------------------------
+
+    def array(self, data):
+        return data
+
+    @contextmanager
+    def views(self, schema, parts, rows, writable):
+        """Let a phase work on the memory itself, as its kernels would on a real device."""
+        self._drain()
+        arrays = [self._memory[self._range(buffer)].view(dtype)[:rows] for buffer, dtype in parts]
+        columns = PhaseColumns(schema, arrays, writable)
+        try:
+            yield columns
+            columns.verify_unchanged_shape(rows)
+        finally:
+            columns.seal()
+
+
+def _rounded(nbytes):
+    return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
