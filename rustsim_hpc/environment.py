@@ -102,6 +102,27 @@ def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, An
     return lines
 
 
+def mixtures(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines that say in what the hosts of one run differ among themselves, as `differences` does.
+
+    There exp or cos may give other bits when ranks and rows are dealt out otherwise.
+    """
+    lines = []
+    for label, of in (("CPU models", _cpu_of), ("math libraries", _libm_of)):
+        found: dict[str, list[str]] = {}
+        for host in hosts:
+            found.setdefault(of(host), []).append(str(host.get("host", "unknown")))
+        if len(found) > 1:
+            parts = (f"{kind} on {_some(names)}" for kind, names in sorted(found.items()))
+            lines.append(f"the ranks of this run have different {label}: {'; '.join(parts)}")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _cpu_of(host: Mapping[str, Any]) -> str:
     return str(host.get("cpu", "unknown"))
 

@@ -14,6 +14,7 @@ from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control_plane import EngineControlPlane
 from rustsim_hpc.crash import write_crash_bundle
+from rustsim_hpc.environment import mixtures
 from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.job import JobSpec, RunOptions
 from rustsim_hpc.job_run import JobRun, LoopResult
@@ -165,6 +166,8 @@ class _Session:
 def _session(folder: RunFolder, team: Team) -> Iterator[_Session]:
     """Hold a run's folder; whatever ends the session early is recorded in it."""
     session = _Session(folder)
+    for line in mixtures(folder.record["sessions"][-1]["hosts"] if team.rank == 0 else []):
+        _say(team, f"warning: {line}; a model's own exp or cos may depend on which rows they have")
     try:
         yield session
     except Exception as error:
