@@ -35,6 +35,7 @@ from rustsim_hpc.run_folder import RunFolder, fresh_folder
 from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.runtime import ColumnarRuntime
 from rustsim_hpc.signals import StopRequests
+from rustsim_hpc.storage.folder import sweep
 from rustsim_hpc.storage.reading import load_newest, on_first_rank
 from rustsim_hpc.summary import RunSummary
 from rustsim_hpc.team import Team
@@ -84,6 +85,7 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
     Without any checkpoint it is the first state, and the step is None.
     """
     team = prepared.team
+    on_first_rank(team, lambda: sweep(folder.checkpoints))
     loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at=at)
     if loaded is None:
         return _first_store(prepared), None

@@ -29,7 +29,7 @@ from rustsim_hpc import crash, metrics_log
 from rustsim_hpc.agreement import agree
 from rustsim_hpc.environment import by_host, host_facts
 from rustsim_hpc.errors import OutputError, RunFolderError
-from rustsim_hpc.files import fsync_folder, sweep_temporary, write_atomic
+from rustsim_hpc.files import TEMPORARY_SUFFIX, fsync_folder, sweep_temporary, write_atomic
 from rustsim_hpc.lock import OWNER, RANKS, WAIT_SECONDS, FolderLock, holder_text, is_locked, read_holder
 from rustsim_hpc.outputs import MANIFEST
 from rustsim_hpc.run_record import (
@@ -96,6 +96,7 @@ class RunFolder:
                     raise _not_empty(path)
                 if ours:
                     _clear(path)
+                sweep_temporary(path)
                 write_atomic(path / JOB, job_text)
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
             except BaseException:
@@ -245,8 +246,9 @@ def fresh_folder(job: str, parent: Path = Path("runs")) -> Path:
 
 
 def _entries(path: Path) -> list[str]:
-    """Return the names in a folder, but for our locks."""
-    return sorted({entry.name for entry in path.iterdir()} - {OWNER, RANKS})
+    """Return the names in a folder, but for our locks, and what a start that was killed had not finished."""
+    names = {entry.name for entry in path.iterdir()} - {OWNER, RANKS}
+    return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
 
 
 def _not_empty(path: Path) -> RunFolderError:
