@@ -1,0 +1,37 @@
+"""What killed runs leave behind is ignored, swept at the next start, and in nobody's way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compare_runs import command, make_run, write_job
+
+import rustsim_hpc as rs
+
+
+def test_left_overs_of_a_kill_are_swept_when_the_run_goes_on(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2")
+    checkpoints = folder / "checkpoints"
+    kept = sorted(path.name for path in checkpoints.iterdir())
+    for name in (".step_0000000006.h5.77.abcd.rustsim-tmp", "step_0000000006.proof.json"):
+        (checkpoints / name).write_text("torn")
+    shards = checkpoints / "step_0000000006.shards-0123abcd"
+    shards.mkdir()
+    (shards / "rank_00000.h5").write_text("torn")
+    assert sorted(rs.open_run(folder).checkpoints()) == [2, 4]
+    assert command("resume", folder, "--steps=5", "--no-progress")[0] == 0
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {*kept, "step_0000000005.h5", "step_0000000005.proof.json"}
+
+
+def test_a_start_that_was_killed_before_its_job_file_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".job.toml.77.abcd.rustsim-tmp").write_text("[mod")
+    (folder / ".lock").write_text('{"pid": 77, "host": "elsewhere", "token": "x"}')
+    make_run(folder)
+    assert not list(folder.glob(".job.toml*"))
+    (folder / "notes.txt").write_text("mine")
+    code, _, err = command("run", write_job(tmp_path), "--out", folder)
+    assert code == 2
+    assert "is not empty" in err
