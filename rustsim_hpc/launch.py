@@ -35,7 +35,7 @@ from rustsim_hpc.run_folder import RunFolder, fresh_folder
 from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.runtime import ColumnarRuntime
 from rustsim_hpc.signals import StopRequests
-from rustsim_hpc.storage.folder import sweep
+from rustsim_hpc.storage.folder import move_aside, sweep
 from rustsim_hpc.storage.reading import load_newest, on_first_rank
 from rustsim_hpc.summary import RunSummary
 from rustsim_hpc.team import Team
@@ -86,11 +86,14 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
     """
     team = prepared.team
     on_first_rank(team, lambda: sweep(folder.checkpoints))
-    loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at=at)
+
+    def reject(path: Path, reason: str) -> None:
+        aside = move_aside(path, reason)
+        _say(team, f"warning: {path.name} does not prove itself and was moved aside ({aside.name}): {reason}")
+
+    loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at, reject)
     if loaded is None:
         return _first_store(prepared), None
-    for rejected, reason in loaded.rejected:
-        _say(team, f"warning: {rejected.name} does not prove itself and was moved aside: {reason}")
     step = loaded.header.step_index
     if at is not None:
         on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
@@ -131,7 +134,13 @@ def _parents_store(
 ) -> tuple[DeviceSoaStore, int, dict[str, Any]]:
     """Return a store of another run's checkpoint, its step, and the lineage of what starts from it."""
     team = prepared.team
-    loaded = load_newest(parent / "checkpoints", team, lambda header: forked_rows(prepared, header), at=at)
+
+    def reject(path: Path, reason: str) -> None:
+        _say(team, f"warning: {path.name} of the parent does not prove itself and is passed over: {reason}")
+
+    loaded = load_newest(
+        parent / "checkpoints", team, lambda header: forked_rows(prepared, header), at, reject
+    )
     if loaded is None:
         raise CheckpointFileError(f"{parent} has no checkpoint to start from", damaged=False)
     lineage = on_all(team, lambda: lineage_of(parent, prepared.spec, loaded))

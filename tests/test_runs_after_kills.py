@@ -35,3 +35,22 @@ def test_a_start_that_was_killed_before_its_job_file_is_made_again(tmp_path: Pat
     code, _, err = command("run", write_job(tmp_path), "--out", folder)
     assert code == 2
     assert "is not empty" in err
+
+
+def test_checkpoints_that_do_not_hold_are_told_and_moved_aside_even_if_none_is_left(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2")
+    expected = rs.open_run(folder).fingerprint
+    for path in rs.open_run(folder).checkpoints().values():
+        path.write_bytes(path.read_bytes()[:-1])
+    # A fork only reads its parent.
+    code, _, err = command("fork", folder, "--set=params.dt=0.2", "--out", tmp_path / "fork")
+    assert code == 5
+    assert err.count("of the parent does not prove itself and is passed over") == 2
+    assert sorted(rs.open_run(folder).checkpoints()) == [2, 4]
+    code, _, err = command("resume", folder, "--steps=5", "--no-progress")
+    assert code == 0, err
+    assert err.count("does not prove itself and was moved aside (step_") == 2
+    assert len(list((folder / "checkpoints").glob("*.h5.bad"))) == 2
+    run = rs.open_run(folder)
+    assert run.record["sessions"][-1]["resumed_from"] is None
+    assert [entry.value for entry in run.replay().entries if entry.step_index == 4] == [expected]

@@ -564,14 +564,19 @@ def test_the_newest_that_holds_is_loaded_and_the_others_moved_aside(tmp_path: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1])
     proof_path(checkpoint_path(tmp_path, 20)).unlink()
 
-    def rank(team: ThreadTeam) -> tuple[int, list[str]]:
-        found = load_newest(tmp_path, team, lambda header: bounds(header.rows, 3, team.rank))
+    rejected: list[str] = []
+
+    def reject(path: Path, reason: str) -> None:
+        rejected.append(move_aside(path, reason).name)
+
+    def rank(team: ThreadTeam) -> int:
+        found = load_newest(tmp_path, team, lambda header: bounds(header.rows, 3, team.rank), None, reject)
         assert found is not None
         assert same_bits(found.rows, cut(state(8, step=10), *bounds(8, 3, team.rank)))
-        return found.header.step_index, [path.name for path, _ in found.rejected]
+        return found.header.step_index
 
-    results = run_ranks(3, rank)
-    assert results == [(10, ["step_0000000030.h5", "step_0000000020.h5"])] * 3
+    assert run_ranks(3, rank) == [10] * 3
+    assert rejected == ["step_0000000030.h5.bad", "step_0000000020.h5.bad"]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000000010.h5"]
     assert (tmp_path / "step_0000000030.h5.bad").exists()
     assert list(tmp_path.glob("step_0000000030.shards-*.bad/rank_00001.h5"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +33,11 @@ _PIECE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that proved itself. rows: this rank's; rejected: newer ones that did not, and why."""
+    """A checkpoint that proved itself. rows: this rank's."""
 
     path: Path
     header: CheckpointHeader
     rows: StateView
-    rejected: tuple[tuple[Path, str], ...] = ()
 
 
 def read_header(path: Path) -> CheckpointHeader:
@@ -269,12 +268,16 @@ def _pieces(
 
 
 def load_newest(
-    folder: Path, team: Team, rows_for: Callable[[CheckpointHeader], tuple[int, int]], at: int | None = None
+    folder: Path,
+    team: Team,
+    rows_for: Callable[[CheckpointHeader], tuple[int, int]],
+    at: int | None = None,
+    reject: Callable[[Path, str], object] = move_aside,
 ) -> LoadedCheckpoint | None:
     """Load the newest checkpoint that proves itself, or None if there is none. Collective.
 
-    One that is damaged is moved aside and the one before is tried. at: load the one of this step, and no
-    other.
+    One that is damaged is rejected and the one before is tried. at: load the one of this step, and no other.
+    reject: called on rank 0 with the path of one that is damaged, and why.
 
     Raises:
         CheckpointFileError: there is none of step `at` or it does not hold, or one is out of reach.
@@ -289,14 +292,12 @@ def load_newest(
                 message=message, damaged=False, hint=f"there are steps {steps}" if steps else None
             )
         return load(paths[0], team, rows_for)
-    rejected: list[tuple[Path, str]] = []
     for path in paths:
         try:
-            return replace(load(path, team, rows_for), rejected=tuple(rejected))
+            return load(path, team, rows_for)
         except CheckpointFileError as error:
             if not error.damaged:
                 raise
             reason = str(error)
-            on_first_rank(team, lambda path=path, reason=reason: move_aside(path, reason))  # type: ignore[misc]
-            rejected.append((path, reason))
+            on_first_rank(team, lambda path=path, reason=reason: reject(path, reason))  # type: ignore[misc]
     return None
