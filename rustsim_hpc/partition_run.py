@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.fingerprint import digest_column, digest_keys
 from rustsim_hpc.partition import PartitionExecutionContext
@@ -42,11 +43,10 @@ class StageCache:
         self._work = work
         self._stages: dict[int, StageFunction] = {}
         self._lock = threading.Lock()
-        self.compile_seconds = 0.0
 
     def get(self, stage: KernelStage) -> StageFunction:
         """Return the function of a stage, generated at the first call."""
-        with self.counting():
+        with self.loading():
             if id(stage) not in self._stages:
                 from rustsim_hpc.kernels.stage import build_stage
 
@@ -57,14 +57,10 @@ class StageCache:
             return self._stages[id(stage)]
 
     @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count the seconds of what is compiled or loaded here, by one thread at a time."""
-        with self._lock:
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self.compile_seconds += time.perf_counter() - start
+    def loading(self) -> Iterator[None]:
+        """Let one thread at a time compile or load what partitions share; the clock counts it."""
+        with self._lock, CLOCK.counting():
+            yield
 
 
 class PartitionRun:
@@ -199,7 +195,7 @@ class PartitionRun:
         if function.draws and frame.step_index + frame.repeat - 1 > MAX_STEP:
             raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
         if kinds not in self._compiled:
-            with self._stages.counting():
+            with self._stages.loading():
                 dtypes = function.compile_for(values)
             for slot, dtype in dtypes.items():
                 self._board.codes[self._place, slot] = DTYPES.index(dtype)
@@ -251,12 +247,12 @@ class PartitionRun:
             case "fill_bits":
                 from rustsim_hpc.kernels.philox import fill_bits_address
 
-                with self._stages.counting():
+                with self._stages.loading():
                     return np.uint64(fill_bits_address())
             case "digest":
                 from rustsim_hpc.kernels.digest_call import digest_address
 
-                with self._stages.counting():
+                with self._stages.loading():
                     return np.uint64(digest_address(key))
             case "digest_keys":
                 return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)

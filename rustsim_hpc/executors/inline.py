@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.executors.base import (
     OBSERVE,
     PartitionTask,
@@ -25,15 +26,15 @@ class LocalSession:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.board = new_board(work)
-        self._stages = StageCache(work)
+        stages = StageCache(work)
         self.runs = [
-            PartitionRun(work, task, self.board, place, self._stages) for place, task in enumerate(work.tasks)
+            PartitionRun(work, task, self.board, place, stages) for place, task in enumerate(work.tasks)
         ]
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds spent on compiling or loading kernels so far."""
-        return self._stages.compile_seconds
+        """Seconds that this process has spent on compiling or loading kernels so far."""
+        return CLOCK.seconds
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition, in order."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of
 from rustsim_hpc.executors.base import (
     OBSERVE,
@@ -81,8 +82,11 @@ class ProcessSession:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that the slowest worker spent on compiling or loading kernels so far."""
-        return float((self._compiled + self._words[: len(self._compiled), COMPILE_NS]).max(initial=0)) / 1e9
+        """Seconds that this process and the slowest worker spent on compiling or loading kernels so far."""
+        return (
+            CLOCK.seconds
+            + float((self._compiled + self._words[: len(self._compiled), COMPILE_NS]).max(initial=0)) / 1e9
+        )
 
     # -- a segment -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rustsim_hpc.checkpoint import PartitionCheckpoint
 from rustsim_hpc.columns import DeviceSoaCheckpoint
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import (
     EngineControlPlaneError,
     ExecutorError,
@@ -49,8 +50,6 @@ class TaskSession:
             executors run.
     """
 
-    compile_seconds = 0.0
-
     def __init__(self, work: Work, executor: PartitionExecutor, phase_base: int, scheme: str) -> None:
         self.work = work
         self.board = Board(len(work.tasks), work.program, [])
@@ -63,6 +62,11 @@ class TaskSession:
             first = work.tasks[0].assignment.partition_id
             message = "row kernels, reductions and derived values need an executor of this package"
             raise ExecutorError(Worker(first, message))
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that this process has spent on compiling so far; an executor's own are not known."""
+        return CLOCK.seconds
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:  # noqa: ARG002 (there is only one)
         """Ship every partition, run all phases there, and take what comes back if all of it is right."""

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 from numba.core.caching import FunctionCache
+
+from rustsim_hpc.compile_clock import CLOCK
 
 ENTERED: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 """Options of a function that Python calls too."""
@@ -37,6 +40,19 @@ def own_sources() -> str:
     for path in (*sorted(folder.glob("*.py")), folder.parent / "random.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Tells the clock when Numba compiles, whoever asked for it."""
+
+    def on_start(self, _event: Any) -> None:
+        CLOCK.begin()
+
+    def on_end(self, _event: Any) -> None:
+        CLOCK.end()
+
+
+event.register("numba:compile", _Compiling())
 
 
 class SafeCache(FunctionCache):  # type: ignore[misc]
