@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.device import CupyDevice, Device
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, ExecutorError, RustsimError, Worker
 from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResult, describe
@@ -72,8 +73,8 @@ class CudaSession:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds spent on compiling or loading kernels so far."""
-        return self._stages.compile_seconds + sum(run.compile_seconds for run in self._on_devices)
+        """Seconds that this process has spent on compiling or loading kernels so far."""
+        return CLOCK.seconds
 
     @property
     def resident_bytes(self) -> int:

@@ -47,11 +47,6 @@ class DeviceRun(PartitionRun):
         self._device_stages = DeviceStages(partition)
         self._digest_only: dict[int, KernelStage] = {}
 
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds spent on compiling or loading kernels so far."""
-        return self._device_stages.compile_seconds
-
     def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
         start = time.perf_counter_ns()
         staged = self._device_stages.get(stage, frame)

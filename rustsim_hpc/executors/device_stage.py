@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.device import COMPUTE, TRANSFER, Buffer, Device
 from rustsim_hpc.executors.device_columns import DeviceColumns
 from rustsim_hpc.fingerprint import digest_keys
@@ -256,7 +256,6 @@ class DeviceStages:
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
         self._made: dict[tuple[Any, ...], DeviceStage] = {}
-        self.compile_seconds = 0.0
 
     def get(self, stage: KernelStage, frame: Frame) -> DeviceStage:
         """Return a stage for the types of a step's values: a derived value may change its type.
@@ -273,9 +272,8 @@ class DeviceStages:
         }
         key = id(stage), frozenset(taken)
         if key not in self._made:
-            start = time.perf_counter()
-            self._made[key] = DeviceStage(self._partition, stage, frame)
-            self.compile_seconds += time.perf_counter() - start
+            with CLOCK.counting():
+                self._made[key] = DeviceStage(self._partition, stage, frame)
         return self._made[key]
 
     def clear(self) -> None:
