@@ -158,6 +158,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "--force": {**_FLAG, "help": "Use a folder that is not empty."},
     "--dry-run": {**_FLAG, "help": "Print the resolved job and its plan; run nothing."},
     "--no-progress": {**_FLAG, "help": "No progress bar (there is none without a terminal)."},
+    "--profile": {**_FLAG, "help": "End with a table of where the time went."},
     "--json": {**_FLAG, "help": "End standard output with one line of JSON."},
 }
 

@@ -48,7 +48,7 @@ Examples:
 @job_options(
     "--executor", "--workers", "--partitions", "--guard", "--backend", "--check", "--time-limit", "--record",
     "--verify", "--fingerprint", "--checkpoint-every", "--out", "--force", "--dry-run", "--no-progress",
-    "--json",
+    "--profile", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj
@@ -79,7 +79,7 @@ def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> 
 )
 @job_options(
     "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--check", "--time-limit",
-    "--checkpoint-every", "--no-progress", "--json",
+    "--checkpoint-every", "--no-progress", "--profile", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj

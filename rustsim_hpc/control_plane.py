@@ -27,7 +27,7 @@ from rustsim_hpc.partition import PartitionAssignment, PartitionPlan
 from rustsim_hpc.replay import ReplayRecorder
 from rustsim_hpc.reports import ControlledStep as ControlledStep  # noqa: PLC0414
 from rustsim_hpc.reports import PartitionedStep as PartitionedStep  # noqa: PLC0414
-from rustsim_hpc.reports import PhaseReports
+from rustsim_hpc.reports import PhaseReports, StepSpent
 from rustsim_hpc.runtime import ColumnarRuntime, closure_phase
 from rustsim_hpc.state_proof import StateProof
 from rustsim_hpc.stepper import Stepper, StepReport
@@ -380,7 +380,8 @@ class EngineControlPlane:
         work = stepper.work
         reports = PhaseReports(work.tasks, work.program.model_phases, base, report.times)
         checkpoint = self._checkpoint_if_due()
-        return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us)
+        spent = StepSpent(report.executor_ns, report.meeting_ns, report.checks_ns, report.proof_ns)
+        return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us, spent)
 
     def _phase_base(self, kind: StepKind) -> int:
         bases = (0, self._runtime.phase_count, self._runtime.phase_count + len(self._partition_phases))

@@ -177,6 +177,9 @@ class CommandTable(_Table):
     force: bool = _key("use a folder that is not empty", False)
     dry_run: bool = _key("print the resolved job and its plan, and run nothing", False)
     no_progress: bool = _key("no progress bar", False)
+    profile: bool = _key(
+        "end with a table of where the time went; metrics.jsonl and the line of JSON have it too", False
+    )
     json_line: bool = _key("end standard output with one line of JSON", False, alias="json")
 
 
@@ -217,6 +220,7 @@ class RunOptions:
     """How this one start of a job behaves; nothing in it changes what is computed.
 
     out: the run's folder (None: runs/NAME-TIME, chosen by rank 0). progress: a bar on a terminal is wanted.
+    profile: where the time goes is to be found out.
     json: the last line of standard output is the summary as JSON. debug: errors come with a traceback.
     """
 
@@ -224,6 +228,7 @@ class RunOptions:
     force: bool = False
     dry_run: bool = False
     progress: bool = True
+    profile: bool = False
     json: bool = False
     debug: bool = False
 
@@ -365,6 +370,7 @@ def _options(command: CommandTable, base: Path, sources: Origin, debug: bool) ->
         force=command.force,
         dry_run=command.dry_run,
         progress=not command.no_progress,
+        profile=command.profile,
         json=command.json_line,
         debug=debug,
     )

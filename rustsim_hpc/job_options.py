@@ -24,6 +24,7 @@ OPTION_KEYS: Final[dict[str, tuple[str, str]]] = {
     "--force": ("command", "force"),
     "--dry-run": ("command", "dry_run"),
     "--no-progress": ("command", "no_progress"),
+    "--profile": ("command", "profile"),
     "--json": ("command", "json"),
 }
 """Option → (table, key). Every other key is set with `--set TABLE.KEY=VALUE`."""

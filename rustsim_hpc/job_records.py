@@ -16,6 +16,7 @@ from rustsim_hpc.metrics_log import MetricsLog
 from rustsim_hpc.model import ColumnPhase
 from rustsim_hpc.output_set import OutputSet
 from rustsim_hpc.outputs import Sample
+from rustsim_hpc.profiling import RunProfile
 from rustsim_hpc.replay_log import ReplayHeader
 from rustsim_hpc.replay_writer import ReplayLogWriter
 from rustsim_hpc.run_folder import RunFolder
@@ -41,6 +42,7 @@ class JobRecords:
         outputs: the model's outputs.
         fingerprints: (step, value) of the last ten fingerprints.
         trouble: a failure of rank 0 that the other ranks do not know of yet.
+        log_ns: nanoseconds that the last step's entry in the replay log took.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class JobRecords:
         self.outputs = OutputSet(model.outputs, folder.path, model.agents)
         self.fingerprints: list[tuple[int, int]] = []
         self.trouble: Exception | None = None
+        self.log_ns = 0
         self._spec, self._model, self._plane, self._folder = spec, model, plane, folder
         self._team, self._resumed_from = team, resumed_from
         self._first = team.rank == 0
@@ -90,15 +93,16 @@ class JobRecords:
         if self._log is not None:
             self._log.sync()
 
-    def close(self) -> None:
-        """Make everything durable and close it.
+    def close(self, profile: RunProfile | None = None) -> None:
+        """Make everything durable and close it; the last line of the metrics has the profile, if any.
 
         Raises:
             OutputError: the disk failed.
         """
         self.outputs.close()
         if self._metrics is not None:
-            self._metrics.append(self._plane.metrics())
+            more = {} if profile is None else {"profile": profile.to_dict()}
+            self._metrics.append(self._plane.metrics(), **more)
             self._metrics.close()
         if self._log is not None:
             self._log.sync()
@@ -126,14 +130,17 @@ class JobRecords:
         """
         step = self._plane.runtime.step_index
         failure: Exception | None = None
+        self.log_ns = 0
         if fingerprint is not None:
             self.fingerprints = [*self.fingerprints[1 - _LAST :], (fingerprint.step_index, fingerprint.value)]
             self._plane.forget_recorded()
         if self._first and self._log is not None and fingerprint is not None:
+            begun = time.perf_counter_ns()
             try:
                 self._log.append(fingerprint, self._plane.column_values())
             except Exception as error:  # noqa: BLE001 (told to all ranks below)
                 failure = error
+            self.log_ns = time.perf_counter_ns() - begun
         if any(step % getattr(output, "every", step + 1) == 0 for output in self.outputs.declarations):
             self._write_outputs(step, failure)
         elif failure is not None or self._log_can_fail(fingerprint):

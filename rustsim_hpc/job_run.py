@@ -17,6 +17,7 @@ from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, Rusts
 from rustsim_hpc.fingerprint import StateView
 from rustsim_hpc.job import JobSpec
 from rustsim_hpc.job_records import JobRecords
+from rustsim_hpc.profiling import Profiler, RunProfile
 from rustsim_hpc.progress import Progress
 from rustsim_hpc.run_folder import RunFolder
 from rustsim_hpc.signals import StopRequests
@@ -36,11 +37,15 @@ _FIELD = (1 << 20) - 1
 
 @dataclass
 class LoopResult:
-    """How the loop ended: steps made, seconds without compilation, and why it stopped early (or None)."""
+    """How the loop ended.
+
+    steps: made. seconds: without compilation. stopped: why it ended early, or None. profile: if asked for.
+    """
 
     steps: int
     seconds: float
     stopped: str | None
+    profile: RunProfile | None = None
 
 
 class JobRun:
@@ -57,6 +62,7 @@ class JobRun:
         resumed_from: the restored step, or None.
         forked: the state comes from another run's checkpoint, so this one saves it first.
         progress: show a bar if this is a terminal.
+        profile: find out where the time goes.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class JobRun:
         resumed_from: int | None,
         forked: bool,
         progress: bool,
+        profile: bool = False,
     ) -> None:
         self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
         self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
@@ -97,6 +104,7 @@ class JobRun:
         self._last_checkpoint_time = time.monotonic()
         self._opened = False
         self._seconds_a_step = 1.0
+        self._profile = profile
 
     # -- the loop ------------------------------------------------------------------------------------
 
@@ -124,7 +132,7 @@ class JobRun:
             result = self._loop(watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
             self._last_checkpoint()
-            self._on_first(self.records.close)
+            self._on_first(lambda: self.records.close(result.profile))
             return result
 
     def _watchdog(self) -> Watchdog:
@@ -152,6 +160,7 @@ class JobRun:
         begun = plane.runtime.step_index
         self._stepper = stepper = plane.stepper(self.executor)
         compiled_before = stepper.session.compile_seconds
+        profiler = self._profiler(stepper)
         start = time.perf_counter()
         stopped: str | None = None
         together = 1
@@ -167,16 +176,31 @@ class JobRun:
             together = max(1, votes // _TOGETHER)
             if votes & _TROUBLE:
                 agree(self.team, self.records.trouble)
+            stepped = time.perf_counter_ns()
             self.records.after_step(step.fingerprint)
+            recorded = time.perf_counter_ns()
             self._checkpoint_if_due(votes)
+            if profiler is not None:
+                log = self.records.log_ns
+                pause = time.perf_counter_ns() - recorded
+                profiler.add(step, stepper.session.compile_seconds, log, recorded - stepped - log, pause)
             self._bar.advance(made)
             if votes & _FIELD:
                 reason = stop.stop_requested()
                 stopped = reason.text if reason is not None else "another rank was asked to stop"
         # Ranks wait for the one that compiles.
         compiled = max(self.team.allgather(stepper.session.compile_seconds - compiled_before))
-        seconds = max(0.0, time.perf_counter() - start - compiled)
-        return LoopResult(plane.runtime.step_index - begun, seconds, stopped)
+        loop, made = time.perf_counter() - start, plane.runtime.step_index - begun
+        profile = None
+        if profiler is not None:
+            profile = RunProfile.of(profiler.gather(loop), made, stepper.work.program)
+        return LoopResult(made, max(0.0, loop - compiled), stopped, profile)
+
+    def _profiler(self, stepper: Stepper) -> Profiler | None:
+        if not self._profile:
+            return None
+        rows = self.plane.runtime.device_store().agent_count
+        return Profiler(stepper.work.program, self.team, rows, stepper.session.compile_seconds)
 
     def _vote(self) -> int:
         vote = _STOP if self._stop.stop_requested() is not None else 0

@@ -220,7 +220,7 @@ def _run(
     session.plane = plane = on_all(team, lambda: _plane(prepared, store, step_index))
     run = JobRun(
         spec, prepared.model, plane, executor, folder, team, stop,
-        resumed_from=resumed_from, forked=forked, progress=options.progress,
+        resumed_from=resumed_from, forked=forked, progress=options.progress, profile=options.profile,
     )  # fmt: skip
     session.reported = True
     result = run.run()
@@ -292,6 +292,7 @@ def _summary(
         resumed_from=resumed_from,
         outputs={name: Path(path) for name, path in run.records.outputs.files().items()},
         stopped=result.stopped,
+        profile=result.profile,
     )
 
 

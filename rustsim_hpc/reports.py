@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -15,6 +15,19 @@ from rustsim_hpc.runtime import ColumnarStepTiming
 from rustsim_hpc.work import Task
 
 
+class StepSpent(NamedTuple):
+    """What a step spent its time on, in nanoseconds of this rank: one after the other.
+
+    executor: the phases, as the rank waits for them. meeting: agreeing with the other ranks, reductions,
+    derived values. checks: checks, and reductions for outputs. proof: the fingerprint and its verification.
+    """
+
+    executor: int
+    meeting: int
+    checks: int
+    proof: int
+
+
 class PhaseReports(Sequence[PartitionPhaseReport]):
     """One report for each partition and phase: partitions in order, phases in order within each.
 
@@ -22,7 +35,7 @@ class PhaseReports(Sequence[PartitionPhaseReport]):
         tasks: the partitions.
         names: the phases.
         phase_base: index of the first phase in the combined list.
-        times: int64 (partitions, phases), nanoseconds.
+        times: int64 (partitions, at least as many as phases), nanoseconds.
     """
 
     __slots__ = ("_base", "_names", "_tasks", "_times")
@@ -34,6 +47,11 @@ class PhaseReports(Sequence[PartitionPhaseReport]):
         self._names = names
         self._base = phase_base
         self._times = times
+
+    def total_ns(self) -> np.ndarray[Any, Any]:
+        """Return the nanoseconds of each phase, then of digests made in stages, over the partitions."""
+        total: np.ndarray[Any, Any] = self._times.sum(axis=0)
+        return total
 
     def __len__(self) -> int:
         return len(self._tasks) * len(self._names)
@@ -88,11 +106,13 @@ class PartitionedStep:
         fingerprint: if replay is on.
         checkpoint: if one was due.
         total_us: wall-clock time in microseconds.
+        spent: what it went into.
     """
 
     step_index: int
     agent_count: int
-    phases: Sequence[PartitionPhaseReport]
+    phases: PhaseReports
     fingerprint: ReplayFingerprint | None
     checkpoint: EngineCheckpoint | None
     total_us: int
+    spent: StepSpent

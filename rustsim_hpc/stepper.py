@@ -6,6 +6,7 @@ The new state stands on the columns' other side until the caller commits it, so 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,18 @@ class StepReport:
     Attributes:
         values: results of reductions and derived values.
         digests: uint64 (columns,): digests of the written columns over the whole population, or None.
-        times: int64 (partitions of this rank, phases): nanoseconds.
+        times: int64 (partitions of this rank, phases + 1): nanoseconds, the last of digests made in stages.
+        executor_ns, meeting_ns, checks_ns, proof_ns: nanoseconds that the rank waited for its executor, and
+            spent on meeting the others and what follows from it, on checks and on proof.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     digests: Array | None = None
     times: Array = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    executor_ns: int = 0
+    meeting_ns: int = 0
+    checks_ns: int = 0
+    proof_ns: int = 0
 
 
 class Stepper:
@@ -78,14 +85,19 @@ class Stepper:
         board.digests[:] = 0
         last = len(self.work.program.segments) - 1
         digests = None
+        executor_ns = meeting_ns = 0
         for index, segment in enumerate(self.work.program.segments):
             reset_states(self.work, board, segment.reductions)
+            begun = perf_counter_ns()
             failures = self.session.run(index, frame)
+            ran = perf_counter_ns()
             last_one = want_digest and index == last
             digests = self.meeting.hold(segment, failures, frame, with_digests=last_one)
             if segment.derives:
                 self._derive(segment, frame, agree=index == last)
-        return StepReport(frame.values, digests, board.times.copy())
+            executor_ns += ran - begun
+            meeting_ns += perf_counter_ns() - ran
+        return StepReport(frame.values, digests, board.times.copy(), executor_ns, meeting_ns)
 
     def observe(self, step_index: int, values: dict[str, Any], *, committed: bool) -> None:
         """Make the reductions of checks and outputs from the new state, into ``values``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,8 +126,11 @@ class Stepping:
             due = self.replay.is_due(after)
             want_digest = due and self.proof.scheme == "digest"
             report = stepper.advance(before, want_digest=want_digest, repeat=repeat)
+            begun = time.perf_counter_ns()
             self._observe_and_check(stepper, report, after)
+            checked = time.perf_counter_ns()
             fingerprint, sums = self._prove(stepper, report, after, due=due)
+            report.checks_ns, report.proof_ns = checked - begun, time.perf_counter_ns() - checked
             if self._seen != self._state_now():
                 raise InvalidConfig("a phase replaced the state of the runtime that runs it")
         except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised typed)

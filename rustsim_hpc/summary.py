@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from rustsim_hpc.profiling import RunProfile
+
 EXIT_DONE: Final = 0
 EXIT_STOPPED: Final = 75
 
@@ -19,6 +21,7 @@ class RunSummary:
     steps: done by this process. step_index: reached. fingerprint: of the final state, with its scheme.
     seconds: of the step loop, compilation apart. resumed_from: the restored step, or None. outputs: the
     model's named outputs and their files. stopped: why the run ended early, after saving a checkpoint.
+    profile: where the time went, if that was asked for.
     """
 
     job: str
@@ -37,6 +40,7 @@ class RunSummary:
     resumed_from: int | None = None
     outputs: Mapping[str, Path] = field(default_factory=dict)
     stopped: str | None = None
+    profile: RunProfile | None = None
 
     @property
     def exit_code(self) -> int:
@@ -68,6 +72,7 @@ class RunSummary:
             "resumed_from": self.resumed_from,
             "outputs": {name: str(path) for name, path in self.outputs.items()},
             "stopped": self.stopped,
+            **({} if self.profile is None else {"profile": self.profile.to_dict()}),
         }
 
     def to_json(self) -> str:
@@ -86,6 +91,8 @@ class RunSummary:
             f"fingerprint {self.fingerprint:#018x} ({self.fingerprint_scheme})",
             f"folder {self.folder}" + "".join(f"\n  {name}" for name in self.outputs),
         ]
+        if self.profile is not None:
+            lines.append(self.profile.text())
         if self.stopped is not None:
             lines.append(f"stopped: {self.stopped}; go on with: rustsim-hpc resume {self.folder}")
         return "\n".join(lines)

@@ -173,7 +173,7 @@ class Board:
 
     Attributes:
         status: int64 (tasks, 5).
-        times: int64 (tasks, phases), nanoseconds of the current step.
+        times: int64 (tasks, phases + 1), nanoseconds of the current step; the last: digests made in stages.
         digests: uint64 (tasks, columns), sums mod 2^64 over the partition's rows.
         codes: int64 (tasks, slots): dtype of the values that each slot reduces, by its place in ``DTYPES``.
         states: for each reduction slot int64 (tasks, …), as :mod:`rustsim_hpc.kernels.reduce` lays them out.
@@ -190,7 +190,7 @@ class Board:
         """Return (shape, end in bytes) of each array, one after the other, 64-byte aligned."""
         shapes: list[tuple[int, ...]] = [
             (tasks, STATUS_FIELDS),
-            (tasks, max(1, len(program.phase_names))),
+            (tasks, len(program.phase_names) + 1),
             (tasks, max(1, len(program.schema.columns))),
             (tasks, max(1, len(program.reductions))),
             *((tasks, *shape) for shape in state_shapes),

@@ -142,6 +142,7 @@ def test_every_option_sets_its_key(
         "--out": "out",
         "--force": None,
         "--no-progress": None,
+        "--profile": None,
         "--json": None,
     }
     assert {*given, "--dry-run"} == set(OPTION_KEYS)
@@ -160,7 +161,7 @@ def test_every_option_sets_its_key(
     assert (spec.checkpoint.every, spec.checkpoint.keep) == (4, 9)
     assert spec.params == {"dt": 0.1}
     assert options == RunOptions(
-        out=job.parent / "out", force=True, dry_run=False, progress=False, json=True, debug=True
+        out=job.parent / "out", force=True, dry_run=False, progress=False, profile=True, json=True, debug=True
     )
 
 

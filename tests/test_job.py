@@ -111,6 +111,7 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         force = true
         dry_run = true
         no_progress = true
+        profile = true
         json = true
     """
     raw = tomllib.loads(text)
@@ -128,7 +129,8 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         }.get(table, {})
         assert kept[table] == wanted
     assert spec.model.module == str(tmp_path / "flock.py")
-    assert options == RunOptions(out=tmp_path / "here", force=True, dry_run=True, progress=False, json=True)
+    on = {"force": True, "dry_run": True, "profile": True, "json": True}
+    assert options == RunOptions(out=tmp_path / "here", progress=False, **on)
 
 
 def test_frozen(job: Path) -> None:

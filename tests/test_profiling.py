@@ -1,0 +1,98 @@
+"""Where a run's time goes: the parts fit into the whole, and the table says what it should."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rustsim_hpc.job import Override, RunOptions, read_job
+from rustsim_hpc.launch import run_job
+from rustsim_hpc.metrics_log import read_metrics
+from rustsim_hpc.profiling import SPANS, RankProfile, RunProfile
+from rustsim_hpc.summary import RunSummary
+from rustsim_hpc.team import SoloTeam
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(out: Path, *sets: str, job: str = "particles", profile: bool = True) -> RunSummary:
+    small = [Override.parse(text) for text in ("run.agents=20000", "run.steps=12", *sets)]
+    spec, _ = read_job(ROOT / "jobs" / f"{job}.toml", small, environ={})
+    return run_job(spec, RunOptions(out=out, progress=False, profile=profile), SoloTeam())
+
+
+@pytest.mark.parametrize("executor", ["inline", "threads", "processes"])
+def test_the_parts_fit_into_the_loop(tmp_path: Path, executor: str) -> None:
+    summary = run(
+        tmp_path / "run",
+        f"run.executor={executor}",
+        "replay.mode=record",
+        "checkpoint.every=4",
+        "run.workers=2",
+    )
+    profile = summary.profile
+    assert profile is not None
+    [rank] = profile.ranks
+    assert set(rank.spans) == set(SPANS)
+    assert 0.5 * rank.loop < sum(rank.spans.values()) + rank.compiling <= rank.loop * 1.001
+    assert all(rank.spans[name] > 0 for name in ("executor", "ranks", "proof", "log", "checkpoints"))
+    assert list(rank.phases) == ["move", "slow"]
+    assert rank.busy > 0
+    assert rank.rows == 20000
+    # What moves: move reads four float32 and writes two, slow reads two and writes them.
+    assert profile.row_bytes == {"move": 24, "slow": 16}
+    assert 0 < profile.proof_share < 1
+
+
+def test_it_is_told_where_the_run_is(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", job="us_flights")
+    assert summary.profile is not None
+    text = summary.text()
+    for name in ("move", "crowd", "p_inf", "progress", "compilation", *SPANS.values()):
+        assert f"  {name} " in text
+    assert "of the time went into proof" in text
+    told = json.loads(summary.to_json())["profile"]
+    assert told == json.loads(json.dumps(summary.profile.to_dict()))
+    [*before, last] = read_metrics(tmp_path / "run")
+    assert last["profile"] == told
+    assert all("profile" not in entry for entry in before)
+
+
+def test_without_being_asked_there_is_none(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", profile=False)
+    assert summary.profile is None
+    assert "profile" not in summary.to_dict()
+    assert all("profile" not in entry for entry in read_metrics(tmp_path / "run"))
+
+
+def rank_profile(rank: int, busy: float, proof: float = 0.0, tile_proof: float = 0.0) -> RankProfile:
+    spans = {**dict.fromkeys(SPANS, 0.0), "executor": busy, "proof": proof}
+    phases = {"move": busy - tile_proof}
+    return RankProfile(rank, f"node{rank}", 10.0, 2.0, spans, phases, tile_proof, 1000)
+
+
+def test_figures_of_several_ranks() -> None:
+    profile = RunProfile(
+        (rank_profile(0, 3.0, 1.0), rank_profile(1, 5.0, 0.6, tile_proof=2.0)), 4, {"move": 24}
+    )
+    assert profile.imbalance == pytest.approx(5 / 4)
+    assert profile.loop == 10.0
+    # 1 s of rank 0's 8 s of stepping, 0.6 s and the 2 s of digests of rank 1's.
+    assert profile.proof_share == pytest.approx((1.0 + 0.6 + 2.0) / 16)
+    [(name, seconds, speed)] = profile.phase_rows()
+    assert (name, seconds) == ("move", 6.0)
+    assert speed == pytest.approx(24 * 4 * 2000 / 6.0)
+    lines = profile.text().splitlines()
+    assert "  the slowest rank is busy 1.25 x as long as the mean" in lines
+    assert any(line.split() == ["1", "on", "node1", "5.000", "0.000"] for line in lines)
+
+
+def test_a_phase_that_does_not_say_what_it_moves_has_no_speed() -> None:
+    profile = RunProfile((rank_profile(0, 3.0),), 4, {"move": None})
+    assert profile.phase_rows() == [("move", 3.0, None)]
+    idle = replace(profile, ranks=(rank_profile(0, 0.0),))
+    assert idle.imbalance == 1.0
+    assert idle.phase_rows() == [("move", 0.0, None)]
