@@ -111,17 +111,16 @@ class _Heap:
     def buffer(self, number: int) -> Array:
         if number not in self._made:
             try:
-                self._made[number] = self._allocate(self._buffers.sizes[number], number * _STAGGER % _PAGE)
+                self._made[number] = self._allocate(self._buffers.sizes[number], number)
             except (OSError, MemoryError, ValueError, OverflowError) as error:
                 raise self._buffers.shortage(number, "heap", error) from error
         return self._made[number]
 
     @staticmethod
-    def _allocate(size: int, stagger: int) -> Array:
+    def _allocate(size: int, number: int) -> Array:
+        stagger = number * _STAGGER % _PAGE
         if size < _SMALL or not hasattr(mmap, "MAP_PRIVATE"):
-            raw = np.empty(size + _PAGE, np.uint8)
-            start = (stagger - raw.ctypes.data) % _PAGE
-            return raw[start : start + size]
+            return staggered_empty(size, number)
         area = mmap.mmap(-1, size + _HUGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         raw = np.frombuffer(area, np.uint8)
         start = -raw.ctypes.data % _HUGE
@@ -215,6 +214,13 @@ class _Shared:
             with contextlib.suppress(BufferError):
                 area.close()
         self._close_fds()
+
+
+def staggered_empty(size: int, number: int) -> Array:
+    """Return `size` bytes of private memory, uint8, placed in its page as the buffer of that number is."""
+    raw = np.empty(size + _PAGE, np.uint8)
+    start = (number * _STAGGER - raw.ctypes.data) % _PAGE
+    return raw[start : start + size]
 
 
 def _close_files(fds: tuple[int, ...]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.fingerprint import digest_column, digest_keys
+from rustsim_hpc.memory import staggered_empty
 from rustsim_hpc.partition import PartitionExecutionContext
 from rustsim_hpc.phase_columns import PhaseColumns
 from rustsim_hpc.program import ColumnCall, KernelStage, Segment
@@ -29,9 +30,13 @@ from rustsim_hpc.schema import DTYPES
 from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 
 if TYPE_CHECKING:
-    from rustsim_hpc.kernels.stage import Argument, StageFunction
+    from rustsim_hpc.kernels.stage import StageFunction
+    from rustsim_hpc.kernels.stage_source import Argument
 
 _NO_IDS = np.zeros(0, np.uint64)
+_WHOLE_ROWS = 1 << 20
+"""Rows of a tile of a stage that is one loop: nothing is gained from looking at few rows at a time."""
+
 _PHASE_ROWS = 131072
 """Rows that row-local column phases get at a time: few enough for the cache, enough to call Python for."""
 
@@ -84,6 +89,7 @@ class PartitionRun:
         self._groups: dict[int, list[KernelStage | list[ColumnCall]]] = {}
         self._seen: dict[tuple[int, bytes], list[Any]] = {}
         self._phase = 0
+        self._streams = work.streams(task)
 
     def run(self, segment: Segment, frame: Frame) -> PhaseFailure | None:
         """Run one segment's items in order; return what failed, or None."""
@@ -185,9 +191,12 @@ class PartitionRun:
             function = self._stages.get(stage)
             self._calls[key] = (function, *self._arguments(function, status))
         function, values, dynamic = self._calls[key]
+        alone = frame.repeat == 1 and not frame.want_digest
+        values[3] = _WHOLE_ROWS if alone and function.one_loop and not self.work.tile_rows else self.work.tile
         values[4] = frame.want_digest
         values[8] = frame.step_index
         values[10] = frame.repeat
+        values[11] = self._streams and frame.repeat == 1
         kinds: tuple[Any, ...] = key
         for position, name in dynamic:
             value = values[position] = frame.values[name]
@@ -215,7 +224,7 @@ class PartitionRun:
         ids = _NO_IDS if work.ids is None else work.ids
         values: list[Any] = [
             self.task.start, self.task.stop, work.first_row, work.tile, False, status,
-            board.times[place], board.digests[place], 0, ids, 1,
+            board.times[place], board.digests[place], 0, ids, 1, False,
         ]  # fmt: skip
         dynamic = []
         for argument in function.arguments:
@@ -244,6 +253,9 @@ class PartitionRun:
                 return work.bins[key]
             case "bits":
                 return np.empty(work.tile, np.uint64)
+            case "scratch":
+                dtype = np.dtype(work.memory.schema.columns[key].dtype)
+                return staggered_empty(work.tile * dtype.itemsize, key).view(dtype)
             case "fill_bits":
                 from rustsim_hpc.kernels.philox import fill_bits_address
 
@@ -283,7 +295,7 @@ def _row_local(call: ColumnCall) -> bool:
 
 def status_text(work: Work, step: int, status: Any) -> str:
     """Return in words what a stage's status says has failed."""
-    from rustsim_hpc.kernels.stage import KEY_OUT_OF_RANGE
+    from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE
 
     phase, row, value = int(status[2]), int(status[3]), int(status[4])
     name = work.program.phase_names[phase]

@@ -30,6 +30,10 @@ MIN_TILE = 4096
 MAX_TILE = 65536
 _DEFAULT_L2 = 1 << 20
 
+_CACHES_TO_STREAM = 4
+"""A partition so many times as large as its level-2 cache is written around the cache. Below, the next step
+would find it there."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -85,6 +89,11 @@ class Work:
     def bins(self) -> tuple[int, ...]:
         """Number of bins of each reduction slot; 0 for a single value."""
         return tuple(reduction.bin_count(self.params) for reduction in self.program.reductions)
+
+    def streams(self, task: Task) -> bool:
+        """Return whether a partition is so large that its stages should write rows around the cache."""
+        row_bytes = 2 * sum(np.dtype(column.dtype).itemsize for column in self.memory.schema.columns)
+        return row_bytes * (task.stop - task.start) > _CACHES_TO_STREAM * level_two_cache()
 
     def stream_key(self, stream: str) -> int:
         """Return the Philox key of a random stream."""

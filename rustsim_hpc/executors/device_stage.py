@@ -21,7 +21,7 @@ from rustsim_hpc.kernels.cuda_stage import (
     flat_arguments,
     kind_of,
 )
-from rustsim_hpc.kernels.stage import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
+from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
 from rustsim_hpc.program import KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.reductions import state_shapes
 from rustsim_hpc.work import Board, Frame, Task, Work
