@@ -127,7 +127,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "--steps": {"type": int, "metavar": "N", "help": "Step to reach."},
     "--seed": {"type": int, "metavar": "S", "help": "Seed of all random numbers."},
     "--executor": {
-        "type": click.Choice(["inline", "threads", "processes"]),
+        "type": click.Choice(["inline", "threads", "processes", "remote"]),
         "help": "What runs a rank's partitions. Ranks come from mpirun or srun.",
     },
     "--workers": {"type": int, "metavar": "N", "help": "Threads or worker processes of a rank."},
@@ -137,6 +137,16 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "After a failed step: the state before it, or (less memory) one that needs a restore.",
     },
     "--backend": {"type": click.Choice(["auto", "cpu", "cuda"]), "help": "Where partitions run."},
+    "--endpoint": {
+        "multiple": True,
+        "metavar": "ENDPOINT",
+        "help": "A worker of the remote executor, tcp://HOST:PORT; may be given more than once.",
+    },
+    "--keys": {
+        "type": click.Path(file_okay=False),
+        "metavar": "DIR",
+        "help": "Keys for workers beyond the loopback (rustsim-hpc worker --make-keys).",
+    },
     "--check": {**_FLAG, "help": "Compile with bounds checks; refuse NaN where it becomes an integer."},
     "--time-limit": {
         "metavar": "TIME",
@@ -185,7 +195,9 @@ def overrides(given: Mapping[str, Any], sets: tuple[str, ...] = ()) -> list[Over
     made = [Override.parse(text) for text in sets]
     for option, (table, key) in OPTION_KEYS.items():
         value = given.get(option.removeprefix("--").replace("-", "_"))
-        if value is None or value is False:
+        if value is None or value is False or value == ():
             continue
-        made.append(Override(table, key, "record" if option == "--record" else value, option))
+        if option == "--record":
+            value = "record"
+        made.append(Override(table, key, list(value) if isinstance(value, tuple) else value, option))
     return made

@@ -44,7 +44,7 @@ _OUT = click.option(
     help="The recorded replay.jsonl, or the folder of the run that recorded it.",
 )
 @click.option("--steps", type=click.IntRange(min=0), metavar="N", help="Step to reach (default: the run's).")
-@job_options("--executor", "--workers", "--partitions", "--guard", "--check")
+@job_options("--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys", "--check")
 @_OUT
 @job_options("--no-progress", "--json")
 @debug_option

@@ -31,8 +31,9 @@ Examples:
     help="Change a key of the job, for example params.beta=0.3. May be given more than once.",
 )
 @job_options(
-    "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--check", "--time-limit",
-    "--record", "--fingerprint", "--checkpoint-every", "--out", "--force", "--no-progress", "--json",
+    "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys",
+    "--check", "--time-limit", "--record", "--fingerprint", "--checkpoint-every", "--out", "--force",
+    "--no-progress", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj

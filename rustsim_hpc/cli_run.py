@@ -21,6 +21,7 @@ Examples:
   rustsim-hpc run jobs/us_flights.toml --record --checkpoint-every 30 --out runs/first
   rustsim-hpc run jobs/us_flights.toml --verify runs/first/replay.jsonl
   mpirun -n 4 rustsim-hpc run jobs/us_flights.toml
+  rustsim-hpc run jobs/us_flights.toml --executor remote --endpoint tcp://hostA:5555 --keys keys
   rustsim-hpc run jobs/us_flights.toml --dry-run
 
 Every option is also a key of the job file: see docs/job_file.md.
@@ -46,9 +47,9 @@ Examples:
     help="Set a key of the job file, for example params.beta=0.3. May be given more than once.",
 )
 @job_options(
-    "--executor", "--workers", "--partitions", "--guard", "--backend", "--check", "--time-limit", "--record",
-    "--verify", "--fingerprint", "--checkpoint-every", "--out", "--force", "--dry-run", "--no-progress",
-    "--profile", "--json",
+    "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys", "--check",
+    "--time-limit", "--record", "--verify", "--fingerprint", "--checkpoint-every", "--out", "--force",
+    "--dry-run", "--no-progress", "--profile", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj
@@ -78,8 +79,8 @@ def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> 
     "--at", type=int, metavar="STEP", help="Go on from the checkpoint of this step, not from the newest one."
 )
 @job_options(
-    "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--check", "--time-limit",
-    "--checkpoint-every", "--no-progress", "--profile", "--json",
+    "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys",
+    "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
 )  # fmt: skip
 @debug_option
 @click.pass_obj

@@ -19,7 +19,7 @@ from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.config import ControlPlaneConfig, validate_config, validate_plan
 from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
-from rustsim_hpc.failures import StepKind
+from rustsim_hpc.failures import StepKind, plane_error
 from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
 from rustsim_hpc.metrics import EngineMetrics, Meter
 from rustsim_hpc.model import ColumnPhase, Phase
@@ -30,7 +30,7 @@ from rustsim_hpc.reports import PartitionedStep as PartitionedStep  # noqa: PLC0
 from rustsim_hpc.reports import PhaseReports, StepSpent
 from rustsim_hpc.runtime import ColumnarRuntime, closure_phase
 from rustsim_hpc.state_proof import StateProof
-from rustsim_hpc.stepper import Stepper, StepReport
+from rustsim_hpc.stepper import StepFailed, Stepper, StepReport
 from rustsim_hpc.stepping import Executor, Stepping
 
 _INLINE = InlinePartitionExecutor()
@@ -187,9 +187,18 @@ class EngineControlPlane:
         return self._stepping.values
 
     def observe(self, executor: Executor) -> None:
-        """Make the reductions of checks and outputs from the current state, into :attr:`values`."""
-        values = dict(self._stepping.values)
-        self.stepper(executor).observe(self._runtime.step_index, values, committed=True)
+        """Make the reductions of checks and outputs from the current state, into :attr:`values`.
+
+        Raises:
+            EngineControlPlaneError: a reduction or a worker failed; the same on every rank.
+        """
+        values, step = dict(self._stepping.values), self._runtime.step_index
+        stepper = self.stepper(executor)
+        try:
+            stepper.observe(step, values, committed=True)
+        except StepFailed as failed:
+            base = self._phase_base(StepKind.EXECUTOR)
+            raise plane_error(StepKind.EXECUTOR, failed, step, base) from None
         self._stepping.values = values
 
     # -- stepping ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ Report = dict[str, dict[str, Any]]
 _CORE: Final = (
     "numpy", "numba", "llvmlite", "h5py", "click", "pydantic", "tqdm", "tomli-w", "xxhash", "platformdirs",
 )  # fmt: skip
-_EXTRAS: Final = {"mpi4py": "mpi", "mpich": "mpi", "matplotlib": "plot"}
+_EXTRAS: Final = {"mpi4py": "mpi", "mpich": "mpi", "matplotlib": "plot", "pyzmq": "remote"}
 _PROBE_SECONDS: Final = 60
 _MPI_PROBE: Final = """
 import json, mpi4py

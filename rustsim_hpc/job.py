@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rustsim_hpc.errors import JobError
 from rustsim_hpc.job_errors import Origin, describe, nearest_of
+from rustsim_hpc.remote.addresses import parse_endpoint
 
 ParamValue = bool | int | float | str
 
@@ -87,18 +88,20 @@ class RunTable(_Table):
     agents: Count = _key("number of rows of the state")
     steps: Count = _key("step index to reach")
     seed: int = _key("seed of all random numbers", 0, ge=-(2**63), le=2**64 - 1)
-    executor: Literal["inline", "threads", "processes"] = _key(
-        "what runs a rank's partitions; ranks come from the launcher (mpirun, srun)", "inline"
+    executor: Literal["inline", "threads", "processes", "remote"] = _key(
+        "what runs a rank's partitions; ranks come from the launcher (mpirun, srun); `remote`: the workers "
+        "of `[remote]`",
+        "inline",
     )
     workers: Positive | None = _key(
-        "threads or worker processes of a rank; `inline` has one",
+        "threads or worker processes of a rank; `inline` has one, `remote` its part of the endpoints",
         None,
         shown="the cores this rank may use, shared among the node's ranks",
     )
     partitions: Positive | None = _key(
         "partitions of the state's rows; each rank runs a contiguous part of them",
         None,
-        shown="one per worker of every rank",
+        shown="one per worker of every rank, or per endpoint",
     )
     guard: Literal["rollback", "torn"] = _key(
         "what a failed step leaves: `rollback`: the state before it; `torn`: a state that only a restore "
@@ -170,6 +173,47 @@ class CheckpointTable(_Table):
     chunk_rows: Positive | None = _key("rows of an HDF5 chunk", None, shown="chosen by size")
 
 
+class RemoteTable(_Table):
+    """The workers of `executor = "remote"`, and how long they are waited for."""
+
+    endpoints: list[str] = _key(
+        "where workers listen, as tcp://HOST:PORT; the partitions are dealt out to them in this order",
+        [],
+        shown="none",
+    )
+    keys: str | None = _key(
+        "a folder made by `rustsim-hpc worker --make-keys`; needed for workers beyond the loopback",
+        None,
+        shown="none: plain connections on the loopback",
+        min_length=1,
+    )
+    connect_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _key(
+        "until a connection to a worker must stand", 10.0
+    )
+    answer_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _key(
+        "until a worker must have answered; compiling is part of its first step", 600.0
+    )
+    retries: Annotated[int, Field(ge=0, le=1_000)] = _key(
+        "how often an unanswered request is sent again, over a fresh connection, before its worker counts as "
+        "dead",
+        1,
+    )
+    keep_steps: Positive = _key(
+        "after so many steps the state is fetched from the workers; no more than these have to be made again "
+        "when one is lost",
+        256,
+    )
+
+    @field_validator("endpoints")
+    @classmethod
+    def _each_once(cls, endpoints: list[str]) -> list[str]:
+        for place, endpoint in enumerate(endpoints):
+            parse_endpoint(endpoint)
+            if endpoint in endpoints[:place]:
+                raise ValueError(f"{endpoint} stands twice: a worker is named once")
+        return endpoints
+
+
 class CommandTable(_Table):
     """The command line's switches; they belong to one start and are not written to the run's folder."""
 
@@ -195,6 +239,7 @@ class JobSpec(_Table):
     run: RunTable
     replay: ReplayTable = ReplayTable()
     checkpoint: CheckpointTable = CheckpointTable()
+    remote: RemoteTable = RemoteTable()
 
     @field_validator("params", mode="before")
     @classmethod
@@ -317,11 +362,13 @@ def resolve_job(
         spec = JobSpec.model_validate(tables)
     except ValidationError as error:
         raise JobError("\n".join(describe(error, path, sources, job_tables()))) from None
+    _require_endpoints(spec, path, sources)
     base = path.absolute().parent
     spec = spec.model_copy(
         update={
             "model": _resolved_module(spec.model, path, base, sources),
             "replay": _resolved_log(spec.replay, base, sources),
+            "remote": _resolved_keys(spec.remote, base, sources),
         }
     )
     return spec, _options(command, base, sources, debug)
@@ -361,6 +408,29 @@ def _resolved_log(replay: ReplayTable, base: Path, sources: Origin) -> ReplayTab
         return replay
     start = Path.cwd() if ("replay", "verify") in sources else base
     return replay.model_copy(update={"verify": str((start / replay.verify).absolute())})
+
+
+def _require_endpoints(spec: JobSpec, path: Path, sources: Origin) -> None:
+    """Refuse remote workers that nobody names, and fewer partitions than workers."""
+    run, endpoints = spec.run, spec.remote.endpoints
+    if run.executor != "remote":
+        return
+    if not endpoints:
+        where = sources.get(("run", "executor")) or f"{path}: [run] executor"
+        raise JobError(
+            f"{where}: remote workers must be named",
+            hint='--endpoint tcp://HOST:PORT for each, or [remote] endpoints = ["tcp://HOST:PORT", ...]',
+        )
+    if run.partitions is not None and run.partitions < len(endpoints):
+        where = sources.get(("run", "partitions")) or f"{path}: [run] partitions"
+        raise JobError(f"{where}: {run.partitions} are too few for {len(endpoints)} endpoints")
+
+
+def _resolved_keys(remote: RemoteTable, base: Path, sources: Origin) -> RemoteTable:
+    if remote.keys is None:
+        return remote
+    start = Path.cwd() if ("remote", "keys") in sources else base
+    return remote.model_copy(update={"keys": str((start / remote.keys).absolute())})
 
 
 def _options(command: CommandTable, base: Path, sources: Origin, debug: bool) -> RunOptions:

@@ -43,6 +43,8 @@ def kind_of(schema: Mapping[str, Any]) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None:
         words += f" ≥ {low:g}" if abs(low) < 10**6 else " of 64 bits"
+    elif "exclusiveMinimum" in schema:
+        words += f" > {schema['exclusiveMinimum']:g}"
     elif high is not None:
         words += f" ≤ {high:g}"
     return words

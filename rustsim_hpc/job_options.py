@@ -14,6 +14,8 @@ OPTION_KEYS: Final[dict[str, tuple[str, str]]] = {
     "--partitions": ("run", "partitions"),
     "--guard": ("run", "guard"),
     "--backend": ("run", "backend"),
+    "--endpoint": ("remote", "endpoints"),
+    "--keys": ("remote", "keys"),
     "--check": ("run", "check"),
     "--time-limit": ("run", "time_limit"),
     "--record": ("replay", "mode"),

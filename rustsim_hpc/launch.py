@@ -18,9 +18,8 @@ from rustsim_hpc.environment import mixtures
 from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.job import JobSpec, RunOptions
 from rustsim_hpc.job_run import JobRun, LoopResult
-from rustsim_hpc.partition import PartitionPlan
 from rustsim_hpc.plan import RunPlan, partition_count, plan_run, worker_count
-from rustsim_hpc.prepared import Prepared, bind, executor_of, facts, prepare, replay_mode
+from rustsim_hpc.prepared import Prepared, bind, cut_of, executor_of, facts, prepare, replay_mode
 from rustsim_hpc.program import plan_program
 from rustsim_hpc.reductions import meeting_bytes
 from rustsim_hpc.restored import (
@@ -238,9 +237,11 @@ def _run(
 
 def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> EngineControlPlane:
     spec = prepared.spec
+    partitions, workers = cut_of(prepared)
     config = ControlPlaneConfig(
         replay_mode=replay_mode(prepared),
-        partition_plan=PartitionPlan.row_ranges(spec.run.agents, prepared.partitions),
+        partition_plan=partitions,
+        partition_workers=workers,
         guard=StepGuard(spec.run.guard),
         fingerprint=spec.replay.fingerprint,
         max_retained_checkpoints=1,

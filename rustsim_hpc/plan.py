@@ -121,7 +121,7 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
         ranks=ranks,
         partitions=partitions,
         executor=spec.run.executor,
-        workers=worker_count(spec),
+        workers=worker_count(spec, ranks=ranks),
         guard=spec.run.guard,
         row_bytes=row_bytes,
         undo_row_bytes=undo_bytes,
@@ -130,24 +130,28 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
     )
 
 
-def worker_count(spec: JobSpec, cores: int | None = None) -> int:
+def worker_count(spec: JobSpec, cores: int | None = None, ranks: int = 1) -> int:
     """Return the workers of a rank: what the job says, else one inline and otherwise one a core.
 
-    cores: this rank's share; all that this process may use if None.
+    cores: this rank's share; all that this process may use if None. Of remote workers, the most that any of
+    ``ranks`` ranks speaks to.
     """
     if spec.run.executor == "inline":
         return 1
+    if spec.run.executor == "remote":
+        return max(1, -(-len(spec.remote.endpoints) // ranks))
     return spec.run.workers or cores or len(os.sched_getaffinity(0))
 
 
 def partition_count(spec: JobSpec, ranks: int, workers: int | None = None) -> int:
-    """Return the partitions of a job on `ranks` ranks: one per worker of every rank unless the job says.
+    """Return the partitions of a job: one per worker of every rank, or per endpoint, unless the job says.
 
     workers: of a rank, where `worker_count` is known already.
 
     There are at least as many as ranks and at most as many as rows; without any row there is one, empty.
     """
-    wanted = max(spec.run.partitions or (workers or worker_count(spec)) * ranks, ranks)
+    remote = len(spec.remote.endpoints) if spec.run.executor == "remote" else 0
+    wanted = max(spec.run.partitions or remote or (workers or worker_count(spec)) * ranks, ranks)
     return min(wanted, max(spec.run.agents, 1))
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rustsim_hpc.agreement import agree_hash, on_all
 from rustsim_hpc.bound_model import BoundModel
@@ -17,6 +17,7 @@ from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec
 from rustsim_hpc.memory import Kind
 from rustsim_hpc.model_source import load_model
+from rustsim_hpc.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.plan import RankPart, partition_count, rank_part, worker_count
 from rustsim_hpc.program import plan_program
 from rustsim_hpc.replay import ReplayMode
@@ -24,6 +25,9 @@ from rustsim_hpc.replay_log import read_replay_log
 from rustsim_hpc.run_record import RunFacts
 from rustsim_hpc.stepping import Executor
 from rustsim_hpc.team import Team
+
+if TYPE_CHECKING:
+    from rustsim_hpc.remote.executor import RemotePartitionExecutor
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     def bind_here() -> BoundModel:
         model = bind(spec)
         plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
+        if spec.run.executor == "remote":
+            _remote_executor(spec).require(spec.remote.endpoints)
         if spec.run.backend == "cuda":
             raise JobError("[run] backend = cuda: there is no CUDA executor in this version")
         return model
@@ -73,7 +79,7 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     model = on_all(team, bind_here)
     agree_hash(team, "model source", model.identity())
     model.share_tables(team)
-    workers = worker_count(spec, _share_of_cores(team))
+    workers = worker_count(spec, _share_of_cores(team), team.size)
     partitions = partition_count(spec, team.size, workers)
     part = rank_part(spec.run.agents, partitions, team.size, team.rank)
     return Prepared(spec, model, workers, partitions, part, team)
@@ -119,7 +125,37 @@ def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
         from rustsim_hpc.executors.processes import ProcessPartitionExecutor
 
         return ProcessPartitionExecutor(workers, inherit_fds=inherit)
+    if executor == "remote":
+        return _remote_executor(prepared.spec)
     return InlinePartitionExecutor()
+
+
+def _remote_executor(spec: JobSpec) -> RemotePartitionExecutor:
+    from rustsim_hpc.remote.executor import RemotePartitionExecutor
+
+    table = spec.remote
+    return RemotePartitionExecutor(
+        table.keys,
+        connect_seconds=table.connect_seconds,
+        answer_seconds=table.answer_seconds,
+        retries=table.retries,
+        keep_steps=table.keep_steps,
+    )
+
+
+def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:
+    """Return the partitions of all ranks, and the workers that they lie with where those are remote.
+
+    Partitions are dealt out to the endpoints in order, so each rank speaks to a few that follow one another.
+    """
+    spec, count = prepared.spec, prepared.partitions
+    plan = PartitionPlan.row_ranges(spec.run.agents, count)
+    if spec.run.executor != "remote":
+        return plan, ()
+    endpoints = spec.remote.endpoints
+    workers = tuple(PartitionWorker.external(f"remote-{k}", name) for k, name in enumerate(endpoints))
+    owners = [workers[place * len(workers) // count].label for place in range(count)]
+    return plan.with_workers(owners), workers
 
 
 def replay_mode(prepared: Prepared) -> ReplayMode:

@@ -30,9 +30,7 @@ from rustsim_hpc.errors import (
 )
 from rustsim_hpc.job import JobSpec, ReplayTable, RunOptions
 from rustsim_hpc.model import ColumnPhase
-from rustsim_hpc.partition import PartitionPlan
-from rustsim_hpc.plan import worker_count
-from rustsim_hpc.prepared import Prepared, executor_of, prepare
+from rustsim_hpc.prepared import Prepared, cut_of, executor_of, prepare
 from rustsim_hpc.progress import Progress
 from rustsim_hpc.replay_log import ReplayLog
 from rustsim_hpc.restored import forked_rows, restored_store
@@ -226,8 +224,8 @@ def _run(
         reached = plane.runtime.step_index
         summary = RunSummary(
             job=spec.run.name, folder=folder, steps=reached - start, step_index=reached,
-            agents=spec.run.agents, ranks=team.size, executor=spec.run.executor, workers=worker_count(spec),
-            partitions=prepared.partitions, fingerprint=plane.fingerprint().value,
+            agents=spec.run.agents, ranks=team.size, executor=spec.run.executor,
+            workers=prepared.workers, partitions=prepared.partitions, fingerprint=plane.fingerprint().value,
             fingerprint_scheme=spec.replay.fingerprint, seconds=seconds,
         )  # fmt: skip
         checked = sum(start < entry.step_index <= reached for entry in log.entries)
@@ -255,9 +253,11 @@ def _first_state(prepared: Prepared, own: RunSide) -> tuple[DeviceSoaStore, int]
 
 def _plane(prepared: Prepared, store: DeviceSoaStore, step: int, log: ReplayLog) -> EngineControlPlane:
     spec = prepared.spec
+    partitions, workers = cut_of(prepared)
     config = ControlPlaneConfig(
         replay_mode=log.verify_mode(),
-        partition_plan=PartitionPlan.row_ranges(spec.run.agents, prepared.partitions),
+        partition_plan=partitions,
+        partition_workers=workers,
         guard=StepGuard(spec.run.guard),
         fingerprint=log.header.scheme,
         max_retained_checkpoints=1,

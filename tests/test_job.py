@@ -106,6 +106,13 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         compression = "gzip"
         compression_columns = ["x"]
         chunk_rows = 1000
+        [remote]
+        endpoints = ["tcp://127.0.0.1:5555", "tcp://[::1]:5555"]
+        keys = "keys"
+        connect_seconds = 1.5
+        answer_seconds = 60
+        retries = 2
+        keep_steps = 100
         [command]
         out = "here"
         force = true
@@ -121,11 +128,12 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
     job.write_text(text)
     spec, options = read_job(job, environ={})
     kept = spec.model_dump(by_alias=True)
-    for table in ("params", "run", "replay", "checkpoint"):
+    for table in ("params", "run", "replay", "checkpoint", "remote"):
         wanted = dict(raw[table])
         wanted |= {
             "run": {"time_limit": 5400.0},
             "replay": {"verify": str(tmp_path / "old/replay.jsonl")},
+            "remote": {"keys": str(tmp_path / "keys")},
         }.get(table, {})
         assert kept[table] == wanted
     assert spec.model.module == str(tmp_path / "flock.py")

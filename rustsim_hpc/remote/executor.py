@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 from rustsim_hpc.errors import ExecutorError, InvalidConfig, MissingEndpoint, RemoteError, Worker
 from rustsim_hpc.partition import PartitionExecutionBackend
-from rustsim_hpc.remote.addresses import parse_endpoint
+from rustsim_hpc.remote.addresses import Address, parse_endpoint
 from rustsim_hpc.remote.keys import ClientKeys, read_client_keys
 from rustsim_hpc.remote.link import Patience
 from rustsim_hpc.remote.session import RemoteSession, Share
@@ -61,22 +62,34 @@ class RemotePartitionExecutor:
             ExecutorError: a partition's backend is not external, or the phases are not those of a model.
             InvalidConfig: an endpoint that is none, or that needs keys.
         """
+        return RemoteSession(
+            work, self._shares(work), keys=self._keys, patience=self._patience, keep_steps=self._keep_steps
+        )
+
+    def require(self, endpoints: Iterable[str]) -> None:
+        """Check that this executor could speak to workers, as far as that is known without speaking to them.
+
+        Raises:
+            InvalidConfig: an endpoint that is none, or that needs keys.
+        """
+        for endpoint in endpoints:
+            self._address(endpoint)
+
+    def _address(self, endpoint: str) -> Address:
         try:
-            shares = self._shares(work)
+            address = parse_endpoint(endpoint)
         except RemoteError as error:
             raise InvalidConfig(error.message, hint=error.hint) from error
-        return RemoteSession(
-            work, shares, keys=self._keys, patience=self._patience, keep_steps=self._keep_steps
-        )
+        if self._keys is None and not address.loopback:
+            hint = "rustsim-hpc worker --make-keys DIR makes keys; give the folder as keys"
+            raise InvalidConfig(f"{endpoint} is not on this machine for sure: it needs keys", hint=hint)
+        return address
 
     def _shares(self, work: Work) -> list[Share]:
         shares, place = [], 0
         for endpoint, group in groupby(work.tasks, key=_endpoint_of):
             tasks = tuple(group)
-            address = parse_endpoint(endpoint)
-            if self._keys is None and not address.loopback:
-                hint = "rustsim-hpc worker --make-keys DIR makes keys; give the folder as keys="
-                raise RemoteError(f"{endpoint} is not on this machine for sure: it needs keys", hint=hint)
+            address = self._address(endpoint)
             shares.append(Share(range(place, place + len(tasks)), tasks, endpoint, address))
             place += len(tasks)
         return shares

@@ -49,6 +49,7 @@ class HeldPartitions:
     def __init__(self, work: Work, threads: int) -> None:
         self.work = work
         self._session = LocalSession(work) if threads == 1 else ThreadedSession(work, threads)
+        self._compile_ns = 0
         self._names = value_names(work.program)
         self._values: dict[str, Any] = {}
         self._active = [place for place, segment in enumerate(work.program.segments) if segment.items]
@@ -122,12 +123,13 @@ class HeldPartitions:
             self._session.board.times[:] = 0
             self._session.board.digests[:] = 0
         frame = StepFrame(step, fields["want_digest"], fields["repeat"], self._values)
+        compiled = self._session.compile_seconds  # of the whole process, whoever's kernels they were
         failures = self._session.run(number, frame)
+        self._compile_ns += int((self._session.compile_seconds - compiled) * 1e9)
         if not failures and number == self._active[-1] and number != OBSERVE:
             self._steps[1 - self._side if program.swapped else 0] = step + fields["repeat"]
         told = [self._told(failure) for failure in failures]
-        compiling = int(self._session.compile_seconds * 1e9)
-        return "ran", {"failures": told, "compile_ns": compiling}, self._reports(segment)
+        return "ran", {"failures": told, "compile_ns": self._compile_ns}, self._reports(segment)
 
     def _order(self, number: int, step: int, attempt: int) -> None:
         """Check that a segment is the first of a step, or follows the one before it in the same attempt."""
