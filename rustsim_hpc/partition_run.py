@@ -147,12 +147,14 @@ class PartitionRun:
             columns.verify_unchanged_shape(stop - start)
         finally:
             columns.seal()
-        self._board.times[self._place, call.phase] += time.perf_counter_ns() - began
-        if frame.want_digest:
+        times, ended = self._board.times[self._place], time.perf_counter_ns()
+        times[call.phase] += ended - began
+        if frame.want_digest and call.digests:
             digests = self._board.digests[self._place]
             for column, _ in call.digests:
                 value = digest_column(arrays[column], self.work.first_row + start, column + 1)
                 digests[column : column + 1] += np.uint64(value)
+            times[-1] += time.perf_counter_ns() - ended
 
     def _columns(self, call: ColumnCall) -> list[Any]:
         """Return the columns that a phase sees, all rows of the rank."""

@@ -44,6 +44,7 @@ def test_the_parts_fit_into_the_loop(tmp_path: Path, executor: str) -> None:
     assert rank.rows == 20000
     # What moves: move reads four float32 and writes two, slow reads two and writes them.
     assert profile.row_bytes == {"move": 24, "slow": 16}
+    assert rank.tile_proof > 0, "digests are made in the stage"
     assert 0 < profile.proof_share < 1
 
 

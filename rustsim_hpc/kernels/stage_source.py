@@ -278,7 +278,7 @@ class StageWriter:
                 ]
             else:
                 lines.append(f"    {add.format(values)}")
-        return lines
+        return [*lines, *_inside(_clock(-1))]
 
     # -- arguments -----------------------------------------------------------------------------------
 
