@@ -264,15 +264,13 @@ class Drill:
         return 0 if self.good == self.tried else 1
 
 
-def arguments(doc: str | None, count: int | None, **more: tuple[int, str]) -> argparse.Namespace:
-    """Return a drill's command line: a count (None: it has none), --seed, --keep, `more` (default, help)."""
+def arguments(doc: str | None, count: int, **more: tuple[int | str, str]) -> argparse.Namespace:
+    """Return a drill's command line: its count, --seed, --keep, and `more` (default, help)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if count is not None:
-        parser.add_argument(
-            "count", type=int, nargs="?", default=count, help=f"number of trials (default: {count})"
-        )
-    for name, (default, text) in more.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    text = f"number of trials (default: {count or 'all'})"
+    parser.add_argument("count", type=int, nargs="?", default=count, help=text)
+    for name, (value, meaning) in more.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
     parser.add_argument("--seed", type=int, default=1, help="seed of all that is drawn (default: 1)")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
     return parser.parse_args()

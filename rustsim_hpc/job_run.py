@@ -103,6 +103,8 @@ class JobRun:
         self._last_checkpoint_step = resumed_from
         self._last_checkpoint_time = time.monotonic()
         self._opened = False
+        # Whether the records have everything of the state that the plane has.
+        self._recorded = True
         self._seconds_a_step = 1.0
         self._profile = profile
 
@@ -171,6 +173,7 @@ class JobRun:
             before, began = plane.runtime.step_index, time.perf_counter()
             most = min(together, self._steps_to_checkpoint(), target - before)
             step = plane.step_fused(self.executor, most)
+            self._recorded = False
             votes, made = stepper.meeting.votes, plane.runtime.step_index - before
             self._seconds_a_step = (time.perf_counter() - began) / made
             together = max(1, votes // _TOGETHER)
@@ -178,6 +181,7 @@ class JobRun:
                 agree(self.team, self.records.trouble)
             stepped = time.perf_counter_ns()
             self.records.after_step(step.fingerprint)
+            self._recorded = True
             recorded = time.perf_counter_ns()
             self._checkpoint_if_due(votes)
             if profiler is not None:
@@ -304,13 +308,16 @@ class JobRun:
             raise
 
     def _save_what_is_whole(self, error: Exception) -> None:
-        """Close outputs and, where every rank still has the last complete step, save a checkpoint of it."""
+        """Close outputs and, where every rank still has the last complete step, save a checkpoint of it.
+
+        Not of one that the outputs or the log lack: a run that went on from there would lack it, too.
+        """
         alone = self.team.size == 1
         agreed = alone or (isinstance(error, RustsimError) and not self.team.broken)
         whole = self.spec.run.guard == "rollback" and agreed and not isinstance(error, CheckpointWriteFailed)
         try:
             if whole and self._opened:
-                self._last_checkpoint()
+                self._last_checkpoint() if self._recorded else self.writer.finish()
         except Exception as second:  # noqa: BLE001 (the first error matters more)
             self._warn(f"warning: no checkpoint of the last complete step: {second}")
         if self._first and self._opened:

@@ -5,7 +5,10 @@ Decided from the environment alone: asking MPI would initialise it.
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rustsim_hpc.errors import LauncherError
@@ -13,7 +16,11 @@ from rustsim_hpc.errors import LauncherError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Launcher", "detect_launcher"]
+__all__ = ["SHARED_MEMORY", "Launcher", "check_shared_memory", "detect_launcher"]
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where MPI has its own memory and its shared windows)
+_BYTES_A_RANK = 1 << 20
+"""What MPI takes there for a rank before the first message: MPICH 5 was seen to need a little more."""
 
 # Slurm numbers a batch script, an interactive shell and its other helpers as steps from here up.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
@@ -53,6 +60,33 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher | None:
     if not {step, size, "SLURM_PROCID"} <= environ.keys() or _number(environ, step) >= _FIRST_RESERVED_STEP:
         return None
     return Launcher("srun", _number(environ, size), _number(environ, "SLURM_PROCID"), size)
+
+
+def check_shared_memory(environ: Mapping[str, str]) -> None:
+    """Check before MPI starts that /dev/shm has room, on the first rank of a machine for all of its ranks.
+
+    Where it has not, MPI ends the job with a bus error, which nothing can catch. The other ranks may see
+    what some have taken already; each asks for its own share only.
+
+    Raises:
+        LauncherError: it has not. Its `rank` is set for the first rank of a machine.
+    """
+    for rank, size in (
+        ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ):
+        if rank not in environ or size not in environ or not SHARED_MEMORY.is_dir():
+            continue
+        first, ranks, found = _number(environ, rank) == 0, _number(environ, size), os.statvfs(SHARED_MEMORY)
+        room, launcher = found.f_bavail * found.f_frsize, detect_launcher(environ)
+        if ranks > 1 and room < (ranks if first else 1) * _BYTES_A_RANK:
+            raise LauncherError(
+                message=f"{SHARED_MEMORY} has {room:,} bytes free, too few for MPI and {ranks} ranks",
+                rank=launcher.rank if first and launcher is not None else None,
+                host=socket.gethostname(),
+                hint="make room there (1 MiB a rank at least, and what the model's tables take), or enlarge "
+                f"it: mount -o remount,size=1G {SHARED_MEMORY}; docker run --shm-size=1g",
+            )
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

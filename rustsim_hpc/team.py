@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from rustsim_hpc.agreement import agree, agree_hash
 from rustsim_hpc.errors import LauncherError, TeamError
-from rustsim_hpc.launcher import Launcher, detect_launcher
+from rustsim_hpc.launcher import SHARED_MEMORY, Launcher, check_shared_memory, detect_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +28,6 @@ __all__ = ["Launcher", "MpiTeam", "SoloTeam", "Team", "agree", "agree_hash", "de
 
 T = TypeVar("T")
 _U64 = (1 << 64) - 1
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (MPI's shared windows lie there)
 _NOT_OPEN_MPI = ("MPICH", "MVAPICH", "Intel")
 _INSTALL_HINT = (
     'on a laptop: pip install "rustsim-hpc[mpi]" (brings MPICH, its mpirun then lies beside python); '
@@ -319,11 +317,11 @@ def _why_not_shared(array: NDArray[Any] | None) -> str | None:
         return "the first rank of each machine must bring the array that is shared on it"
     if array.dtype.hasobject:
         return f"an array of dtype {array.dtype} cannot be shared between processes"
-    if _SHARED_MEMORY.is_dir():
+    if SHARED_MEMORY.is_dir():
         # A full /dev/shm shows as a bus error on the first write, which nothing can catch.
-        room = os.statvfs(_SHARED_MEMORY)
+        room = os.statvfs(SHARED_MEMORY)
         if array.nbytes > room.f_bavail * room.f_frsize:
-            return f"{_SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
+            return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
     return None
 
 
@@ -335,7 +333,8 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
     Raises:
         LauncherError: there is no mpi4py or no MPI library, or MPI and the launcher count different ranks.
     """
-    launcher = detect_launcher(os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    launcher = detect_launcher(environ)
     if launcher is None or (launcher.name == "srun" and launcher.size == 1):
         return SoloTeam()
     mpi = _import_mpi(launcher)
@@ -344,7 +343,14 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
         # Asked to start, this one would end the process.
         raise _crossed(launcher, f"the MPI library here is {library}")
     if not mpi.Is_initialized():
-        # One thread calls MPI: the locks of a higher level would cost a tenth of every collective.
+        try:
+            check_shared_memory(environ)
+        except LauncherError as error:
+            if error.rank:
+                # Rank 0, which speaks, may be on another machine and know nothing of it.
+                _last_words(f"{error} (on {error.host})")
+            raise
+        # One thread calls MPI: the locks of a higher level cost a tenth of every collective.
         mpi.Init_thread(mpi.THREAD_FUNNELED)
     world = mpi.COMM_WORLD
     if world.Get_size() != launcher.size:

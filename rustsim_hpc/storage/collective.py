@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from rustsim_hpc.storage.hdf5 import (
     write_root,
 )
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
-from rustsim_hpc.storage.proof import file_errors
 from rustsim_hpc.team import Team
 
 # MPI-IO counts in 32 bits in places.
@@ -32,26 +29,6 @@ def has_parallel_hdf5() -> bool:
     import h5py
 
     return bool(h5py.get_config().mpi)
-
-
-def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:
-    """Check that the disk has room for a file of all rows.
-
-    Parallel HDF5 does not recover from a full disk: it may wait for ever in a later call. So the plain case
-    is found before it is called. Of compressed columns nobody knows the size.
-
-    Raises:
-        CheckpointFileError: it has not.
-    """
-    size = sum(
-        header.rows * dtype.itemsize
-        for _, _, dtype, column in datasets(header)
-        if options.filter_of(None if column is None else column.name) is None
-    )
-    with file_errors(folder, "write"):
-        room = os.statvfs(folder)
-        if size > room.f_bavail * room.f_frsize:
-            raise OSError(errno.ENOSPC, "")
 
 
 def write_collective(

@@ -8,6 +8,7 @@ and rank 0 gathers their receipts. Only the last phase, on rank 0, gives the che
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -23,12 +24,13 @@ from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
 from rustsim_hpc.fingerprint import StateView, digest_sums, digest_value
-from rustsim_hpc.storage.collective import check_room, has_parallel_hdf5, write_collective
+from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
 from rustsim_hpc.storage.hdf5 import (
     FileImage,
     Segment,
     check_file,
+    datasets,
     plan_file,
     plan_master,
     stream,
@@ -91,8 +93,7 @@ class Attempt:
             try:
                 with file_errors(folder, "make"):
                     (shards if self.sharded else folder).mkdir(parents=True, exist_ok=True)
-                if self.collective:
-                    check_room(folder, header, options)
+                check_room(folder, header, options)
             except CheckpointFileError as failure:
                 error = failure
         try:
@@ -348,3 +349,27 @@ def _checked(
                 damaged=False,
             )
     return replace(header, digests=tuple(sums)), ordered
+
+
+def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:
+    """Check that the disk has room for a checkpoint, before it takes what the outputs of the run need.
+
+    Of compressed columns nobody knows the size. Parallel HDF5 does not recover from a full disk: it may wait
+    for ever in a later call.
+
+    Raises:
+        CheckpointFileError: it has not.
+    """
+    size = sum(
+        header.rows * dtype.itemsize
+        for _, _, dtype, column in datasets(header)
+        if options.filter_of(None if column is None else column.name) is None
+    )
+    with file_errors(folder, "write"):
+        found = os.statvfs(folder)
+    room = found.f_bavail * found.f_frsize
+    if size > room:
+        message = (
+            f"{folder}: cannot write a checkpoint of {size:,} bytes: {os.strerror(errno.ENOSPC)} ({room:,})"
+        )
+        raise CheckpointFileError(message=message, damaged=False)
