@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compare_runs import command, make_run, write_job
+import pytest
+from compare_runs import ROOT, command, make_run, write_job
 
 import rustsim_hpc as rs
 
@@ -54,3 +55,18 @@ def test_checkpoints_that_do_not_hold_are_told_and_moved_aside_even_if_none_is_l
     run = rs.open_run(folder)
     assert run.record["sessions"][-1]["resumed_from"] is None
     assert [entry.value for entry in run.replay().entries if entry.step_index == 4] == [expected]
+
+
+def test_a_step_that_an_output_lacks_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, whole, failed = ROOT / "drills" / "drill.toml", tmp_path / "whole", tmp_path / "failed"
+    assert command("run", job, "--out", whole, "--no-progress")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("DRILL_FAULT", "output:raise:8:0")
+        code, _, err = command("run", job, "--out", failed, "--no-progress")
+    assert code == 3
+    assert 'output "curve.csv": cannot make its values: RuntimeError: no luck' in err
+    # The series has reductions of the step itself, which a restored state cannot give.
+    assert sorted(rs.open_run(failed).checkpoints()) == [3, 6]
+    assert command("resume", failed, "--no-progress")[0] == 0
+    for name in ("curve.csv", "replay.jsonl"):
+        assert (failed / name).read_bytes() == (whole / name).read_bytes()

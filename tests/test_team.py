@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from rustsim_hpc import launcher
 from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
 from rustsim_hpc.team import Launcher, SoloTeam, Team, agree, agree_hash, detect_launcher, open_team
 
@@ -176,3 +177,37 @@ def test_silent_singletons_are_refused() -> None:
     done = run(program)
     assert "srun started 2 ranks (SLURM_STEP_NUM_TASKS), but MPI here" in done.stdout
     assert "sees 1: launcher and library are not of one MPI" in done.stdout
+
+
+class Room:
+    """What os.statvfs says of /dev/shm."""
+
+    f_frsize = 4096
+
+    def __init__(self, free: int) -> None:
+        self.f_bavail = free // 4096
+
+
+@pytest.mark.parametrize(
+    ("prefix", "rank", "free", "told_by"),
+    [
+        (("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), 0, 3 << 20, 6),
+        (("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), 1, 3 << 20, None),
+        (("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), 1, 1 << 19, -1),
+        (("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"), 0, 4 << 20, None),
+        (("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"), 0, 0, 6),
+        ((), 0, 0, None),
+    ],
+)
+def test_a_full_shared_memory_is_told_before_mpi_starts(
+    prefix: tuple[str, ...], rank: int, free: int, told_by: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher.os, "statvfs", lambda path: Room(free))
+    environ = {"PMI_SIZE": "8", "PMI_RANK": "6", **dict(zip(prefix, (str(rank), "4"), strict=False))}
+    if told_by is None:
+        launcher.check_shared_memory(environ)
+        return
+    with pytest.raises(LauncherError, match=f"has {free:,} bytes free") as caught:
+        launcher.check_shared_memory(environ)
+    assert caught.value.rank == (None if told_by < 0 else told_by)
+    assert "--shm-size" in str(caught.value.hint)
