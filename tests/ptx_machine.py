@@ -22,6 +22,7 @@ TYPES = {
     for kind, code in (("u", "u"), ("b", "u"), ("s", "i"))
     for bits in (8, 16, 32, 64)
 } | {"f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype("?")}
+WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 DONE = 2**60
 
 
@@ -36,16 +37,16 @@ class Machine:
         self.labels, self.code = {}, []
         body = re.sub(r"//[^\n]*", "", body[: body.rindex("}")])
         for found in re.findall(r"\$\w+:|[^;]+;", body):
-            statement = found.strip()
+            statement = found.strip(" \n\t{}")
             while label := re.match(r"^(\$\w+):\s*", statement):
                 self.labels[label.group(1)] = len(self.code)
-                statement = statement[label.end() :]
+                statement = statement[label.end() :].lstrip(" \n\t{")
             if statement and not statement.startswith("."):
                 self.code.append(_parsed(statement))
         self.counts = {}
 
-    def run(self, memory, base, blocks, threads, arguments):
-        """Run a launch on memory (uint8), which lies at an address."""
+    def run(self, memory, base, blocks, threads, arguments, first_block=0, grid=None):
+        """Run a launch on memory (uint8), which lies at an address; or some blocks of a larger grid."""
         if len(arguments) != len(self.parameters):
             raise AssertionError(f"{len(arguments)} arguments for {len(self.parameters)} parameters")
         params = {}
@@ -54,7 +55,7 @@ class Machine:
                 raise AssertionError(f"{name} is {kind}, not {value.dtype}")
             params[name] = value
         with np.errstate(all="ignore"):
-            _Launch(self, memory, base, blocks, threads, params).run()
+            _Launch(self, memory, base, blocks, threads, params, first_block, grid or blocks).run()
 
 
 def _parsed(statement):
@@ -67,16 +68,16 @@ def _parsed(statement):
 
 
 class _Launch:
-    def __init__(self, machine, memory, base, blocks, threads, params):
+    def __init__(self, machine, memory, base, blocks, threads, params, first_block, grid):
         self.machine, self.memory, self.base, self.params = machine, memory, base, params
         count = blocks * threads
         self.registers = {}
         thread = np.arange(count, dtype=np.uint32)
         self.special = {
             "%tid.x": thread % threads,
-            "%ctaid.x": thread // threads,
+            "%ctaid.x": thread // threads + np.uint32(first_block),
             "%ntid.x": np.full(count, threads, np.uint32),
-            "%nctaid.x": np.full(count, blocks, np.uint32),
+            "%nctaid.x": np.full(count, grid, np.uint32),
         }
         self.count = count
         self.at = np.zeros(count, np.int64)
@@ -195,11 +196,26 @@ class _Launch:
 
     def do_mov(self, kinds, operands):
         kind = kinds[-1]
+        if kind == "b64" and len(operands) == 3:
+            self.halves(operands)
+            return
         found = REGISTER.match(operands[1])
         if kind.startswith("b") and found and found.group(1) in ("f", "fd"):
             self.put(operands[0], self.registers[operands[1]][self.who])
         else:
             self.put(operands[0], self.get(operands[1], kind))
+
+    def halves(self, operands):
+        """Take 64 bits apart, or put them together: ``mov.b64 {low, high}, whole`` and the reverse."""
+        if operands[0].startswith("{"):
+            low, high = operands[0].strip("{ "), operands[1].strip("} ")
+            whole = self.registers[operands[2]][self.who].view(np.uint64)
+            for target, part in ((low, whole & np.uint64(2**32 - 1)), (high, whole >> np.uint64(32))):
+                if target != "%temp":
+                    self.put(target, part.astype(np.uint32))
+            return
+        low, high = self.get(operands[1].strip("{ "), "u32"), self.get(operands[2].strip("} "), "u32")
+        self.put(operands[0], low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32))
 
     # -- arithmetic ----------------------------------------------------------------------------------
 
@@ -276,6 +292,10 @@ class _Launch:
     def do_abs(self, kinds, operands):
         self.put(operands[0], np.abs(self.get(operands[1], kinds[-1])))
 
+    def do_copysign(self, kinds, operands):
+        a, b = self.two(kinds, operands)
+        self.put(operands[0], np.copysign(b, a))
+
     def do_min(self, kinds, operands):
         self.put(operands[0], np.fmin(*self.two(kinds, operands)))
 
@@ -293,6 +313,12 @@ class _Launch:
     def do_xor(self, kinds, operands):
         a, b = self.two(kinds, operands)
         self.put(operands[0], a ^ b)
+
+    def do_bfi(self, kinds, operands):
+        field, into = self.two(kinds, operands)
+        at, count = (self.get(operand, "u32").astype(field.dtype) for operand in operands[3:5])
+        ones = (field.dtype.type(1) << count) - field.dtype.type(1)
+        self.put(operands[0], (into & ~(ones << at)) | ((field & ones) << at))
 
     def do_not(self, kinds, operands):
         self.put(operands[0], ~self.get(operands[1], kinds[-1]))
@@ -324,22 +350,26 @@ class _Launch:
 
     def do_cvt(self, kinds, operands):
         to, of = TYPES[kinds[-2]], TYPES[kinds[-1]]
-        value = self.get(operands[1], of)
-        rounding = kinds[:-2]
-        if of.kind == "f" and to.kind in "iu":
-            if rounding != ["rzi"]:
-                raise NotImplementedError(f"cvt.{'.'.join(kinds)}")
-            limits = np.iinfo(to)
-            whole = np.trunc(np.nan_to_num(value, nan=0.0, posinf=np.inf, neginf=-np.inf))
-            inside = (whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)
-            made = np.where(inside, whole, 0).astype(to)
-            made[whole < float(limits.min)] = limits.min
-            made[whole >= float(limits.max) + 1.0] = limits.max
-            self.put(operands[0], made)
-            return
-        if rounding not in ([], ["rn"]):
+        value, rounding = self.get(operands[1], of), kinds[:-2]
+        whole = len(rounding) == 1 and WHOLE.get(rounding[0])
+        if of.kind == "f" and to.kind in "iu" and whole:
+            self.put(operands[0], _integers(whole(value), to))
+        elif of == to and whole:
+            self.put(operands[0], whole(value))
+        elif rounding in ([], ["rn"]) and not (of.kind == "f" and to.kind in "iu"):
+            self.put(operands[0], value.astype(to))
+        else:
             raise NotImplementedError(f"cvt.{'.'.join(kinds)}")
-        self.put(operands[0], value.astype(to))
+
+
+def _integers(whole, to):
+    """Return whole floats as integers: the nearest there is, and 0 for NaN."""
+    limits = np.iinfo(to)
+    inside = (whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)
+    made = np.where(inside, whole, 0).astype(to)
+    made[whole < float(limits.min)] = limits.min
+    made[whole >= float(limits.max) + 1.0] = limits.max
+    return made
 
 
 def _as(value, dtype):

@@ -42,15 +42,17 @@ class StandInDevice:
     """
 
     name = "stand-in"
-    compute_capability = (9, 0)
 
-    def __init__(self, ordinal=0, capacity=64 * 2**20, seed=0, resident_threads=512):
+    def __init__(
+        self, ordinal=0, capacity=64 * 2**20, seed=0, resident_threads=512, compute_capability=(9, 0)
+    ):
         self.ordinal = ordinal
+        self.compute_capability = compute_capability
         self.capacity = capacity
         self.resident_threads = resident_threads
         self.faults = {}
         self.counts = dict.fromkeys(("upload", "download", "launch", "copy", "load", "synchronise"), 0)
-        self.ran = []
+        self.images = []
         self.live = {}
         self._memory = np.full(capacity, 0xA5, np.uint8)
         self._queues = [[], []]
@@ -124,7 +126,8 @@ class StandInDevice:
 
     def load(self, image, name):
         self._fault("load")
-        machine = Machine(image.decode())
+        self.images.append(image.decode())
+        machine = Machine(self.images[-1])
         if machine.entry != name:
             raise DeviceError(f"no kernel {name}")
         return machine

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, njit
 
+from rustsim_hpc.kernels import cuda_builtins
 from rustsim_hpc.kernels.cached import INLINED
 from rustsim_hpc.kernels.convert import fits, stored
 from rustsim_hpc.kernels.exact_sum import INF_SEEN, MINUS_INF_SEEN, NAN_SEEN
@@ -81,6 +82,7 @@ def digest_item(bits, row, keys, key_index, wide):  # type: ignore[no-untyped-de
 
 def cuda_names() -> dict[str, Any]:
     """Return the globals of a generated stage that is compiled for CUDA."""
+    cuda_builtins.register()
     atomics = (add_word, least_word, most_word, sum_float, sum_integer)
     names: dict[str, Any] = {body.__name__: cuda.jit(body, device=True) for body in atomics}
     names |= {"digest_item": digest_item, "load_item": load_item, "stored": stored, "fits": fits}

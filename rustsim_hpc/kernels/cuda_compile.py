@@ -1,13 +1,14 @@
 """Compile generated Python source to PTX for a compute capability: without a device, without contraction.
 
-Numba has no public way to do either of the two things that are needed here, so this module reaches into it,
-and is the only one that does:
+Numba has no public way to do the things that are needed here, so this module reaches into it,
+and is the only one that does (but for what kernels call, in `cuda_builtins`):
 
 - Functions that a kernel calls are compiled "for the current device"; here that is a stand-in, for the time
   of a compilation, which has a compute capability and nothing else.
 - NVVM fuses x * y + z into one rounding unless it is told not to. Numba passes a kernel's options on to NVVM,
   but takes none for this from the user. With ``fma=0`` every product and sum is rounded by itself; NVVM then
   writes the rounding into the instruction (``mul.rn``), which keeps the driver's assembler from fusing them.
+- NVVM's own remainder of floats is not exact; libdevice's is.
 
 Written for Numba 0.61 to 0.68; tests/test_cuda_ptx.py looks at what comes out, kernel by kernel.
 """
@@ -40,6 +41,8 @@ from rustsim_hpc.version import __version__
 OPTIONS: dict[str, int] = {"opt": 3, "fma": 0, "ftz": 0, "prec_div": 1, "prec_sqrt": 1}
 """What NVVM is told: IEEE 754 in every operation, none of them fused."""
 
+_FMOD = "__nv_fmod"
+_REMAINDER = re.compile(r"(%\S+) = frem (float|double) ([^,\s]+), ([^,\s]+)")
 _compiling = threading.RLock()
 
 
@@ -145,11 +148,40 @@ def _compile(
             library, _ = made.target_context.prepare_cuda_kernel(
                 made.library, made.fndesc, False, False, options, code.co_filename, code.co_firstlineno
             )
+            library._llvm_strs = _with_exact_remainders(library.llvm_strs)  # noqa: SLF001 (no other way)
             text: str = library.get_asm_str(cc=capability)
         except NumbaError as error:
             raise KernelError(f"{function.__name__} does not compile for CUDA: {error}") from error
     # Shorter names, so that the file can be read: Numba's say the types of all arguments.
     return text.replace(_long_name(text), "stage").rstrip("\0").encode()
+
+
+def _with_exact_remainders(modules: Sequence[str]) -> list[str]:
+    """Return LLVM IR that takes the remainders of floats from libdevice, where they are exact.
+
+    Of ``frem`` NVVM itself makes ``x - trunc(x / y) * y``, whose error can be as large as y. The remainder of
+    two float32 is a float32, so that of the same float64 serves: libdevice's own for float32 makes use of
+    approximate divisions.
+    """
+    made = []
+    for text in modules:
+        found = _REMAINDER.sub(_remainder, text)
+        if found != text and not re.search(rf"^declare .*@{_FMOD}\(", found, re.MULTILINE):
+            found += f"\ndeclare double @{_FMOD}(double, double)\n"
+        made.append(found)
+    return made
+
+
+def _remainder(found: re.Match[str]) -> str:
+    name, kind, one, other = found.groups()
+    if kind == "double":
+        return f"{name} = call double @{_FMOD}(double {one}, double {other})"
+    stem = f'%"rem.{found.start()}'
+    return (
+        f'{stem}.a" = fpext float {one} to double\n  {stem}.b" = fpext float {other} to double\n'
+        f'  {stem}.c" = call double @{_FMOD}(double {stem}.a", double {stem}.b")\n'
+        f'  {name} = fptrunc double {stem}.c" to float'
+    )
 
 
 def _long_name(text: str) -> str:
