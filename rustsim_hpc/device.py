@@ -7,6 +7,7 @@ but what `order` asks for; nothing is known to have happened before `synchronise
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -306,31 +307,42 @@ class _Guard:
             raise DeviceError(f"device {owner.ordinal} ({owner.name}): {message_of(error)}") from error
 
 
+_DRIVER: Final = "libcuda.so.1"
+
+
 @lru_cache(maxsize=1)
-def _found() -> tuple[int, str]:
-    """Return the number of devices that CUDA shows to this process, and why there is none."""
+def _found() -> tuple[tuple[str, ...], str]:
+    """Return what tells the devices apart that CUDA shows to this process, and why there is none."""
     if importlib.util.find_spec("cupy") is None:
-        return 0, HOW_TO_INSTALL
+        return (), HOW_TO_INSTALL
+    try:
+        ctypes.CDLL(_DRIVER)  # at once, where loading CuPy takes a second
+    except OSError:
+        return (), f"CUDA finds no device: there is no NVIDIA driver here ({_DRIVER})"
     try:
         import cupy
 
-        count = int(cupy.cuda.runtime.getDeviceCount())
+        runtime = cupy.cuda.runtime
+        found = [runtime.getDeviceProperties(k)["uuid"] for k in range(runtime.getDeviceCount())]
     except Exception as error:  # noqa: BLE001 (whatever CuPy or the driver says, there is no device then)
         reason = message_of(error).splitlines()
-        return 0, f"CUDA finds no device: {reason[0] if reason else type(error).__name__}"
+        return (), f"CUDA finds no device: {reason[0] if reason else type(error).__name__}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
-    return count, "" if count else f"CUDA finds no device{hidden}"
+    return tuple(bytes(uuid).hex() for uuid in found), "" if found else f"CUDA finds no device{hidden}"
 
 
-def device_count() -> int:
-    """Return how many devices this process may use; CUDA_VISIBLE_DEVICES is already taken into account."""
+def visible_devices() -> tuple[str, ...]:
+    """Return what tells the devices apart that this process may use, by their numbers: their UUIDs.
+
+    CUDA_VISIBLE_DEVICES, and what Slurm lets a task see, is already taken into account.
+    """
     return _found()[0]
 
 
 def why_no_device(ordinal: int = 0) -> str:
     """Return in one line why there is no device of this number, or "" if there is one."""
-    count, problem = _found()
-    if problem or ordinal < count:
+    found, problem = _found()
+    if problem or ordinal < len(found):
         return problem
-    return f"there is no CUDA device {ordinal}: this process sees {count}"
+    return f"there is no CUDA device {ordinal}: this process sees {len(found)}"

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,10 +44,32 @@ import cupy, json
 runtime = cupy.cuda.runtime
 found = {"cupy": cupy.__version__, "devices": []}
 if cupy.is_available():
+    found["cuda driver"] = runtime.driverGetVersion()
     for number in range(runtime.getDeviceCount()):
         facts = runtime.getDeviceProperties(number)
-        found["devices"].append(f"{facts['name'].decode()}, {facts['totalGlobalMem'] / 2**30:.0f} GiB")
+        with cupy.cuda.Device(number):
+            free = runtime.memGetInfo()[0]
+        found["devices"].append(
+            f"{number}: {facts['name'].decode()}, sm_{facts['major']}{facts['minor']}, "
+            f"{free / 2**30:.1f} GiB free of {facts['totalGlobalMem'] / 2**30:.1f}, "
+            f"UUID {bytes(facts['uuid']).hex()}"
+        )
 print(json.dumps(found))
+"""
+# An MPI that is not built for CUDA reads the address as its own and crashes, or brings back something else.
+_AWARE_PROBE: Final = """
+import cupy, json
+from mpi4py import MPI
+sent = cupy.arange(4096, dtype=cupy.int64)
+got = cupy.zeros_like(sent)
+cupy.cuda.get_current_stream().synchronize()
+MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=got, source=0)
+print(json.dumps({"aware": bool((sent == got).all())}))
+"""
+_COMPILER_PROBE: Final = """
+import json
+from rustsim_hpc.kernels.cuda_compile import why_no_compiler
+print(json.dumps({"problem": why_no_compiler()}))
 """
 
 
@@ -244,7 +266,29 @@ def _gpu() -> dict[str, Any]:
     if importlib.util.find_spec("cupy") is None:
         return {**facts, "cupy": 'not installed (pip install "rustsim-hpc[gpu]")'}
     found, failure = _probe(_CUDA_PROBE)
-    return {**facts, **(found if not failure else {"cupy": failure})}
+    facts |= found if not failure else {"cupy": failure}
+    compiler, failure = _probe(_COMPILER_PROBE)
+    facts["kernels"] = failure or compiler["problem"] or "can be compiled"
+    if not facts.get("devices"):
+        return facts
+    facts["a rank takes"] = _rank_map(os.environ, len(facts["devices"]))
+    if importlib.util.find_spec("mpi4py") is not None:
+        aware, failure = _probe(_AWARE_PROBE)
+        # No run depends on it: what ranks tell each other are some bytes, which lie on the host.
+        facts["cuda-aware mpi"] = bool(aware.get("aware")) if not failure else f"no ({failure})"
+    return facts
+
+
+def _rank_map(environ: Mapping[str, str], devices: int) -> str:
+    """Return in words which device a rank takes here, as far as its environment tells."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    seen = f"{devices} visible" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        if environ.get(name, "").isdigit():
+            place = int(environ[name])
+            own = f"device {place}" if place < devices else "its own only where Slurm has bound one to it"
+            return f"{seen}; this is rank {place} of the node ({name}): {own}"
+    return f"{seen}; the k-th rank of a node takes device k of those that it sees"
 
 
 def _driver() -> str:

@@ -89,8 +89,8 @@ class RunTable(_Table):
     steps: Count = _key("step index to reach")
     seed: int = _key("seed of all random numbers", 0, ge=-(2**63), le=2**64 - 1)
     executor: Literal["inline", "threads", "processes", "remote"] = _key(
-        "what runs a rank's partitions; ranks come from the launcher (mpirun, srun); `remote`: the workers "
-        "of `[remote]`",
+        "what runs a rank's partitions on CPUs; ranks come from the launcher (mpirun, srun); `remote`: the "
+        "workers of `[remote]`",
         "inline",
     )
     workers: Positive | None = _key(
@@ -113,6 +113,11 @@ class RunTable(_Table):
         "device and CuPy are",
         "auto",
     )
+    fma: bool = _key(
+        "on CUDA, let products and sums of a kernel be fused: faster, and not the CPU's bits (docs/gpu.md)",
+        False,
+    )
+    share_devices: bool = _key("let ranks of a machine with fewer CUDA devices than ranks share them", False)
     memory: Literal["auto", "heap", "shared", "device"] = _key(
         "where columns live; `auto`: `shared` under MPI and for worker processes, `device` on CUDA, "
         "else `heap`",

@@ -283,7 +283,7 @@ def _summary(
         step_index=plane.runtime.step_index,
         agents=spec.run.agents,
         ranks=prepared.team.size,
-        executor=spec.run.executor,
+        executor=prepared.executor,
         workers=prepared.workers,
         partitions=prepared.partitions,
         fingerprint=fingerprint,

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rustsim_hpc import device
 from rustsim_hpc.agreement import agree_hash, on_all
+from rustsim_hpc.backend import Backend, choose_backend
 from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.environment import versions
-from rustsim_hpc.errors import JobError
+from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec
@@ -40,16 +42,22 @@ class Prepared:
     partitions: int
     part: RankPart
     team: Team
+    backend: Backend
 
     @property
     def kind(self) -> Kind:
         """Where the columns live."""
         wanted = self.spec.run.memory
-        if wanted == "device":
-            raise JobError("[run] memory = device needs backend = cuda")
-        if wanted != "auto":
+        if wanted in ("heap", "shared"):
             return wanted
+        if self.backend.name == "cuda":
+            return "heap"  # a mirror of the device's, for this rank alone
         return "shared" if self.team.size > 1 or self.spec.run.executor == "processes" else "heap"
+
+    @property
+    def executor(self) -> str:
+        """Name of what runs the partitions."""
+        return "cuda" if self.backend.name == "cuda" else self.spec.run.executor
 
 
 def bind(spec: JobSpec) -> BoundModel:
@@ -70,8 +78,6 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
         plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
         if spec.run.executor == "remote":
             _remote_executor(spec).require(spec.remote.endpoints)
-        if spec.run.backend == "cuda":
-            raise JobError("[run] backend = cuda: there is no CUDA executor in this version")
         return model
 
     agree_hash(team, "set of package versions", ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -79,10 +85,11 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     model = on_all(team, bind_here)
     agree_hash(team, "model source", model.identity())
     model.share_tables(team)
-    workers = worker_count(spec, _share_of_cores(team), team.size)
+    backend = choose_backend(spec, model, team)
+    workers = 1 if backend.name == "cuda" else worker_count(spec, _share_of_cores(team), team.size)
     partitions = partition_count(spec, team.size, workers)
     part = rank_part(spec.run.agents, partitions, team.size, team.rank)
-    return Prepared(spec, model, workers, partitions, part, team)
+    return Prepared(spec, model, workers, partitions, part, team, backend)
 
 
 def _share_of_cores(team: Team) -> int:
@@ -107,7 +114,7 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
         params=model.params.plain(),
         model=spec.model.module,
         model_hash=model.identity(),
-        executor=spec.run.executor,
+        executor=prepared.executor,
         workers=prepared.workers,
         partitions=prepared.partitions,
         fingerprint_scheme=spec.replay.fingerprint,
@@ -118,7 +125,9 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
 
 def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
     """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
-    executor, workers = prepared.spec.run.executor, prepared.workers
+    executor, workers = prepared.executor, prepared.workers
+    if executor == "cuda":
+        return CudaPartitionExecutor(device.CupyDevice, fma=prepared.spec.run.fma)
     if executor == "threads":
         return LocalThreadedPartitionExecutor(workers)
     if executor == "processes":
@@ -144,12 +153,22 @@ def _remote_executor(spec: JobSpec) -> RemotePartitionExecutor:
 
 
 def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:
-    """Return the partitions of all ranks, and the workers that they lie with where those are remote.
+    """Return the partitions of all ranks, and the workers that they lie with where those are not this CPU.
 
     Partitions are dealt out to the endpoints in order, so each rank speaks to a few that follow one another.
+    On devices, those of a rank are all on its own.
     """
     spec, count = prepared.spec, prepared.partitions
     plan = PartitionPlan.row_ranges(spec.run.agents, count)
+    if ordinals := prepared.backend.ordinals:
+        workers = tuple(PartitionWorker.cuda_device(f"gpu-{k}", number) for k, number in enumerate(ordinals))
+        parts = [rank_part(spec.run.agents, count, len(ordinals), rank) for rank in range(len(ordinals))]
+        owners = [
+            worker.label
+            for worker, part in zip(workers, parts, strict=True)
+            for _ in range(part.start, part.stop)
+        ]
+        return plan.with_workers(owners), workers
     if spec.run.executor != "remote":
         return plan, ()
     endpoints = spec.remote.endpoints

@@ -224,7 +224,7 @@ def _run(
         reached = plane.runtime.step_index
         summary = RunSummary(
             job=spec.run.name, folder=folder, steps=reached - start, step_index=reached,
-            agents=spec.run.agents, ranks=team.size, executor=spec.run.executor,
+            agents=spec.run.agents, ranks=team.size, executor=prepared.executor,
             workers=prepared.workers, partitions=prepared.partitions, fingerprint=plane.fingerprint().value,
             fingerprint_scheme=spec.replay.fingerprint, seconds=seconds,
         )  # fmt: skip

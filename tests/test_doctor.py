@@ -55,3 +55,35 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert doctor._numba(problems)["writable"] is False
     assert "NUMBA_CACHE_DIR" in problems["cache"]
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(doctor, "_driver", lambda: "NVIDIA H100, 81559 MiB, 570.86.15")
+    devices = ["0: NVIDIA H100, sm_90, 79.1 GiB free of 79.6, UUID 00", "1: NVIDIA H100, sm_90"]
+    answers = {
+        doctor._CUDA_PROBE: ({"cupy": "14.2.0", "devices": devices, "cuda driver": 12080}, ""),
+        doctor._COMPILER_PROBE: ({"problem": "no libNVVM: pip install nvidia-cuda-nvcc-cu12"}, ""),
+        doctor._AWARE_PROBE: ({}, "ended with status -11"),
+    }
+    monkeypatch.setattr(doctor, "_probe", answers.__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    found = doctor._gpu()
+    assert found["devices"] == devices
+    assert found["kernels"].startswith("no libNVVM")
+    assert found["cuda-aware mpi"] == "no (ended with status -11)"
+    assert found["a rank takes"] == (
+        "2 visible (CUDA_VISIBLE_DEVICES=2,3); this is rank 1 of the node (SLURM_LOCALID): device 1"
+    )
+    answers[doctor._AWARE_PROBE] = ({"aware": True}, "")
+    answers[doctor._COMPILER_PROBE] = ({"problem": ""}, "")
+    assert (doctor._gpu()["cuda-aware mpi"], doctor._gpu()["kernels"]) == (True, "can be compiled")
+    answers[doctor._CUDA_PROBE] = ({"cupy": "14.2.0", "devices": []}, "")
+    assert "a rank takes" not in doctor._gpu()
+
+
+def test_the_probes_of_devices_are_python() -> None:
+    for source in (doctor._CUDA_PROBE, doctor._AWARE_PROBE, doctor._COMPILER_PROBE):
+        compile(source, "<probe>", "exec")
+    assert isinstance(doctor._probe(doctor._COMPILER_PROBE)[0]["problem"], str)

@@ -84,6 +84,8 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         partitions = 4
         guard = "torn"
         backend = "cpu"
+        fma = true
+        share_devices = true
         memory = "heap"
         tile_rows = 8192
         fuse_steps = 4

@@ -36,6 +36,7 @@ from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.files import write_atomic
 from rustsim_hpc.kernels.cached import own_sources
 from rustsim_hpc.kernels.compiling import cache_folder, for_cuda
+from rustsim_hpc.kernels.diagnose import reason
 from rustsim_hpc.version import __version__
 
 OPTIONS: dict[str, int] = {"opt": 3, "fma": 0, "ftz": 0, "prec_div": 1, "prec_sqrt": 1}
@@ -93,6 +94,7 @@ def compile_ptx(
     capability: tuple[int, int],
     *,
     identity: str,
+    what: str = "a kernel",
     fma: bool = False,
 ) -> Image:
     """Compile a kernel for Numba types and a compute capability, or take it from the cache on disk.
@@ -102,6 +104,7 @@ def compile_ptx(
         signature: Numba types of its arguments.
         capability: such as (9, 0).
         identity: text that covers everything that the kernel's meaning depends on.
+        what: what it is, for error texts.
         fma: let products and sums be fused.
 
     Raises:
@@ -117,7 +120,7 @@ def compile_ptx(
         pass
     if problem := why_no_compiler():
         raise KernelError(f"kernels cannot be compiled for CUDA: {problem}")
-    image = _image(_compile(function, signature, capability, options))
+    image = _image(_compile(function, signature, capability, options, what))
     try:
         write_atomic(path, image.ptx)
     except OSError:
@@ -137,6 +140,7 @@ def _compile(
     signature: Sequence[Any],
     capability: tuple[int, int],
     options: dict[str, int],
+    what: str,
 ) -> bytes:
     from numba.core.errors import NumbaError
     from numba.cuda.compiler import compile_cuda
@@ -151,7 +155,10 @@ def _compile(
             library._llvm_strs = _with_exact_remainders(library.llvm_strs)  # noqa: SLF001 (no other way)
             text: str = library.get_asm_str(cc=capability)
         except NumbaError as error:
-            raise KernelError(f"{function.__name__} does not compile for CUDA: {error}") from error
+            raise KernelError(
+                f"{what} cannot be compiled for CUDA: {reason(str(error))}",
+                hint="docs/gpu.md says what kernels may call there; [run] backend = cpu runs them here",
+            ) from error
     # Shorter names, so that the file can be read: Numba's say the types of all arguments.
     return text.replace(_long_name(text), "stage").rstrip("\0").encode()
 

@@ -22,6 +22,7 @@ from rustsim_hpc.errors import KernelError
 from rustsim_hpc.kernels.compiling import checking, compile_row_function
 from rustsim_hpc.kernels.cuda_compile import Image, compile_ptx
 from rustsim_hpc.kernels.diagnose import explain
+from rustsim_hpc.kernels.stage_source import op_name
 from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.schema import Schema
@@ -164,7 +165,10 @@ class CudaStage:
         names = cuda_names()
         names |= {name: cuda.jit(fn, device=True) for name, fn in self.functions.items()}
         signature = [kind_of(value) for value in values]
-        return compile_ptx(self.python(names), signature, capability, identity=self.identity, fma=fma)
+        phases = ", ".join(op_name(op) for op in self.stage.ops) or "a digest"
+        return compile_ptx(
+            self.python(names), signature, capability, identity=self.identity, what=phases, fma=fma
+        )
 
 
 def kind_of(value: Any) -> Any:

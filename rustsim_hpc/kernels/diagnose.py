@@ -163,12 +163,12 @@ def _kernel_error(
     arguments = f"; arguments there: {', '.join(used)}" if used else ""
     return KernelError(
         f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: "
-        f"{_reason(text)}",
+        f"{reason(text)}",
         phase=phase,
     )
 
 
-def _reason(text: str) -> str:
+def reason(text: str) -> str:
     """Return the one line of Numba's report that says why."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
     telling = (

@@ -1,0 +1,54 @@
+"""Jobs whose ranks each have a device: the bits of one rank on the CPU, and what all of them refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cuda_planes import Devices, needs_compiler
+
+from rustsim_hpc import device
+from rustsim_hpc.errors import JobError
+from rustsim_hpc.job import Override, RunOptions, read_job
+from rustsim_hpc.launch import run_job
+from rustsim_hpc.team import SoloTeam, Team
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "random_walk.toml"
+pytestmark = needs_compiler
+
+
+def run(team: Team, folder: Path, **options: object) -> tuple[str, int]:
+    sizes = {"agents": 5000, "steps": 4, "partitions": 6, **options}
+    spec, _ = read_job(JOB, [Override("run", key, value, key) for key, value in sizes.items()], environ={})
+    summary = run_job(spec, RunOptions(out=folder, progress=False), team)
+    return summary.executor, summary.fingerprint
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> Devices:
+    devices = Devices()
+    monkeypatch.setattr(device, "visible_devices", lambda: names)
+    monkeypatch.setattr(device, "why_no_device", lambda ordinal=0: "")
+    monkeypatch.setattr(device, "CupyDevice", devices)
+    return devices
+
+
+def test_each_rank_has_its_device(team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = stand_ins(monkeypatch, tuple("abcd"))
+    executor, fingerprint = run(team, shared_path / "run", backend="cuda")
+    assert executor == "cuda"
+    assert list(devices.made) == [team.rank]
+    alone = run(SoloTeam(), shared_path / f"alone{team.rank}", backend="cpu")
+    assert alone[0] != "cuda"
+    assert alone[1] == fingerprint
+
+
+def test_sharing_is_refused_on_all_ranks(
+    team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = stand_ins(monkeypatch, ("a",))
+    if team.size > 1:
+        with pytest.raises(JobError, match=f"{team.size} ranks on .* would share 1 CUDA device"):
+            run(team, shared_path / "run", backend="cuda")
+        assert not (shared_path / "run").exists()
+    assert run(team, shared_path / "shared", backend="cuda", share_devices=True)[0] == "cuda"
+    assert list(devices.made) == [0]
