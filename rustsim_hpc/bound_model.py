@@ -204,6 +204,11 @@ class BoundModel:
         """Give a rank's work the model's parameters, tables, seed and reference."""
         work.params, work.tables, work.seed, work.model = self.params, self.tables, self.seed, self.reference
 
+    @cached_property
+    def looks_at_steps(self) -> bool:
+        """Whether there is any check, or any reduction of checks and outputs."""
+        return bool(self.checks) or any(owner.reductions for owner in self._observers)
+
     def observes_at(self, step: int) -> bool:
         """Return whether checks or outputs with reductions of their own are due after ``step`` steps."""
         return any(owner.reductions and step % owner.every == 0 for owner in self._observers)

@@ -162,6 +162,7 @@ class EngineControlPlane:
 
     def stepper(self, executor: Executor) -> Stepper:
         """Return what steps the executor phases through an executor, bound to the state as it lies now."""
+        self._stepping.ready()
         base = self._phase_base(StepKind.EXECUTOR)
         return self._stepping.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
 

@@ -48,6 +48,8 @@ class Meeting:
         self._dtypes: dict[int, str] = {}
         self.vote = 0
         self.votes = 0
+        self._numbers = np.zeros(2, np.int64)
+        self._said = self._numbers.data
 
     def hold(
         self, segment: Segment, failures: list[PhaseFailure], frame: Frame, *, with_digests: bool
@@ -64,6 +66,9 @@ class Meeting:
         if self._team.size == 1:
             return self._alone(segment, failures, frame, with_digests=with_digests)
         slots = segment.reductions
+        if not slots and not with_digests:
+            self._agree(failures)
+            return None
         states = {slot: self._rank_state(slot) for slot in slots}
         additive = [slot for slot in slots if is_additive(self._work.program.reductions[slot])]
         parts = [np.array([len(failures), self.vote], np.int64), self._codes(slots)]
@@ -82,6 +87,15 @@ class Meeting:
         self._gather(slots, states)
         self._finish(slots, states, frame)
         return total[place:].view(np.uint64) if with_digests else None
+
+    def _agree(self, failures: list[PhaseFailure]) -> None:
+        """Say how many have failed, and the vote; nothing else."""
+        said = self._said
+        said[0], said[1] = len(failures), self.vote
+        self._team.sum_int64(self._numbers)
+        if said[0]:
+            self._raise(failures)
+        self.votes = said[1]
 
     def _alone(
         self, segment: Segment, failures: list[PhaseFailure], frame: Frame, *, with_digests: bool

@@ -68,6 +68,22 @@ class StageCache:
             yield
 
 
+class _Call:
+    """A stage's function and its arguments, for columns that stand on certain sides."""
+
+    __slots__ = ("call", "changing", "compiled", "function", "rows", "values")
+
+    def __init__(
+        self, function: StageFunction, values: list[Any], changing: list[tuple[int, str]], rows: int
+    ) -> None:
+        self.function = function
+        self.call = function.function
+        self.values = values
+        self.changing = changing
+        self.rows = rows
+        self.compiled: set[tuple[Any, ...]] = set()
+
+
 class PartitionRun:
     """Runs segments of a program on one partition.
 
@@ -84,19 +100,23 @@ class PartitionRun:
         self._board = board
         self._place = place
         self._stages = stages
-        self._calls: dict[tuple[int, bytes], tuple[Any, list[Any], list[tuple[int, str]]]] = {}
-        self._compiled: set[tuple[Any, ...]] = set()
+        self._calls: dict[tuple[int, bytes], _Call] = {}
         self._groups: dict[int, list[KernelStage | list[ColumnCall]]] = {}
         self._seen: dict[tuple[int, bytes], list[Any]] = {}
         self._phase = 0
+        self._reported: Any = None
+        self._status = memoryview(b"")
         self._streams = work.streams(task)
 
     def run(self, segment: Segment, frame: Frame) -> PhaseFailure | None:
         """Run one segment's items in order; return what failed, or None."""
-        status = self._board.status[self._place]
-        status[:] = 0
+        if self._board.status is not self._reported:  # the board has moved since
+            self._reported = self._board.status
+            self._status = self._reported[self._place].data  # item by item, faster than the array
+        status = self._status
+        status[0] = 0
         try:
-            for item in self._grouped(segment):
+            for item in self._groups.get(id(segment)) or self._grouped(segment):
                 if isinstance(item, KernelStage):
                     self._phase = item.ops[0].phase
                     self._run_stage(item, frame, status)
@@ -159,7 +179,7 @@ class PartitionRun:
     def _columns(self, call: ColumnCall) -> list[Any]:
         """Return the columns that a phase sees, all rows of the rank."""
         memory = self.work.memory
-        key = call.phase, memory.parity.tobytes()
+        key = call.phase, memory.sides()
         if key not in self._seen:
             self._seen[key] = [
                 memory.other(column) if side else memory.current(column)
@@ -188,41 +208,46 @@ class PartitionRun:
     # -- stages --------------------------------------------------------------------------------------
 
     def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
-        key = (id(stage), self.work.memory.parity.tobytes())
-        if key not in self._calls:
+        key = (id(stage), self.work.memory.sides())
+        found = self._calls.get(key)
+        if found is None:
             function = self._stages.get(stage)
-            self._calls[key] = (function, *self._arguments(function, status))
-        function, values, dynamic = self._calls[key]
-        alone = frame.repeat == 1 and not frame.want_digest
-        values[3] = _WHOLE_ROWS if alone and function.one_loop and not self.work.tile_rows else self.work.tile
+            rows = self.work.tile if self.work.tile_rows or not function.one_loop else _WHOLE_ROWS
+            found = self._calls[key] = _Call(function, *self._arguments(function), rows)
+        values, again = found.values, frame.repeat
+        values[3] = self.work.tile if again > 1 or frame.want_digest else found.rows
         values[4] = frame.want_digest
         values[8] = frame.step_index
-        values[10] = frame.repeat
-        values[11] = self._streams and frame.repeat == 1
-        kinds: tuple[Any, ...] = key
-        for position, name in dynamic:
+        values[10] = again
+        values[11] = self._streams and again == 1
+        kinds: tuple[Any, ...] = ()
+        for position, name in found.changing:
             value = values[position] = frame.values[name]
             kinds = (*kinds, value.dtype, value.ndim)  # a derived value may change its type
-        if function.draws and frame.step_index + frame.repeat - 1 > MAX_STEP:
+        if kinds not in found.compiled:
+            self._compile(found, kinds)
+        if frame.step_index + again - 1 > MAX_STEP and found.function.draws:
             raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
-        if kinds not in self._compiled:
-            with self._stages.loading():
-                dtypes = function.compile_for(values)
-            for slot, dtype in dtypes.items():
-                self._board.codes[self._place, slot] = DTYPES.index(dtype)
-            self._compiled.add(kinds)
         status[1] = stage.ops[0].phase
         try:
-            function.function(*values)
+            found.call(*values)
         finally:
-            self._phase = int(status[1])
+            self._phase = status[1]
         if status[0]:
-            self._phase = int(status[2])
+            self._phase = status[2]
             raise ValueError(status_text(self.work, frame.step_index, status))
 
-    def _arguments(self, function: StageFunction, status: Any) -> tuple[list[Any], list[tuple[int, str]]]:
+    def _compile(self, found: _Call, kinds: tuple[Any, ...]) -> None:
+        with self._stages.loading():
+            dtypes = found.function.compile_for(found.values)
+        for slot, dtype in dtypes.items():
+            self._board.codes[self._place, slot] = DTYPES.index(dtype)
+        found.compiled.add(kinds)
+
+    def _arguments(self, function: StageFunction) -> tuple[list[Any], list[tuple[int, str]]]:
         """Return a stage's arguments and the positions of those that change from step to step."""
         work, board, place = self.work, self._board, self._place
+        status = board.status[place]
         ids = _NO_IDS if work.ids is None else work.ids
         values: list[Any] = [
             self.task.start, self.task.stop, work.first_row, work.tile, False, status,
@@ -259,10 +284,10 @@ class PartitionRun:
                 dtype = np.dtype(work.memory.schema.columns[key].dtype)
                 return staggered_empty(work.tile * dtype.itemsize, key).view(dtype)
             case "fill_bits":
-                from rustsim_hpc.kernels.philox import fill_bits_address
+                from rustsim_hpc.kernels.philox_tile import fill_bits_address
 
                 with self._stages.loading():
-                    return np.uint64(fill_bits_address())
+                    return np.uint64(fill_bits_address(key))
             case "digest":
                 from rustsim_hpc.kernels.digest_call import digest_address
 

@@ -53,6 +53,8 @@ class StateProof:
 
     def sums_without(self, written: Sequence[int]) -> list[int | None]:
         """Return the remembered sums but for columns that a step wrote without adding them up."""
+        if self._sums.count(None) == len(self._sums):
+            return self._sums
         return [None if k and k - 1 in written else value for k, value in enumerate(self._sums)]
 
     def forget(self) -> None:

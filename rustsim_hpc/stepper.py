@@ -81,8 +81,7 @@ class Stepper:
         self.work.memory.take_back(self.session)
         frame = Frame(step_index, want_digest, repeat)
         board = self.session.board
-        board.times[:] = 0
-        board.digests[:] = 0
+        board.clear()
         last = len(self.work.program.segments) - 1
         digests = None
         executor_ns = meeting_ns = 0

@@ -216,9 +216,14 @@ class Board:
             arrays.append(words[start // 8 :][: int(np.prod(shape))].reshape(shape))
             start = end
         self.status, self.times = arrays[0], arrays[1]
+        self._sums = words[self.layout[0][1] // 8 : self.layout[2][1] // 8]
         self.digests = arrays[2].view(np.uint64)
         self.codes = arrays[3]
         self.states = tuple(arrays[4:])
+
+    def clear(self) -> None:
+        """Set times and digests to 0, at the start of a step."""
+        self._sums.fill(0)
 
     @property
     def nbytes(self) -> int:

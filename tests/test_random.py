@@ -80,7 +80,7 @@ def compiled_word(key, row_id, step, block, place):
 
 @njit
 def compiled_bits(key, row_id, step, block, half):
-    return philox._bits(key, row_id, step, block, half)
+    return philox.half_block(key, row_id, step, block, half)
 
 
 def test_philox_accepts_arrays_and_refuses_what_is_not_words():

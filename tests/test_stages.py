@@ -187,7 +187,8 @@ def test_hot_kernels_vectorise(module: str, tmp_path: Any, monkeypatch: pytest.M
     with Engine(Setup(MODELS + module, 5000)) as engine:
         engine.step(1)
         [run] = engine.plane.stepper(engine.executor).session.runs
-        [(function, values, _)] = run._calls.values()
+        [call] = run._calls.values()
+        function, values = call.function, call.values
         assert function.one_loop
         fresh = njit(error_model="numpy", nogil=True)(
             function.function.py_func

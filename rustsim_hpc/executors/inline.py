@@ -30,6 +30,7 @@ class LocalSession:
         self.runs = [
             PartitionRun(work, task, self.board, place, stages) for place, task in enumerate(work.tasks)
         ]
+        self._all = range(len(self.runs))
 
     @property
     def compile_seconds(self) -> float:
@@ -38,7 +39,7 @@ class LocalSession:
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition, in order."""
-        return self.run_places(segment, frame, range(len(self.runs)))
+        return self.run_places(segment, frame, self._all)
 
     def run_places(self, segment: int, frame: Frame, places: range) -> list[PhaseFailure]:
         """Run one segment on some of the partitions; return failures in partition order."""
@@ -47,8 +48,12 @@ class LocalSession:
         if items is None:  # nothing observes
             return []
         runs = self.runs  # a phase that adds phases drops this session while it runs
-        failures = (runs[place].run(items, frame) for place in places)
-        return [failure for failure in failures if failure is not None]
+        failures = []
+        for place in places:
+            failure = runs[place].run(items, frame)
+            if failure is not None:
+                failures.append(failure)
+        return failures
 
     def close(self) -> None:
         """Drop the views of the columns."""

@@ -81,12 +81,13 @@ class PipeEnds:
 
 def read_all(fd: int, buffer: memoryview) -> bool:
     """Fill a buffer from a pipe, as long as that takes; returns False at the pipe's end."""
-    while buffer:
+    while True:
         got = os.readv(fd, (buffer,))
+        if got == len(buffer):
+            return True
         if not got:
             return False
         buffer = buffer[got:]
-    return True
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -96,5 +97,5 @@ def write_all(fd: int, data: bytes) -> None:
         BrokenPipeError: nobody reads it any more.
     """
     rest: bytes | memoryview = data
-    while rest:
-        rest = memoryview(rest)[os.write(fd, rest) :]
+    while (sent := os.write(fd, rest)) < len(rest):
+        rest = memoryview(rest)[sent:]

@@ -103,11 +103,15 @@ class ProcessSession:
             if not self._whole and (problems := self._start()):
                 return problems
             message = self._message(segment, frame)
-            sent = [worker.order(message) for worker in self._workers]
+            workers = self._workers
+            sent = [worker.order(message) for worker in workers]
             failures: list[PhaseFailure] = []
-            for worker, reached in zip(self._workers, sent, strict=True):
+            for worker, reached in zip(workers, sent, strict=True):
                 answer = worker.answer() if reached else None
-                failures += [self._death(worker)] if answer is None else answer
+                if answer is None:
+                    failures.append(self._death(worker))
+                elif answer:
+                    failures += answer
         except BaseException:
             # Ctrl-C, say. Workers that are still at it must not write into a later step, nor answer to it.
             for worker in self._workers:

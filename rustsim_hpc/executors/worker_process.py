@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import RustsimError, message_of
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.pipes import read_all, write_all
@@ -58,6 +59,7 @@ class _Worker:
         self._places = [(place, range(place, place + 1)) for place in start.places]
         self._words = memoryview(words[start.number])  # item by item, several times as fast as the array
         self._words[RUNNING], self._words[COMPILE_NS] = IDLE, 0
+        self._compiled = 0.0
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on this worker's partitions."""
@@ -67,7 +69,9 @@ class _Worker:
             words[RUNNING] = place
             failures += self.session.run_places(segment, frame, alone)
         words[RUNNING] = IDLE
-        words[COMPILE_NS] = int(self.session.compile_seconds * 1e9)
+        if CLOCK.seconds != self._compiled:
+            self._compiled = CLOCK.seconds
+            words[COMPILE_NS] = int(self._compiled * 1e9)
         return failures
 
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core.errors import TypingError
 from numba.extending import overload
 
 from rustsim_hpc import random as faces
 from rustsim_hpc.kernels.cached import INLINED, cached_njit
-from rustsim_hpc.kernels.far_call import address_of
 
 _U = np.uint64
 _0, _1, _2, _3 = _U(0), _U(1), _U(2), _U(3)
@@ -76,7 +74,7 @@ def _nine_rounds(key, row_id, step, block):  # type: ignore[no-untyped-def]
 
 
 @njit(**INLINED)
-def _bits(key, row_id, step, block, half):  # type: ignore[no-untyped-def]
+def half_block(key, row_id, step, block, half):  # type: ignore[no-untyped-def]
     """Return words 0 and 1 of a block (half 0), or 2 and 3 (half 1), as 64 bits, the first word upper.
 
     A product of the last round already is the two words side by side, up to what is xored into the upper one.
@@ -154,7 +152,7 @@ def _upper_product(a, b):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _uniform(key, row_id, step, draw):  # type: ignore[no-untyped-def]
-    value = np.float64(_bits(key, row_id, step, _UNIFORM | (draw >> _1), draw & _1) >> _11) * _UNIT_53
+    value = np.float64(half_block(key, row_id, step, _UNIFORM | (draw >> _1), draw & _1) >> _11) * _UNIT_53
     return value if draw < _UNIFORM_DRAWS else np.nan
 
 
@@ -167,13 +165,13 @@ def _uniform32(key, row_id, step, draw):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _normal(key, row_id, step, draw):  # type: ignore[no-untyped-def]
-    value = _normal_quantile(_open_unit(_bits(key, row_id, step, _NORMAL | (draw >> _1), draw & _1)))
+    value = _normal_quantile(_open_unit(half_block(key, row_id, step, _NORMAL | (draw >> _1), draw & _1)))
     return value if draw < _NORMAL_DRAWS else np.nan
 
 
 @njit(**INLINED)
 def _exponential(key, row_id, step, draw):  # type: ignore[no-untyped-def]
-    value = -_log(_open_unit(_bits(key, row_id, step, _EXPONENTIAL | (draw >> _1), draw & _1)))
+    value = -_log(_open_unit(half_block(key, row_id, step, _EXPONENTIAL | (draw >> _1), draw & _1)))
     return value if draw < _EXPONENTIAL_DRAWS else np.nan
 
 
@@ -183,7 +181,7 @@ def _draw_again(key, row_id, step, first_block, n):  # type: ignore[no-untyped-d
     reject_below = (_0 - n) % n
     upper = _0
     for attempt in range(_ATTEMPTS):
-        bits = _bits(key, row_id, step, first_block | (_U(attempt) >> _1), _U(attempt) & _1)
+        bits = half_block(key, row_id, step, first_block | (_U(attempt) >> _1), _U(attempt) & _1)
         upper = _upper_product(bits, n)
         if bits * n >= reject_below:
             break
@@ -193,7 +191,7 @@ def _draw_again(key, row_id, step, first_block, n):  # type: ignore[no-untyped-d
 @njit(**INLINED)
 def _integers(key, row_id, step, draw, n):  # type: ignore[no-untyped-def]
     first_block = _INTEGERS | (draw << _ATTEMPTS_SHIFT)
-    bits = _bits(key, row_id, step, first_block, _0)
+    bits = half_block(key, row_id, step, first_block, _0)
     upper = _upper_product(bits, n)
     if bits * n < n:
         upper = _draw_again(key, row_id, step, first_block, n)
@@ -202,31 +200,6 @@ def _integers(key, row_id, step, draw, n):  # type: ignore[no-untyped-def]
 
 # -- Whole columns ---------------------------------------------------------------------------------------
 # Row i has the id ids[i], or start + i where ids is empty; all numbers are uint64.
-
-
-@cached_njit(no_cpython_wrapper=True)
-def _fill_bits(key, start, ids, id_count, step, draw, out, rows):  # type: ignore[no-untyped-def]
-    """Set out[i] (uint64) to the 64 bits that each row's `uniform` of this draw is made from."""
-    bits, block, half = carray(out, rows), _UNIFORM | (draw >> _1), draw & _1
-    if id_count:
-        given = carray(ids, rows)
-        for i in range(rows):
-            bits[i] = _bits(key, given[i], step, block, half)
-    else:
-        for i in range(rows):
-            bits[i] = _bits(key, start + i, step, block, half)
-    return _0
-
-
-@lru_cache(maxsize=1)
-def fill_bits_address() -> int:
-    """Return the address of the function that makes the bits of one draw of `uniform` for a run of rows.
-
-    It takes the key, the first row's id, the address and the number of explicit ids (0: none), the step, the
-    draw, the address of the bits (uint64) and the number of rows; it returns 0.
-    """
-    word, words = types.uint64, types.CPointer(types.uint64)
-    return address_of(_fill_bits, word, word, words, word, word, word, words, word)
 
 
 @cached_njit()

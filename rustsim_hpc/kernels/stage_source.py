@@ -215,13 +215,12 @@ class StageWriter:
         ready = ready_draws(described) if any(read.source == "rng" for read in op.reads) else 0
         key = self._argument("key", described.stream, self._key_name(described.stream)) if ready else ""
         ids = "no_ids" if self.default_ids else "tile_ids"
-        far = self._argument("fill_bits", "", "fill_bits") if ready else ""
-        for draw in range(ready):
-            self._argument("bits", draw, f"bits{draw}")
-            lines += [
-                f"u{draw} = bits{draw}[: hi - lo]",
-                f"far_call({far}, ({key}, base, {ids}, {ids}.size, ustep, {draw}, u{draw}, hi - lo))",
-            ]
+        if ready:
+            far = self._argument("fill_bits", ready, f"fill_bits{ready}")
+            bits = [self._argument("bits", draw, f"bits{draw}") for draw in range(ready)]
+            lines += [f"u{draw} = {name}[: hi - lo]" for draw, name in enumerate(bits)]
+            rows = f"base, {ids}, {ids}.size, ustep, u0, u{ready - 1}, hi - lo"
+            lines.append(f"far_call({far}, ({key}, {rows}))")
         return [*lines, "for j in range(hi - lo):"]
 
     def _key_name(self, stream: str) -> str:

@@ -120,8 +120,7 @@ class HeldPartitions:
             self._order(number, step, fields["attempt"])
         reset_states(self.work, self._session.board, segment.reductions)
         if number == self._active[0]:
-            self._session.board.times[:] = 0
-            self._session.board.digests[:] = 0
+            self._session.board.clear()
         frame = StepFrame(step, fields["want_digest"], fields["repeat"], self._values)
         compiled = self._session.compile_seconds  # of the whole process, whoever's kernels they were
         failures = self._session.run(number, frame)
