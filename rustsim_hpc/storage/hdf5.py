@@ -29,7 +29,7 @@ from rustsim_hpc.storage.header import (
     schema_to_json,
 )
 from rustsim_hpc.storage.proof import file_errors
-from rustsim_hpc.storage.sinks import FileSink, MemorySink, write_at
+from rustsim_hpc.storage.sinks import FileSink, MemorySink, start_writeback, write_at
 from rustsim_hpc.version import __version__
 
 # Small enough to stay in a core's cache between being hashed and being written.
@@ -199,6 +199,7 @@ def stream(descriptor: int, image: FileImage, view: StateView, hasher: Any = Non
         OSError: the disk is full, or fails.
     """
     parts: list[Segment | tuple[int, bytes]] = [*image.segments, *image.gaps]
+    begun = 0
     for part in sorted(parts, key=lambda part: part.offset if isinstance(part, Segment) else part[0]):
         pieces = (
             _segment_pieces(part, view, 0) if isinstance(part, Segment) else [(part[0], memoryview(part[1]))]
@@ -207,6 +208,7 @@ def stream(descriptor: int, image: FileImage, view: StateView, hasher: Any = Non
             if hasher is not None:
                 hasher.update(piece)
             write_at(descriptor, piece, offset)
+            begun = start_writeback(descriptor, begun, offset + len(piece))
 
 
 def stream_rows(descriptor: int, image: FileImage, view: StateView) -> None:
@@ -216,8 +218,10 @@ def stream_rows(descriptor: int, image: FileImage, view: StateView) -> None:
         OSError: the disk is full, or fails.
     """
     for segment in image.segments:
+        begun: int | None = None
         for offset, piece in _segment_pieces(segment, view, view.row_offset):
             write_at(descriptor, piece, offset)
+            begun = start_writeback(descriptor, offset if begun is None else begun, offset + len(piece))
 
 
 def stream_gaps(descriptor: int, image: FileImage) -> None:

@@ -7,11 +7,16 @@ memory, or passes them on to a file and remembers the first failure instead of t
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 _PAGE = 4096
+_SYNC_FILE_RANGE_WRITE = 2
+_WRITEBACK_BYTES = 8 << 20
 
 
 class MemorySink(io.RawIOBase):
@@ -120,3 +125,29 @@ def write_at(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
+
+
+def start_writeback(descriptor: int, start: int, end: int) -> int:
+    """Let the disk begin with bytes [start, end) of a file while others are made; return where to go on.
+
+    Little by little, so that the fsync at the end has next to nothing left to wait for. Few bytes are left
+    for the next call. Where the system has no such call, the fsync does it all.
+    """
+    if end - start < _WRITEBACK_BYTES:
+        return start
+    sync = _sync_file_range()
+    if sync is not None:
+        # A hint: its failures are those of the fsync, which tells them.
+        sync(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
+    return end
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        call: Any = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = call
+    return found
