@@ -61,6 +61,9 @@ Duration = Annotated[
 ]
 
 
+Texts = Annotated[dict[str, str], Field(json_schema_extra={"kind": "table of texts"})]
+
+
 def _key(meaning: str, default: Any = ..., *, shown: str | None = None, **more: Any) -> Any:
     """Declare one key; `shown` is what the docs give as its default where that is not a plain value."""
     extra: dict[str, Any] | None = {"shown": shown} if shown else None
@@ -168,14 +171,28 @@ class CheckpointTable(_Table):
         "after a checkpoint that cannot be written: stop (exit code 5), or warn and go on", "stop"
     )
     layout: Literal["auto", "single", "sharded"] = _key(
-        "`single`: one file written by all ranks; `sharded`: one a rank under one master; `auto`: `single` "
-        "for one rank, else `sharded`",
+        "`single`: one file written by all ranks; `sharded`: several under one master; `auto`: `single` for "
+        "one rank, else `sharded`",
         "auto",
+    )
+    shards: Literal["rank", "node"] = _key(
+        "a shard for each rank, or for all ranks of a node together", "rank"
     )
     asynchronous: bool = _key("write behind the running steps", True, alias="async")
     compression: Literal["none", "lzf", "gzip"] = _key("filter of the columns", "none")
     compression_columns: list[str] | None = _key("columns that are compressed", None, shown="all")
-    chunk_rows: Positive | None = _key("rows of an HDF5 chunk", None, shown="chosen by size")
+    chunk_rows: Positive = _key("rows of a chunk of a compressed column", 1 << 18)
+    alignment: Positive = _key(
+        "bytes; columns of 64 KiB and more start at a multiple of it in their file: the block or stripe size "
+        "of the file system",
+        4096,
+    )
+    hints: Texts = _key(
+        "MPI-IO hints by name, for single files that parallel HDF5 writes: "
+        '`hints = { striping_factor = "16" }`',
+        {},
+        shown="none",
+    )
 
 
 class RemoteTable(_Table):

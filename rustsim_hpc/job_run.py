@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rustsim_hpc.agreement import agree
@@ -60,6 +60,7 @@ class JobRun:
         team: the ranks.
         stop: requests to stop, from before the run began.
         resumed_from: the restored step, or None.
+        last_sequence: number of the last checkpoint of the sessions before.
         forked: the state comes from another run's checkpoint, so this one saves it first.
         progress: show a bar if this is a terminal.
         profile: find out where the time goes.
@@ -76,6 +77,7 @@ class JobRun:
         stop: StopRequests,
         *,
         resumed_from: int | None,
+        last_sequence: int = 0,
         forked: bool,
         progress: bool,
         profile: bool = False,
@@ -100,6 +102,7 @@ class JobRun:
             storage_options(spec),
             asynchronous=options.asynchronous,
         )
+        self._sequence = last_sequence
         self._last_checkpoint_step = resumed_from
         self._last_checkpoint_time = time.monotonic()
         self._opened = False
@@ -130,10 +133,10 @@ class JobRun:
             self._opened = True
             self.records.first_state(self.executor)
             if self.forked:
-                self._checkpoint()
+                self._checkpoint("fork")
             result = self._loop(watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
-            self._last_checkpoint()
+            self._last_checkpoint("end" if result.stopped is None else f"stopped: {result.stopped}")
             self._on_first(lambda: self.records.close(result.profile))
             return result
 
@@ -232,8 +235,10 @@ class JobRun:
         if every and step % every == 0 and votes & _TIME_IS_UP:
             self._checkpoint()
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, label: str | None = None) -> None:
         """Begin a checkpoint of the current state (or write it, where that is not asynchronous)."""
+        self._sequence += 1
+        self.plane.count_checkpoint()
         plane, store = self.plane, self.plane.runtime.device_store()
         step = plane.runtime.step_index
         self._on_first(self.records.flush)
@@ -251,7 +256,8 @@ class JobRun:
             rows=store.total_rows,
             schema=store.schema,
             fingerprint=plane.fingerprint(),
-            sequence=plane.count_checkpoint(),
+            sequence=self._sequence,
+            label=label,
             seed=self.spec.run.seed,
             parameters=self.model.params.plain(),
             plan={"partitions": plane.partition_plan.partition_count, "ranks": self.team.size},
@@ -262,12 +268,13 @@ class JobRun:
         self._last_checkpoint_step = step
         self._last_checkpoint_time = time.monotonic()
 
-    def _last_checkpoint(self) -> None:
+    def _last_checkpoint(self, label: str) -> None:
+        """Write a checkpoint of the current state, unless there is one; its label says why."""
         self._published(self.writer.finish)
         # No step waits for this one, so it needs no copy of the state.
         self.writer.asynchronous = False
         if self._last_checkpoint_step != self.plane.runtime.step_index:
-            self._checkpoint()
+            self._checkpoint(label)
             self._published(self.writer.finish)
 
     def _published(self, action: Any) -> None:
@@ -317,7 +324,7 @@ class JobRun:
         whole = self.spec.run.guard == "rollback" and agreed and not isinstance(error, CheckpointWriteFailed)
         try:
             if whole and self._opened:
-                self._last_checkpoint() if self._recorded else self.writer.finish()
+                self._last_checkpoint("failure") if self._recorded else self.writer.finish()
         except Exception as second:  # noqa: BLE001 (the first error matters more)
             self._warn(f"warning: no checkpoint of the last complete step: {second}")
         if self._first and self._opened:
@@ -335,5 +342,13 @@ def storage_options(spec: JobSpec) -> StorageOptions:
     compression: dict[str, str] = {}
     if table.compression != "none":
         compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
-    options = StorageOptions(table.layout, compression, keep=table.keep, keep_every=table.keep_every)
-    return options if table.chunk_rows is None else replace(options, chunk_rows=table.chunk_rows)
+    return StorageOptions(
+        table.layout,
+        compression,
+        chunk_rows=table.chunk_rows,
+        alignment=table.alignment,
+        keep=table.keep,
+        keep_every=table.keep_every,
+        hints=table.hints,
+        shards=table.shards,
+    )

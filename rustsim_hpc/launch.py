@@ -24,6 +24,7 @@ from rustsim_hpc.program import plan_program
 from rustsim_hpc.reductions import meeting_bytes
 from rustsim_hpc.restored import (
     forked_rows,
+    last_sequence,
     lineage_of,
     machine_differences,
     restored_store,
@@ -72,10 +73,12 @@ def resume_run(
             return finished
         folder = RunFolder.reopen(path, facts(prepared), team)
         with _session(folder, team) as session:
+            on_first_rank(team, lambda: sweep(folder.checkpoints))
+            last = on_first_rank(team, lambda: last_sequence(folder.checkpoints))
             store, step = _newest_store(prepared, folder, at)
-            if step is None:
-                return _run(prepared, session, store, 0, options, stop)
-            return _run(prepared, session, store, step, options, stop, resumed_from=step)
+            return _run(
+                prepared, session, store, step or 0, options, stop, resumed_from=step, last_sequence=last
+            )
 
 
 def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tuple[DeviceSoaStore, int | None]:
@@ -84,7 +87,6 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
     Without any checkpoint it is the first state, and the step is None.
     """
     team = prepared.team
-    on_first_rank(team, lambda: sweep(folder.checkpoints))
 
     def reject(path: Path, reason: str) -> None:
         aside = move_aside(path, reason)
@@ -210,6 +212,7 @@ def _run(
     stop: StopRequests,
     *,
     resumed_from: int | None = None,
+    last_sequence: int = 0,
     forked: bool = False,
 ) -> RunSummary:
     """Build the plane on a store, run the steps that are left, and record how it ended."""
@@ -219,7 +222,8 @@ def _run(
     session.plane = plane = on_all(team, lambda: _plane(prepared, store, step_index))
     run = JobRun(
         spec, prepared.model, plane, executor, folder, team, stop,
-        resumed_from=resumed_from, forked=forked, progress=options.progress, profile=options.profile,
+        resumed_from=resumed_from, last_sequence=last_sequence, forked=forked,
+        progress=options.progress, profile=options.profile,
     )  # fmt: skip
     session.reported = True
     result = run.run()

@@ -17,6 +17,7 @@ from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec
+from rustsim_hpc.job_run import storage_options
 from rustsim_hpc.memory import Kind
 from rustsim_hpc.model_source import load_model
 from rustsim_hpc.partition import PartitionPlan, PartitionWorker
@@ -26,6 +27,7 @@ from rustsim_hpc.replay import ReplayMode
 from rustsim_hpc.replay_log import read_replay_log
 from rustsim_hpc.run_record import RunFacts
 from rustsim_hpc.stepping import Executor
+from rustsim_hpc.storage.collective import check_supported
 from rustsim_hpc.team import Team
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     agree_hash(team, "job file", spec.sha256())
     model = on_all(team, bind_here)
     agree_hash(team, "model source", model.identity())
+    check_supported(storage_options(spec), team)
     model.share_tables(team)
     backend = choose_backend(spec, model, team)
     workers = 1 if backend.name == "cuda" else worker_count(spec, _share_of_cores(team), team.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rustsim_hpc.run_folder import RunFolder
 from rustsim_hpc.run_reader import open_run
 from rustsim_hpc.storage.folder import list_checkpoints, move_aside, step_of
 from rustsim_hpc.storage.header import CheckpointHeader
-from rustsim_hpc.storage.reading import LoadedCheckpoint
+from rustsim_hpc.storage.reading import LoadedCheckpoint, read_header
 
 
 def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
@@ -62,6 +63,15 @@ def set_aside_later(folder: Path, step: int) -> None:
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             move_aside(path, f"the run was resumed from step {step}")
+
+
+def last_sequence(folder: Path) -> int:
+    """Return the highest sequence number of a run's checkpoints, 0 where there is none: numbers go on."""
+    found = 0
+    for path in list_checkpoints(folder):
+        with suppress(CheckpointFileError):
+            found = max(found, read_header(path).sequence)
+    return found
 
 
 def machine_differences(folder: RunFolder) -> list[str]:

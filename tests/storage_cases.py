@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from rustsim_hpc.fingerprint import ReplayFingerprint, StateView, fingerprint_view
 from rustsim_hpc.schema import DTYPES, Column, Schema
-from rustsim_hpc.storage import CheckpointHeader
+from rustsim_hpc.storage import CheckpointHeader, StorageOptions
 
 SMALL = Schema(
     (Column("x", "float32", "m", "position east"), Column("state", "uint8", codes={0: "S", 1: "I"}))
@@ -50,6 +51,13 @@ def header_of(
         model={"name": "flock", "sha256": "00ff"},
         **given,
     )
+
+
+def layout(name: str, compression: Mapping[str, str] | None = None, **more: Any) -> StorageOptions:
+    """Return the options of a layout: "auto", "single", "sharded", or "node", a shard for each machine."""
+    if name == "node":
+        return StorageOptions("sharded", compression or {}, shards="node", **more)
+    return StorageOptions(name, compression or {}, **more)
 
 
 def cut(view: StateView, start: int, stop: int) -> StateView:

@@ -9,8 +9,10 @@ from pathlib import Path
 import h5py
 import pytest
 from storage_cases import SMALL, bounds, cut, header_of, state
+from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
+from rustsim_hpc.job import CheckpointTable
 from rustsim_hpc.storage import FORMAT_NAME, FORMAT_VERSION, StorageOptions, write_checkpoint
 from rustsim_hpc.storage.proof import BLOCK_BYTES
 
@@ -29,12 +31,14 @@ def write(folder: Path, size: int, layout: str) -> None:
 
     def rank(team: ThreadTeam) -> None:
         part = cut(view, *bounds(12, size, team.rank))
-        write_checkpoint(folder / "checkpoints", header, part, team, StorageOptions(layout))
+        write_checkpoint(folder / "checkpoints", header, part, team, options_of(layout))
 
     run_ranks(size, rank)
 
 
-@pytest.mark.parametrize(("size", "layout", "number"), [(1, "auto", 0), (2, "single", 0), (2, "sharded", 1)])
+@pytest.mark.parametrize(
+    ("size", "layout", "number"), [(1, "auto", 0), (2, "single", 0), (2, "sharded", 1), (2, "node", 2)]
+)
 def test_the_folder_is_as_documented(tmp_path: Path, size: int, layout: str, number: int) -> None:
     write(tmp_path, size, layout)
     documented, parents = set(), [tmp_path]
@@ -71,15 +75,15 @@ def real_tree(path: Path) -> dict[str, set[str]]:
     return tree
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, "auto"), (2, "single"), (2, "sharded")])
+@pytest.mark.parametrize(("size", "layout"), [(1, "auto"), (2, "single"), (2, "sharded"), (2, "node")])
 def test_the_file_is_as_documented(tmp_path: Path, size: int, layout: str) -> None:
     write(tmp_path, size, layout)
     tree = documented_tree()
     assert list(tree) == ["/", "/ids", "/columns", "/columns/NAME"]
     files = sorted((tmp_path / "checkpoints").rglob("*.h5"))
-    assert len(files) == (3 if layout == "sharded" else 1)
+    assert len(files) == {"sharded": 3, "node": 2}.get(layout, 1)
     for path in files:
-        shard = path.name.startswith("rank_")
+        shard = path.name.startswith(("rank_", "node_"))
 
         def attributes(name: str, shard: bool = shard) -> set[str]:
             return {attribute for attribute, only_whole in tree[name].items() if not (shard and only_whole)}
@@ -112,3 +116,8 @@ def test_the_proof_is_as_documented(tmp_path: Path) -> None:
 def test_every_setting_is_documented() -> None:
     documented = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE)))
     assert sorted(documented) == sorted(StorageOptions.__dataclass_fields__)
+    assert set(documented) <= set(CheckpointTable.model_fields)
+    for name, default in re.findall(
+        r"^\| `(layout|shards|chunk_rows|alignment)` \| `?([^`|]+)`? \|", TEXT, re.MULTILINE
+    ):
+        assert str(CheckpointTable.model_fields[name].default) == default.strip('" ')

@@ -10,12 +10,14 @@ import h5py
 import numpy as np
 import pytest
 from storage_cases import ALL, bounds, cut, header_of, same_bits, state
+from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
 from rustsim_hpc.errors import CheckpointFileError, JobError
 from rustsim_hpc.schema import Column, Schema
 from rustsim_hpc.storage import (
     CheckpointHeader,
+    CheckpointWriter,
     StorageOptions,
     checkpoint_path,
     list_checkpoints,
@@ -45,9 +47,7 @@ def write(
     header = header_of(view)
 
     def rank(team: ThreadTeam) -> None:
-        write_checkpoint(
-            folder, header, cut(view, *bounds(rows, size, team.rank)), team, StorageOptions(layout)
-        )
+        write_checkpoint(folder, header, cut(view, *bounds(rows, size, team.rank)), team, options_of(layout))
 
     run_ranks(size, rank)
     return header
@@ -57,7 +57,10 @@ def whole(header: CheckpointHeader) -> tuple[int, int]:
     return 0, header.rows
 
 
-LAYOUTS = [(1, "auto"), (1, "sharded"), (2, "auto"), (3, "sharded"), (2, "single"), (3, "single")]
+LAYOUTS = [
+    (1, "auto"), (1, "sharded"), (2, "auto"), (3, "sharded"), (2, "single"), (3, "single"),
+    (1, "node"), (3, "node"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS)
@@ -71,7 +74,7 @@ def test_every_dtype_comes_back_from_every_layout_on_any_ranks(
 
     def write_rank(team: ThreadTeam) -> Path:
         part = cut(view, *bounds(1000, size, team.rank))
-        return write_checkpoint(tmp_path, header, part, team, StorageOptions(layout))
+        return write_checkpoint(tmp_path, header, part, team, options_of(layout))
 
     paths = run_ranks(size, write_rank)
     assert set(paths) == {tmp_path / "step_0000000100.h5"}
@@ -218,7 +221,7 @@ def test_a_shared_file_cannot_be_compressed_without_parallel_hdf5(tmp_path: Path
     header, options = header_of(view), StorageOptions("single", {"x": "gzip"})
 
     def rank(team: ThreadTeam) -> str:
-        with pytest.raises(CheckpointFileError, match="parallel HDF5") as caught:
+        with pytest.raises(JobError, match="parallel HDF5") as caught:
             write_checkpoint(tmp_path, header, cut(view, *bounds(10, 2, team.rank)), team, options)
         return str(caught.value)
 
@@ -230,6 +233,7 @@ def test_a_shared_file_cannot_be_compressed_without_parallel_hdf5(tmp_path: Path
     "choices",
     [
         {"layout": "singel"},
+        {"shards": "nodes"},
         {"compression": {"x": "zip"}},
         {"compression": {"x": "gzip:10"}},
         {"compression": {"x": "lzf:1"}},
@@ -240,6 +244,52 @@ def test_a_shared_file_cannot_be_compressed_without_parallel_hdf5(tmp_path: Path
 def test_settings_that_cannot_be_right(choices: dict[str, object]) -> None:
     with pytest.raises(JobError):
         StorageOptions(**choices)  # type: ignore[arg-type]
+
+
+MACHINES = [
+    # Ranks by machine, in the order of their numbers, and the first ranks of the shards that this makes.
+    ("aabb", [0, 2]),
+    ("aabbb", [0, 2]),
+    ("abab", [0, 1, 2, 3]),
+    ("aaab", [0, 3]),
+    ("aa", [0]),
+]
+
+
+@pytest.mark.parametrize(("machines", "firsts"), MACHINES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 1000])
+def test_a_shard_for_each_machine(tmp_path: Path, machines: str, firsts: list[int], rows: int) -> None:
+    view, size = state(rows, ALL), len(machines)
+    header = header_of(view, ALL)
+
+    def rank(team: ThreadTeam) -> Path:
+        team.host = machines[team.rank]
+        team.node_rank = machines[: team.rank].count(team.host)
+        part = cut(view, *bounds(rows, size, team.rank))
+        return write_checkpoint(tmp_path, header, part, team, options_of("node"))
+
+    path = run_ranks(size, rank)[0]
+    assert same_bits(load(path, SoloTeam(), whole).rows, view)
+    shards = {int(shard.stem.removeprefix("node_")) for shard in tmp_path.glob("*.shards-*/*.h5")}
+    ends = [*firsts[1:], size]
+    with_rows = {
+        a
+        for a, b in zip(firsts, ends, strict=True)
+        if bounds(rows, size, a)[0] < bounds(rows, size, b - 1)[1]
+    }
+    assert shards == with_rows
+    for size_of_team in (1, 3):
+
+        def read(team: ThreadTeam, size_of_team: int = size_of_team) -> bool:
+            mine = bounds(rows, size_of_team, team.rank)
+            return same_bits(load(path, team, lambda header: mine).rows, cut(view, *mine))
+
+        assert all(run_ranks(size_of_team, read))
+
+
+def test_compressed_columns_have_no_shard_for_a_machine(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="need a shard for each rank"):
+        run_ranks(2, lambda team: CheckpointWriter(tmp_path, team, options_of("node", {"x": "gzip"})))
 
 
 def test_columns_start_where_the_settings_say(tmp_path: Path) -> None:
@@ -262,7 +312,7 @@ def test_a_state_that_is_not_the_headers_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("layout", ["single", "sharded"])
+@pytest.mark.parametrize("layout", ["single", "sharded", "node"])
 @pytest.mark.parametrize("cuts", [(0, 4, 5, 10), (0, 6, 5, 10), (0, 5, 5, 9), (1, 5, 5, 10)])
 def test_rows_that_do_not_cover_the_population_are_refused(
     tmp_path: Path, layout: str, cuts: tuple[int, ...]
@@ -273,7 +323,7 @@ def test_rows_that_do_not_cover_the_population_are_refused(
     def rank(team: ThreadTeam) -> None:
         part = cut(view, *cuts[2 * team.rank : 2 * team.rank + 2])
         with pytest.raises(CheckpointFileError, match="ranks wrote"):
-            write_checkpoint(tmp_path, header, part, team, StorageOptions(layout))
+            write_checkpoint(tmp_path, header, part, team, options_of(layout))
 
     run_ranks(2, rank)
     assert list(tmp_path.iterdir()) == []
@@ -291,7 +341,7 @@ def refuse(path: Path, text: str | None = None) -> CheckpointFileError:
     return caught.value
 
 
-@pytest.mark.parametrize(("size", "layout", "stride"), [(1, "single", 1), (2, "sharded", 7)])
+@pytest.mark.parametrize(("size", "layout", "stride"), [(1, "single", 1), (2, "sharded", 7), (3, "node", 7)])
 def test_flipped_bytes_are_refused(tmp_path: Path, size: int, layout: str, stride: int) -> None:
     write(tmp_path, 6, size, layout)
     path, tried = checkpoint_path(tmp_path, 100), 0

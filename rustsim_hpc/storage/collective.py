@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rustsim_hpc.errors import JobError
 from rustsim_hpc.fingerprint import StateView
 from rustsim_hpc.storage.hdf5 import (
     ALIGNED_FROM,
@@ -29,6 +30,30 @@ def has_parallel_hdf5() -> bool:
     import h5py
 
     return bool(h5py.get_config().mpi)
+
+
+def check_supported(options: StorageOptions, team: Team) -> None:
+    """Check that what is asked for can be written by these ranks with this h5py.
+
+    Raises:
+        JobError: it cannot.
+    """
+    if team.size == 1 or not options.compresses:
+        return
+    if options.layout != "single":
+        if options.shards == "node":
+            raise JobError(
+                "compressed columns need a shard for each rank", hint='use checkpoint shards "rank"'
+            )
+        return
+    if team.native is None or not has_parallel_hdf5():
+        raise JobError(
+            "compressed columns in a single file of several ranks need parallel HDF5",
+            hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
+        )
+    if "lzf" in options.compression.values():
+        # Its chunks that do not become smaller come back unreadable (seen with HDF5 1.10.8).
+        raise JobError("parallel HDF5 does not write lzf safely", hint="use gzip")
 
 
 def write_collective(

@@ -119,8 +119,8 @@ def plan_master(header: CheckpointHeader, shards: Sequence[tuple[str, int, int]]
 
 
 def write_root(file: Any, header: CheckpointHeader, start: int, stop: int) -> None:
-    """Write the attributes of a file of rows [start, stop)."""
-    whole = (start, stop) == (0, header.rows)
+    """Write the attributes of a file of rows [start, stop); a shard's header has no digests."""
+    whole = bool(header.digests)
     file.create_group("columns", track_order=True)
     attributes = file.attrs
     attributes["format"] = FORMAT_NAME if whole else f"{FORMAT_NAME} shard"
@@ -211,15 +211,15 @@ def stream(descriptor: int, image: FileImage, view: StateView, hasher: Any = Non
             begun = start_writeback(descriptor, begun, offset + len(piece))
 
 
-def stream_rows(descriptor: int, image: FileImage, view: StateView) -> None:
-    """Write the rows of `view`, and nothing else, into a file that holds all rows.
+def stream_rows(descriptor: int, image: FileImage, view: StateView, first_row: int) -> None:
+    """Write the rows of `view`, and nothing else, into a file that holds `first_row` rows before them.
 
     Raises:
         OSError: the disk is full, or fails.
     """
     for segment in image.segments:
         begun: int | None = None
-        for offset, piece in _segment_pieces(segment, view, view.row_offset):
+        for offset, piece in _segment_pieces(segment, view, first_row):
             write_at(descriptor, piece, offset)
             begun = start_writeback(descriptor, offset if begun is None else begun, offset + len(piece))
 

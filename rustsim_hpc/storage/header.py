@@ -16,6 +16,7 @@ from rustsim_hpc.schema import Column, Schema
 FORMAT_NAME = "rustsim-hpc checkpoint"
 FORMAT_VERSION = 1
 LAYOUTS = ("auto", "single", "sharded")
+SHARDS = ("rank", "node")
 _FILTERS = ("gzip", "lzf")
 
 
@@ -144,8 +145,7 @@ class StorageOptions:
     """How checkpoints are stored.
 
     Attributes:
-        layout: "single" writes one file, whatever the number of ranks; "sharded" one a rank, and a small
-        master
+        layout: "single" writes one file, whatever the number of ranks; "sharded" several, and a small master
             that shows them as whole columns; "auto" is "single" for one rank, else "sharded".
         compression: column name ("ids" for the ids, "*" for all others) to "gzip", "gzip:1" to "gzip:9" or
         "lzf". chunk_rows: rows of a chunk of a compressed column. Others lie in one piece. alignment: file
@@ -154,6 +154,7 @@ class StorageOptions:
         keep: how many of the newest checkpoints stay; 0 for all.
         keep_every: checkpoints whose step is a multiple of this stay besides; 0 for none.
         hints: MPI-IO hints for the collective writing of a single file by parallel HDF5.
+        shards: what writes a shard: each "rank", or all ranks of a "node" together.
 
     Raises:
         JobError: a value that cannot be right.
@@ -166,10 +167,13 @@ class StorageOptions:
     keep: int = 0
     keep_every: int = 0
     hints: Mapping[str, str] = field(default_factory=dict)
+    shards: str = "rank"
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise JobError(f"checkpoint layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
+        if self.shards not in SHARDS:
+            raise JobError(f"checkpoint shards {self.shards!r} is unknown{nearest(self.shards, SHARDS)}")
         for name in ("chunk_rows", "alignment", "keep", "keep_every"):
             least = 1 if name in {"chunk_rows", "alignment"} else 0
             if getattr(self, name) < least:

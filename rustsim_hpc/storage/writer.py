@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.storage.collective import check_supported
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writing import Attempt, Phases
 from rustsim_hpc.team import Team
@@ -48,6 +49,9 @@ class CheckpointWriter:
         writer.finish()                  # before the end, or to be sure
 
     paths: what has been published, in order.
+
+    Raises:
+        JobError: `options` are none that these ranks can write.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.team, self.asynchronous = folder, team, asynchronous
         self.options = StorageOptions() if options is None else options
+        check_supported(self.options, team)
         self.paths: list[Path] = []
         self._buffers: list[NDArray[Any]] = []
         self._attempt: Attempt | None = None

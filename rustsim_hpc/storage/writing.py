@@ -8,12 +8,12 @@ and rank 0 gathers their receipts. Only the last phase, on rank 0, gives the che
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ import xxhash
 from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
-from rustsim_hpc.fingerprint import StateView, digest_sums, digest_value
+from rustsim_hpc.fingerprint import StateView, digest_sums
 from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
+from rustsim_hpc.storage.groups import groups_of
 from rustsim_hpc.storage.hdf5 import (
     FileImage,
     Segment,
     check_file,
-    datasets,
     plan_file,
     plan_master,
     stream,
@@ -51,21 +51,10 @@ from rustsim_hpc.storage.proof import (
     proof_path,
     render_manifest,
 )
+from rustsim_hpc.storage.receipts import Receipt, check_room, checked
 from rustsim_hpc.team import Team
 
-_U64 = (1 << 64) - 1
 Phases = Generator[Callable[[], Any], "list[Any] | None", None]
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a rank has written. sums: the digest's over its rows; segments: their places in a shared file."""
-
-    start: int
-    stop: int
-    sums: tuple[int, ...]
-    file: FileProof | None = None
-    segments: tuple[Segment, ...] = ()
 
 
 class Attempt:
@@ -86,6 +75,8 @@ class Attempt:
         self.sums: tuple[int, ...] = ()
         self.published = False
         self.sharded = team.size > 1 and options.layout != "single"
+        self.groups = groups_of(team, self.rows, header.rows, options)
+        self.group = self.groups[team.rank]
         error, names = self._misfit(), None
         if team.rank == 0 and error is None:
             shards = shards_path(self.path, secrets.token_hex(4))
@@ -105,11 +96,11 @@ class Attempt:
         chosen = team.bcast(names)
         assert chosen is not None  # noqa: S101 (rank 0 has them, or all have raised)
         self.shards, self.first, self.proof = chosen
-        self.shard = self.shards / f"rank_{team.rank:05d}.h5"
+        self.shard = self.shards / f"{options.shards}_{self.group.first:05d}.h5"
 
     def _misfit(self) -> CheckpointFileError | None:
         """Return why this cannot be written at all."""
-        header, view, options = self.header, self.view, self.options
+        header, view = self.header, self.view
         rows = view.row_stop - view.row_offset
         arrays = view.columns if view.ids is None else (*view.columns, view.ids)
         fits = (
@@ -121,17 +112,6 @@ class Attempt:
         if not fits:
             message = f"{self.path}: the header is not that of the state"
             return CheckpointFileError(message=message, damaged=False)
-        if options.compresses and self.team.size > 1 and not self.sharded:
-            if not self.collective:
-                return CheckpointFileError(
-                    message=f"{self.path}: compressed columns in a single file of ranks need parallel HDF5",
-                    damaged=False,
-                    hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
-                )
-            if "lzf" in options.compression.values():
-                # Its chunks that do not become smaller come back unreadable (seen with HDF5 1.10.8).
-                message = f"{self.path}: parallel HDF5 does not write lzf safely"
-                return CheckpointFileError(message=message, damaged=False, hint="use gzip")
         return None
 
     @property
@@ -143,15 +123,19 @@ class Attempt:
 
     def phases(self) -> Phases:
         """Yield each phase of this rank as a function; gets all ranks' results, None but on rank 0."""
-        if self.sharded:
+        if self.sharded and self.options.shards == "node":
+            receipts = yield self.write_part
+            blocks = yield self.hash_part
+            yield lambda: self._on_first(lambda: self.publish_shards(self._of_machines(receipts, blocks)))
+        elif self.sharded:
             receipts = yield self.write_shard
-            yield lambda: self._on_first(lambda: self.publish_shards(_checked(receipts, self.header)))
+            yield lambda: self._on_first(lambda: self.publish_shards(checked(receipts, self.header)))
         elif self.team.size == 1:
             receipts = yield self.write_alone
-            yield lambda: self._on_first(lambda: self.publish_single(_checked(receipts, self.header)))
+            yield lambda: self._on_first(lambda: self.publish_single(checked(receipts, self.header)))
         else:
             receipts = yield self.write_together if self.collective else self.write_part
-            header = yield lambda: self._on_first(lambda: self.finish_shared(_checked(receipts, self.header)))
+            header = yield lambda: self._on_first(lambda: self.finish_shared(checked(receipts, self.header)))
             blocks = yield self.hash_part
             yield lambda: self._on_first(lambda: self.publish_shared(header, blocks))
 
@@ -196,13 +180,18 @@ class Attempt:
                 os.close(descriptor)
 
     def write_part(self) -> Receipt:
-        """Write this rank's rows into the file of all ranks, durable."""
+        """Write this rank's rows into the file of its group, durable."""
         self.sums = tuple(digest_sums(self.view))
+        group, path = self.group, self.shard if self.sharded else self.first
+        if group.start == group.stop and self.sharded:
+            return Receipt(*self.rows, self.sums)
         image = self._shared_image(tuple(0 for _ in self.sums))
-        with file_errors(self.first, "write"):
-            descriptor = os.open(self.first, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with file_errors(path, "write"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                stream_rows(descriptor, image, self.view)
+                stream_rows(descriptor, image, self.view, self.rows[0] - group.start)
+                if self.sharded and self.team.rank == group.first:
+                    stream_gaps(descriptor, image)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -228,8 +217,9 @@ class Attempt:
         return Receipt(*self.rows, self.sums)
 
     def _shared_image(self, digests: tuple[int, ...]) -> FileImage:
-        # Digests are numbers of one width: they have no say in where the columns lie.
-        return plan_file(replace(self.header, digests=digests), 0, self.header.rows, self.options)
+        # Digests are numbers of one width: they have no say in where the columns lie. A shard has none.
+        header = self.header if self.sharded else replace(self.header, digests=digests)
+        return plan_file(header, self.group.start, self.group.stop, self.options)
 
     def finish_shared(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> CheckpointHeader:
         """Write everything but the columns into the file of all ranks; return the finished header."""
@@ -237,11 +227,7 @@ class Attempt:
         if self.collective:
             return header
         image = self._shared_image(header.digests)
-        if any(receipt.segments != image.segments for receipt in receipts):
-            message = f"{self.path}: ranks have put the columns in different places"
-            raise CheckpointFileError(
-                message=message, damaged=False, hint="run one version of h5py on all nodes"
-            )
+        self._check_places(receipts, image.segments)
         with file_errors(self.first, "write"):
             descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -251,14 +237,42 @@ class Attempt:
                 os.close(descriptor)
         return header
 
+    def _check_places(self, receipts: Sequence[Receipt], segments: tuple[Segment, ...]) -> None:
+        if any(receipt.segments != segments for receipt in receipts):
+            message = f"{self.path}: ranks have put the columns in different places"
+            raise CheckpointFileError(
+                message=message, damaged=False, hint="run one version of h5py on all nodes"
+            )
+
     def hash_part(self) -> list[str]:
-        """Return the checksums of this rank's share of the blocks of the file of all ranks."""
+        """Return the checksums of this rank's share of the blocks of its group's file."""
+        path = self.shard if self.sharded else self.first
         if self.collective:
-            check_file(self.first, self.header, self.rows, 0, self.sums)
-        with file_errors(self.first):
-            total = block_count(self.first.stat().st_size)
-        rank, size = self.team.rank, self.team.size
-        return hash_blocks(self.first, rank * total // size, (rank + 1) * total // size)
+            check_file(path, self.header, self.rows, 0, self.sums)
+        if self.sharded and self.group.start == self.group.stop:
+            return []
+        with file_errors(path):
+            total = block_count(path.stat().st_size)
+        return hash_blocks(path, *self.group.share(self.team.rank, total))
+
+    def _of_machines(
+        self, receipts: list[Receipt] | None, blocks: list[list[str]] | None
+    ) -> tuple[CheckpointHeader, list[Receipt]]:
+        """Make one receipt for each machine's shard of those of its ranks."""
+        header, _ = checked(receipts, self.header)
+        found = []
+        for group in dict.fromkeys(self.groups):
+            ranks = slice(group.first, group.end)
+            parts, hashes = (receipts or [])[ranks], (blocks or [])[ranks]
+            self._check_places(parts, parts[0].segments)
+            path, file = self.shards / f"node_{group.first:05d}.h5", None
+            if group.start < group.stop:
+                with file_errors(path):
+                    size = path.stat().st_size
+                name = f"{self.shards.name}/{path.name}"
+                file = FileProof(name, size, group.start, group.stop, tuple(chain.from_iterable(hashes)))
+            found.append(Receipt(group.start, group.stop, (), file))
+        return header, found
 
     def publish_shared(self, headers: list[Any] | None, blocks: list[Any] | None) -> None:
         """Publish the file of all ranks."""
@@ -320,56 +334,3 @@ class Attempt:
 def _checksums(data: bytes) -> tuple[str, ...]:
     starts = range(0, len(data), BLOCK_BYTES)
     return tuple(xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in starts)
-
-
-def _checked(
-    receipts: Sequence[Receipt] | None, header: CheckpointHeader
-) -> tuple[CheckpointHeader, list[Receipt]]:
-    """Check that receipts cover the population exactly; return the header with the digests, and them by row.
-
-    Raises:
-        CheckpointFileError: they do not, or the state is not the one that was fingerprinted.
-    """
-    ordered, row = sorted(receipts or [], key=lambda receipt: (receipt.start, receipt.stop)), 0
-    for receipt in ordered:
-        if receipt.start != row:
-            message = f"ranks wrote rows that start at {receipt.start}, expected {row}"
-            raise CheckpointFileError(message=message, damaged=False)
-        row = receipt.stop
-    if row != header.rows:
-        raise CheckpointFileError(message=f"ranks wrote {row} rows of {header.rows}", damaged=False)
-    sums = [sum(values) & _U64 for values in zip(*(receipt.sums for receipt in ordered), strict=True)]
-    if header.fingerprint.scheme == "digest":
-        names, dtypes = header.schema.names, header.schema.dtypes
-        value = digest_value(header.step_index, header.rows, names, dtypes, sums[1:], sums[0])
-        if value != header.fingerprint.value:
-            raise CheckpointFileError(
-                message=f"the state to be written has the fingerprint {value:#018x}, "
-                f"the step gave {header.fingerprint.value:#018x}",
-                damaged=False,
-            )
-    return replace(header, digests=tuple(sums)), ordered
-
-
-def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:
-    """Check that the disk has room for a checkpoint, before it takes what the outputs of the run need.
-
-    Of compressed columns nobody knows the size. Parallel HDF5 does not recover from a full disk: it may wait
-    for ever in a later call.
-
-    Raises:
-        CheckpointFileError: it has not.
-    """
-    size = sum(
-        header.rows * dtype.itemsize
-        for _, _, dtype, column in datasets(header)
-        if options.filter_of(None if column is None else column.name) is None
-    )
-    with file_errors(folder, "write"):
-        found = os.statvfs(folder)
-    room = found.f_bavail * found.f_frsize
-    if size > room:
-        message = (
-            f"{folder}: cannot write a checkpoint of {size:,} bytes: {os.strerror(errno.ENOSPC)} ({room:,})"
-        )
-        raise CheckpointFileError(message=message, damaged=False)

@@ -1,0 +1,89 @@
+"""What a job says of its checkpoints, and what its checkpoints say of the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
+
+from rustsim_hpc.job import Override, read_job
+from rustsim_hpc.job_run import storage_options
+from rustsim_hpc.storage import StorageOptions, list_checkpoints, read_header
+
+
+def told(folder: Path) -> list[tuple[int, int, str | None]]:
+    """Return (step, sequence, label) of a run's checkpoints, oldest first."""
+    headers = [read_header(path) for path in reversed(list_checkpoints(folder / "checkpoints"))]
+    return [(header.step_index, header.sequence, header.label) for header in headers]
+
+
+def test_the_jobs_keys_are_the_storages(tmp_path: Path) -> None:
+    given = {
+        "layout": '"sharded"',
+        "shards": '"node"',
+        "compression": '"gzip"',
+        "compression_columns": '["x", "ids"]',
+        "chunk_rows": "1000",
+        "alignment": "4194304",
+        "hints": '{ romio_cb_write = "enable" }',
+        "keep": "7",
+        "keep_every": "50",
+    }
+    overrides = [Override.parse(f"checkpoint.{key}={value}") for key, value in given.items()]
+    spec, _ = read_job(write_job(tmp_path), overrides, environ={})
+    assert storage_options(spec) == StorageOptions(
+        "sharded", {"x": "gzip", "ids": "gzip"}, 1000, 4194304, 7, 50, {"romio_cb_write": "enable"}, "node"
+    )
+    plain, _ = read_job(write_job(tmp_path), environ={})
+    assert storage_options(plain) == StorageOptions(keep=3)
+
+
+def test_columns_are_compressed_and_aligned_as_the_job_says(tmp_path: Path) -> None:
+    options = ("--agents=20000", "--set=checkpoint.alignment=65536", "--set=checkpoint.compression=gzip")
+    folder = make_run(tmp_path / "run", *options, '--set=checkpoint.compression_columns=["x"]')
+    with h5py.File(folder / "checkpoints" / "step_0000000010.h5") as file:
+        assert [file[f"columns/{name}"].compression for name in ("x", "v", "n")] == ["gzip", None, None]
+        assert file["columns/v"].id.get_offset() % 65536 == 0
+
+
+def test_numbers_go_on_and_labels_say_why(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=5", "--checkpoint-every=2")
+    assert told(folder) == [(2, 1, None), (4, 2, None), (5, 3, "end")]
+    assert command("resume", folder, "--steps=8", "--no-progress")[0] == 0
+    assert told(folder)[3:] == [(6, 4, None), (8, 5, None)]
+    assert command("resume", folder, "--at=4", "--steps=6", "--no-progress")[0] == 0
+    assert told(folder) == [(2, 1, None), (4, 2, None), (6, 6, None)]
+    assert command("fork", folder, "--at=4", "--set=params.dt=0.2", "--out", tmp_path / "fork")[0] == 0
+    assert told(tmp_path / "fork")[0] == (4, 1, "fork")
+
+
+@needs_mpirun
+def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    for how, why in (
+        (["layout=single"], "single file of several ranks need parallel HDF5"),
+        (["layout=sharded", "shards=node"], "compressed columns need a shard for each rank"),
+    ):
+        options = [f"--set=checkpoint.{word}" for word in (*how, "compression=gzip")]
+        code, _, err = mpirun(2, "run", job, *options, "--out", tmp_path / "run")
+        assert (code, err.count("Error:")) == (2, 1), err
+        assert why in err
+        assert not (tmp_path / "run").exists()
+
+
+@needs_mpirun
+def test_ranks_of_a_machine_write_one_shard(tmp_path: Path) -> None:
+    job, alone = write_job(tmp_path), make_run(tmp_path / "alone")
+    code, out, err = mpirun(
+        3, "run", job, "--record", "--set=checkpoint.shards=node", "--out", tmp_path / "ranks"
+    )
+    assert code == 0, out + err
+    checkpoints = tmp_path / "ranks" / "checkpoints"
+    [shard] = checkpoints.glob("*.shards-*/*")
+    assert shard.name == "node_00000.h5"
+    [path] = list_checkpoints(checkpoints)
+    assert (
+        read_header(path).fingerprint == read_header(list_checkpoints(alone / "checkpoints")[0]).fingerprint
+    )
+    assert command("inspect", path)[0] == 0
