@@ -108,6 +108,9 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         compression = "gzip"
         compression_columns = ["x"]
         chunk_rows = 1000
+        shards = "node"
+        alignment = 65536
+        hints = { romio_cb_write = "enable" }
         [remote]
         endpoints = ["tcp://127.0.0.1:5555", "tcp://[::1]:5555"]
         keys = "keys"
