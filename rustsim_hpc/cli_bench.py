@@ -67,7 +67,9 @@ def bench(
     checkpoints, empty steps, starting. Takes a few minutes and 2 GiB; other work on the machine shows. The
     figures are kept in the user's cache folder for `rustsim-hpc plan`.
     """
-    from rustsim_hpc.bench.run import keep, measure, write_page
+    from rustsim_hpc.bench.kept import keep
+    from rustsim_hpc.bench.run import measure, write_page
+    from rustsim_hpc.bench.scaling import curve_figures
     from rustsim_hpc.bench.setting import QUICK, STANDARD
 
     size = replace(QUICK if quick else STANDARD, workers=workers)
@@ -78,6 +80,6 @@ def bench(
     if not only:
         keep(report)
     if write is not None:
-        write_page(write, report)
+        write_page(write, report, curve_figures(report, size))
     session.say(report.to_json() if as_json else report.text())
     return 0

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rustsim_hpc.cli_common import Session, debug_option, overrides
+from rustsim_hpc.prediction import ASSUMPTIONS, Network, Prediction, curve, table
 
+if TYPE_CHECKING:
+    from rustsim_hpc.job import JobSpec
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of text.")
 
 
@@ -35,24 +41,81 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
 
 @click.command(
     epilog="\b\nExamples:\n  rustsim-hpc plan jobs/us_flights.toml --ranks 64\n  rustsim-hpc plan "
-    "jobs/us_flights.toml --ranks 4096 --set run.agents=1_000_000_000\n"
+    "jobs/us_flights.toml --ranks 4096 --set run.agents=1_000_000_000\n  rustsim-hpc plan "
+    "jobs/us_flights.toml --ranks 512 --predict --latency 1.5 --bandwidth 25\n"
 )
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
 @click.option(
     "--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="R", help="Number of ranks."
 )
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Set a key of the job file.")
+@click.option(
+    "--predict",
+    is_flag=True,
+    help="Predict a step's time and the efficiency: from this machine's figures (`rustsim-hpc bench`), some "
+    "steps of a part of the job made here, and the network's figures below.",
+)
+@click.option(
+    "--latency",
+    type=_POSITIVE,
+    default=2.0,
+    show_default=True,
+    metavar="µS",
+    help="Of a message between nodes.",
+)
+@click.option(
+    "--bandwidth",
+    type=_POSITIVE,
+    default=12.5,
+    show_default=True,
+    metavar="GB/S",
+    help="Of a node's network.",
+)
+@click.option(
+    "--ranks-per-node",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks of a node.  [default: this one's cores]",
+)
 @_JSON
 @debug_option
 @click.pass_obj
-def plan(session: Session, job: Path, ranks: int, sets: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    session: Session,
+    job: Path,
+    ranks: int,
+    sets: tuple[str, ...],
+    predict: bool,
+    latency: float,
+    bandwidth: float,
+    ranks_per_node: int | None,
+    as_json: bool,
+) -> None:
     """Show rows, memory and bytes of each rank for a job, without running it."""
     from rustsim_hpc.job import read_job
     from rustsim_hpc.launch import plan_job
 
     spec, _ = read_job(job, overrides({}, sets), debug=session.debug)
     made = plan_job(spec, ranks)
-    session.say(json.dumps(made.to_dict()) if as_json else made.text())
+    facts, text = made.to_dict(), made.text()
+    if predict:
+        predictions = _predictions(spec, ranks, latency, bandwidth, ranks_per_node)
+        facts["predictions"] = [p.to_dict() for p in predictions]
+        text += f"\n\n{table(predictions)}\n\nIt is assumed that\n" + "\n".join(f"- {a}" for a in ASSUMPTIONS)
+    session.say(json.dumps(facts) if as_json else text)
+
+
+def _predictions(
+    spec: JobSpec, ranks: int, latency: float, bandwidth: float, ranks_per_node: int | None
+) -> list[Prediction]:
+    """Return what is predicted for 1, 2, 4 ... and ``ranks`` ranks."""
+    from rustsim_hpc.bench.load import job_load, kept_machine
+
+    machine = kept_machine()
+    network = Network(latency * 1e-6, bandwidth * 1e9, ranks_per_node or machine.cores)
+    load = job_load(spec, machine, ranks)
+    counts = [1 << power for power in range(ranks.bit_length()) if 1 << power < ranks]
+    return curve(load, machine, network, spec.run.agents, [*counts, ranks])
 
 
 @click.command(epilog="\b\nExamples:\n  rustsim-hpc doctor\n  rustsim-hpc doctor --json\n")

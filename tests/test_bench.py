@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rustsim_hpc.bench import ranks, run, setting
+from rustsim_hpc.bench import kept, ranks, run, setting
 from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.goals import GOALS, Goal, Verdict, verdicts
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, figure, interleave
@@ -200,12 +200,12 @@ def test_page_and_kept_figures(report: Report, tmp_path: Path, monkeypatch: pyte
     assert page.read_text() == page_text(figures)
     assert "## Integrate, one core" in page.read_text()
     assert "### A walk" in page.read_text()
-    monkeypatch.setattr(run, "cache_path", lambda: tmp_path / "cache" / "bench.json")
-    assert run.kept() is None
-    run.keep(report)
-    assert run.kept() == report
+    monkeypatch.setattr(kept, "cache_path", lambda: tmp_path / "cache" / "bench.json")
+    assert kept.kept() is None
+    kept.keep(report)
+    assert kept.kept() == report
     (tmp_path / "cache" / "bench.json").write_text("{}")
-    assert run.kept() is None
+    assert kept.kept() is None
 
 
 def test_the_page_of_the_project_is_made_of_its_figures() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rustsim_hpc.bench.report import Report
+from rustsim_hpc.bench.scaling import curve_text
 
 _HEAD = """# Benchmarks
 
@@ -33,6 +34,8 @@ def page_text(figures: Mapping[str, Any]) -> str:
     parts = [_HEAD]
     if "bench" in figures:
         parts.append(Report.from_dict(figures["bench"]).markdown())
+    if "scaling" in figures:
+        parts.append(curve_text(figures["scaling"]))
     if "compare" in figures:
         parts += [_COMPARE, Report.from_dict(figures["compare"]).markdown(level=3)]
     return "\n".join(parts)

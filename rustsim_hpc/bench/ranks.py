@@ -38,7 +38,7 @@ def main(argument: str) -> None:
     asked = json.loads(argument)
     team = open_team()
     what = asked.pop("what")
-    made = (_integrate if what == "integrate" else _empty if what == "empty" else _flights)(team, **asked)
+    made = (_integrate if what == "integrate" else _empty if what == "empty" else _steps)(team, **asked)
     if team.rank == 0:
         sys.stdout.write(json.dumps({key: timing.seconds for key, timing in made.items()}) + "\n")
 
@@ -81,9 +81,11 @@ def _empty(team: Team, steps: int, rounds: int) -> dict[str, Timing]:
         return _interleave(team, cases, rounds)
 
 
-def _flights(team: Team, module: str, agents: int, days: int, rounds: int) -> dict[str, Timing]:
-    with Engine(Setup(module, agents, params=flights_params(agents)), team) as engine:
-        return _interleave(team, {"step": Case(partial(engine.step, days), days)}, rounds)
+def _steps(
+    team: Team, module: str, rows: int, steps: int, rounds: int, params: Mapping[str, Any]
+) -> dict[str, Timing]:
+    with Engine(Setup(module, rows, params=params), team) as engine:
+        return _interleave(team, {"step": Case(partial(engine.step, steps), steps)}, rounds)
 
 
 # -- started by the user ------------------------------------------------------------------------------
@@ -170,13 +172,10 @@ def weak_scaling(size: Size) -> list[Row]:
     try:
         for _ in range(3):
             for ranks, kept in seconds.items():
-                asked = {
-                    "module": str(module),
-                    "agents": each * ranks,
-                    "days": size.days,
-                    "rounds": size.rounds,
-                }
-                kept.append(sum(start(ranks, what="flights", **asked)["step"].seconds))
+                agents = each * ranks
+                asked = {"module": str(module), "rows": agents, "params": flights_params(agents)}
+                made = start(ranks, what="steps", steps=size.days, rounds=size.rounds, **asked)
+                kept.append(sum(made["step"].seconds))
     except OSError as error:
         return [Row("weak", name, note=f"not measured: {error}")]
     one, several = (statistics.median(kept) for kept in seconds.values())

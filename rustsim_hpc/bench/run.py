@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from rustsim_hpc.bench import loops, ranks, startup, steps, storage
+from rustsim_hpc.bench import loops, ranks, scaling, startup, steps, storage
 from rustsim_hpc.bench.measure import Section
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.bench.setting import Bandwidth, Size
@@ -20,7 +20,7 @@ from rustsim_hpc.files import write_atomic
 
 TABLES: Final = (
     "memory", "integrate.one", "integrate.all", "integrate.ranks", "orbit", "parts", "flights", "empty",
-    "checkpoint", "start",
+    "checkpoint", "start", "predict",
 )  # fmt: skip
 """Keys of the tables, in order. Memory is measured in any case."""
 
@@ -40,12 +40,12 @@ def measure(size: Size, only: Collection[str] = (), say: Callable[[str], None] =
     for key in TABLES[1:]:
         if not only or key in only:
             say(key)
-            made.append(_table(key, size, bandwidth))
+            made.append(_table(key, size, bandwidth, made))
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return Report(now, _machine(), versions(), asdict(size), (before, os.getloadavg()[0]), made)
 
 
-def _table(key: str, size: Size, bandwidth: Bandwidth) -> Section:
+def _table(key: str, size: Size, bandwidth: Bandwidth, before: list[Section]) -> Section:
     match key:
         case "integrate.one":
             return loops.integrate_one(size, bandwidth)
@@ -65,6 +65,8 @@ def _table(key: str, size: Size, bandwidth: Bandwidth) -> Section:
             section.rows += ranks.empty_rows(size)
         case "checkpoint":
             section = storage.checkpoints(size, Path.cwd())
+        case "predict":
+            section = scaling.predicted(size, before)
         case _:
             section = startup.start(size)
     return section
@@ -92,36 +94,10 @@ def _cache(level: int) -> str:
         return ""
 
 
-# -- kept figures -------------------------------------------------------------------------------------
-
-
-def cache_path() -> Path:
-    """Return where this machine's figures are kept, for `rustsim-hpc plan`."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("rustsim-hpc")) / "bench.json"
-
-
-def keep(report: Report) -> None:
-    """Keep a report as this machine's figures; a cache that cannot be written is no failure."""
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, report.to_json().encode())
-    except OSError:
-        return
-
-
-def kept() -> Report | None:
-    """Return this machine's figures, None where there are none that can be read."""
-    try:
-        return Report.from_dict(json.loads(cache_path().read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_page(page: Path, report: Report) -> None:
+def write_page(page: Path, report: Report, curve: dict[str, Any] | None = None) -> None:
     """Write a page of documentation, and beside it the figures that it is made of, as JSON.
+
+    curve: what the curve to many ranks is made of (:func:`rustsim_hpc.bench.scaling.curve_figures`).
 
     Figures of other kinds that the JSON holds (``compare``, ``scaling``) stay, in the page as well.
 
@@ -134,6 +110,9 @@ def write_page(page: Path, report: Report) -> None:
     try:
         figures = json.loads(source.read_bytes()) if source.exists() else {}
         figures["bench"] = report.to_dict()
+        if curve is not None:
+            figures["scaling"] = curve
+            scaling.draw_curve(curve, page.parent)
         write_atomic(source, (json.dumps(figures, indent=1) + "\n").encode())
         write_atomic(page, page_text(figures).encode())
     except (OSError, ValueError) as error:
