@@ -11,7 +11,8 @@ from rustsim_hpc.partition import PartitionExecutionBackend
 from rustsim_hpc.remote.addresses import Address, parse_endpoint
 from rustsim_hpc.remote.keys import ClientKeys, read_client_keys
 from rustsim_hpc.remote.link import Patience
-from rustsim_hpc.remote.session import RemoteSession, Share
+from rustsim_hpc.remote.session import RemoteSession
+from rustsim_hpc.remote.share import Share
 from rustsim_hpc.remote.sockets import library
 from rustsim_hpc.work import Task, Work
 

@@ -19,10 +19,11 @@ from rustsim_hpc.remote.installed import NotHere
 from rustsim_hpc.remote.messages import (
     Frame,
     Malformed,
+    arrays_of,
     clipped_failure_text,
+    clipped_failures,
     clipped_trace,
     packed,
-    unpacked,
 )
 from rustsim_hpc.work import Frame as StepFrame
 from rustsim_hpc.work import PhaseFailure, Work
@@ -51,6 +52,11 @@ class HeldPartitions:
         self._session = LocalSession(work) if threads == 1 else ThreadedSession(work, threads)
         self._compile_ns = 0
         self._names = value_names(work.program)
+        # Compiled code does not look whether an index lies within what a client has sent.
+        self._shapes = {
+            reduction.name: [bins] if bins else []
+            for reduction, bins in zip(work.program.reductions, work.bins, strict=True)
+        }
         self._values: dict[str, Any] = {}
         self._active = [place for place, segment in enumerate(work.program.segments) if segment.items]
         self._side = 0
@@ -83,14 +89,13 @@ class HeldPartitions:
             self._require_column(column)
             target = self.work.memory.array(column, 0)
         target = target[rows]
-        [frame] = _exactly(data, 1)
-        target[:] = unpacked(frame, target.dtype, target.shape)
+        [target[:]] = arrays_of(data, [(target.dtype, target.shape)])
         self._steps = [None, None]
         return "loaded", {}, []
 
     def begin(self, fields: Mapping[str, Any], data: Sequence[Frame]) -> Reply:
         """Take what was loaded as the state of a step; answer with its digests, ids first."""
-        _exactly(data, 0)
+        arrays_of(data, [])
         work = self.work
         self._side = 0
         work.memory.parity[:] = 0
@@ -127,7 +132,7 @@ class HeldPartitions:
         self._compile_ns += int((self._session.compile_seconds - compiled) * 1e9)
         if not failures and number == self._active[-1] and number != OBSERVE:
             self._steps[1 - self._side if program.swapped else 0] = step + fields["repeat"]
-        told = [self._told(failure) for failure in failures]
+        told = clipped_failures(map(self._told, failures))
         return "ran", {"failures": told, "compile_ns": self._compile_ns}, self._reports(segment)
 
     def _order(self, number: int, step: int, attempt: int) -> None:
@@ -155,12 +160,15 @@ class HeldPartitions:
     def _take_values(self, fields: Mapping[str, Any], data: Sequence[Frame]) -> None:
         if fields["afresh"]:
             self._values = {}
-        _exactly(data, len(fields["values"]))
-        for (name, dtype, shape), frame in zip(fields["values"], data, strict=True):
+        for name, _, shape in fields["values"]:
             if name not in self._names:
                 raise Malformed(f"{name[:40]!r} is not a value of the model")
+            if self._shapes.get(name, shape) != shape:
+                raise Malformed(f"the reduction {name[:40]!r} has another shape")
+        arrays = arrays_of(data, [(dtype, shape) for _, dtype, shape in fields["values"]])
+        for (name, _, shape), raw in zip(fields["values"], arrays, strict=True):
             # A copy: compiled code takes aligned arrays.
-            array = np.array(unpacked(frame, dtype, shape), order="C")
+            array = np.array(raw, order="C")
             array.flags.writeable = False
             self._values[name] = array if shape else array[()]
 
@@ -189,7 +197,7 @@ class HeldPartitions:
 
     def fetch(self, fields: Mapping[str, Any], data: Sequence[Frame]) -> Reply:
         """Answer with a range of rows of a column's current state."""
-        _exactly(data, 0)
+        arrays_of(data, [])
         column, rows = fields["column"], self._rows(fields)
         self._require_column(column)
         self._take_side(fields["side"])
@@ -201,7 +209,7 @@ class HeldPartitions:
 
     def hash(self, fields: Mapping[str, Any], data: Sequence[Frame]) -> Reply:
         """Carry a FNV-1a chain on over a column of the current state, or of the one that a step has made."""
-        _exactly(data, 0)
+        arrays_of(data, [])
         column = fields["column"]
         self._require_column(column)
         self._take_side(fields["side"])
@@ -223,9 +231,3 @@ class HeldPartitions:
     def _require_column(self, column: int) -> None:
         if not 0 <= column < len(self.work.memory.schema):
             raise NotHere("limits", f"there is no column {column}")
-
-
-def _exactly(data: Sequence[Frame], count: int) -> Sequence[Frame]:
-    if len(data) != count:
-        raise Malformed(f"{len(data)} frames where there should be {count}")
-    return data

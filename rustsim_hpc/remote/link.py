@@ -19,6 +19,7 @@ from rustsim_hpc.remote.keys import ClientKeys
 from rustsim_hpc.remote.messages import (
     ANSWER_OF,
     ANSWERS,
+    MAX_FRAME,
     MAX_MESSAGE,
     Frame,
     Malformed,
@@ -112,17 +113,21 @@ class Link:
         """Send a request; the session has no other one under way that still matters."""
         self._sent, self._tries, self._trouble = request, 0, ""
         for event in self.socket.events():  # of the time when nothing was asked
-            self._open = event == "open"
+            self._take(event)
         if not self._open:
             self._since = time.monotonic()
         self._post(request)
 
     def _post(self, request: Message) -> None:
         frames = request.frames()
-        if (most := max(map(len, frames))) > MAX_MESSAGE:
-            raise LinkError(f"cannot be sent {most:,} bytes at once: {MAX_MESSAGE:,} are the most")
+        sizes = [memoryview(frame).nbytes for frame in frames]
+        if sizes[0] > MAX_FRAME:
+            raise LinkError("has more partitions than fit into a message: use fewer, or more workers")
+        if sum(sizes) > MAX_MESSAGE:
+            raise LinkError(f"cannot be sent {sum(sizes):,} bytes at once: {MAX_MESSAGE:,} are the most")
         self._deadline = time.monotonic() + self._patience.answer
-        self.socket.send(frames)
+        if not self.socket.send(frames):
+            raise LinkError("takes no more requests")
 
     def take(self) -> Message | None:
         """Return the answer to the last request if it has arrived; late answers to others are dropped.
@@ -161,9 +166,7 @@ class Link:
         if sent is None:
             return
         for event in self.socket.events():
-            self._open = event == "open"
-            if event == "refused":
-                raise LinkError("does not let this client in, or is not what its key says")
+            self._take(event)
             if event == "shut":
                 self._again(sent, "broke off the connection")
                 return
@@ -172,6 +175,12 @@ class Link:
             raise LinkError(f"{trouble}could not be reached within {self._patience.connect:g} s")
         if now > self._deadline:
             self._again(sent, f"did not answer within {self._patience.answer:g} s")
+
+    def _take(self, event: str) -> None:
+        self._open = event == "open"
+        if event == "refused":
+            text = "cannot shake hands: it has other keys, does not know this client's, or is no worker"
+            raise LinkError(text)
 
     def _again(self, request: Message, trouble: str) -> None:
         """Send a request again over a fresh connection; raise LinkError if that was done often enough."""

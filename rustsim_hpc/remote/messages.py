@@ -9,8 +9,9 @@ pickled. docs/remote.md prints the same as tables.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,13 @@ from rustsim_hpc.schema import DTYPES
 
 VERSION = 1
 MAGIC = b"rustsim-hpc remote "
-MAX_HEADER = 4 << 20
-"""Bytes of a header: a partition takes about fifty in the longest one."""
+MAX_FRAME = 1 << 20
+"""Bytes of a frame at most: a header (a partition takes about fifty in the longest one), or part of an array.
+It is all that a peer can make the other side keep before it has proved who it is."""
 CHUNK_BYTES = 8 << 20
-"""Bytes of a column that go in one frame, at most."""
-MAX_MESSAGE = 256 << 20
-"""Bytes of one frame, at most."""
+"""Bytes of a column that go in one message, at most."""
+MAX_MESSAGE = 64 << 20
+"""Bytes of a message at most: results of reductions and derived values go in one."""
 
 Array = np.ndarray[Any, Any]
 Frame = bytes | bytearray | memoryview
@@ -35,6 +37,7 @@ _MAX_U64 = 2**64 - 1
 _MAX_ROWS = 2**62
 _FAILURE_TEXT = 4_000
 _FAILURE_TRACE = 20_000
+_FAILURES_BYTES = 512 << 10
 
 
 class Malformed(Exception):
@@ -54,7 +57,7 @@ class Message:
         session: 32 hexadecimal digits that name a client's conversation with a worker.
         number: of the request in its session; an answer has its request's.
         fields: as declared for the kind.
-        data: raw frames.
+        data: arrays as raw bytes; of a message that was read, its frames, for :func:`arrays_of`.
     """
 
     kind: str
@@ -67,7 +70,13 @@ class Message:
         """Return the message as frames."""
         header = {"kind": self.kind, "session": self.session, "number": self.number, **self.fields}
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
-        return [b"%s%d\n%s" % (MAGIC, VERSION, text.encode()), *self.data]
+        frames: list[Frame] = [b"%s%d\n%s" % (MAGIC, VERSION, text.encode())]
+        for array in self.data:
+            whole = memoryview(array)
+            frames += [
+                whole[start : start + MAX_FRAME] for start in range(0, max(whole.nbytes, 1), MAX_FRAME)
+            ]
+        return frames
 
 
 # -- what fields may hold ----------------------------------------------------------------------------
@@ -244,11 +253,9 @@ def read_message(frames: Sequence[Frame], kinds: Mapping[str, Mapping[str, Check
 
 
 def _header(frames: Sequence[Frame]) -> dict[str, Any]:
-    head = bytes(frames[0][: MAX_HEADER + 1]) if frames else b""
+    head = bytes(frames[0]) if frames else b""
     if not head.startswith(MAGIC):
         raise Malformed("not a message of rustsim-hpc")
-    if len(head) > MAX_HEADER:
-        raise Malformed(f"a header of more than {MAX_HEADER} bytes")
     version, _, text = head[len(MAGIC) :].partition(b"\n")
     if version != b"%d" % VERSION:
         raise OtherVersion(
@@ -284,23 +291,38 @@ def packed(array: Array) -> bytes:
     return (array if sys.byteorder == "little" else array.byteswap()).tobytes()
 
 
-def unpacked(frame: Frame, dtype: Any, shape: Sequence[int]) -> Array:
-    """Return a frame as a read-only array, without a copy where the machine is little-endian.
+def arrays_of(frames: Sequence[Frame], wanted: Sequence[tuple[Any, Sequence[int]]]) -> list[Array]:
+    """Return the frames of a message as read-only arrays; those of one frame are not copied.
+
+    Args:
+        frames: as received, the header left out.
+        wanted: dtype and shape of each array.
 
     Raises:
-        Malformed: it has another length.
+        Malformed: there are more or fewer bytes, or they are cut into other frames.
     """
-    wanted = np.dtype(dtype)
-    count = 1
-    for extent in shape:  # Python's integers: a product that does not fit must not pass for a small one
-        count *= extent
-    if memoryview(frame).nbytes != count * wanted.itemsize:
-        have = memoryview(frame).nbytes
-        raise Malformed(f"{have} bytes where {count} values of {wanted} take {count * wanted.itemsize}")
-    if not count:
-        return _empty(wanted, shape)
-    array = np.frombuffer(frame, wanted.newbyteorder("<")).reshape(shape).astype(wanted, copy=False)
-    if wanted.kind == "b" and array.view(np.uint8).max() > 1:
+    arrays, place = [], 0
+    for dtype, shape in wanted:
+        # Python's integers: a product that does not fit must not pass for a small one.
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        count = max(1, -(-nbytes // MAX_FRAME))
+        pieces = [memoryview(frame) for frame in frames[place : place + count]]
+        place += count
+        have = sum(piece.nbytes for piece in pieces)
+        if have != nbytes or any(piece.nbytes != MAX_FRAME for piece in pieces[:-1]) or not pieces:
+            raise Malformed(f"{have} bytes where {list(shape)} values of {np.dtype(dtype)} take {nbytes}")
+        arrays.append(_array(pieces, np.dtype(dtype), shape))
+    if place != len(frames):
+        raise Malformed(f"{len(frames)} frames of arrays where there should be {place}")
+    return arrays
+
+
+def _array(pieces: Sequence[memoryview], dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    if not math.prod(shape):
+        return _empty(dtype, shape)
+    raw = np.concatenate([np.frombuffer(one, np.uint8) for one in pieces]) if len(pieces) > 1 else pieces[0]
+    array = np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+    if dtype.kind == "b" and array.view(np.uint8).max() > 1:
         raise Malformed("a truth value that is neither 0 nor 1")
     array.flags.writeable = False
     return array
@@ -327,6 +349,17 @@ def clipped_failure_text(text: str) -> str:
 def clipped_trace(text: str) -> str:
     """Return a traceback as it may travel: its end says most."""
     return text[-_FAILURE_TRACE:]
+
+
+def clipped_failures(failures: Iterable[list[Any]]) -> list[list[Any]]:
+    """Return the first failures, so many as a header takes; the first one always."""
+    room, kept = _FAILURES_BYTES, list[list[Any]]()
+    for failure in failures:
+        room -= len(json.dumps(failure))
+        if kept and room < 0:
+            break
+        kept.append(failure)
+    return kept
 
 
 def packed_params(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rustsim_hpc.remote.held import HeldPartitions, Reply
 from rustsim_hpc.remote.installed import InstalledModels, NotHere
 from rustsim_hpc.remote.keys import WorkerKeys
 from rustsim_hpc.remote.messages import (
+    CHUNK_BYTES,
     REQUESTS,
     Frame,
     Malformed,
@@ -88,7 +89,7 @@ class WorkerServer:
         self._told: set[str] = set()
         self._sessions: dict[str, _Session] = {}
         self._served = 0
-        self._socket = WorkerSocket(endpoint, keys, tell)
+        self._socket = WorkerSocket(endpoint, keys, self._tell_once)
         self.endpoint = self._socket.endpoint
 
     def serve(self, stop: Callable[[], bool], *, once: bool = False) -> None:
@@ -99,8 +100,6 @@ class WorkerServer:
                     self._serve(*received)
                     if stop():
                         return
-            elif self._socket.strangers():
-                self._tell_once("a stranger", "dropped a connection that does not speak ZeroMQ as it should")
             self._end_idle()
             if once and self._served and not self._sessions:
                 return
@@ -178,8 +177,8 @@ class WorkerServer:
             raise NotHere("state", "the session is open")
         if len(self._sessions) >= self._limits.sessions:
             raise NotHere("limits", f"{len(self._sessions)} sessions are open here, and no more are allowed")
-        used = sum(session.held.nbytes for session in self._sessions.values())
-        work = self._models.work_for(request.fields, self._limits.memory - used)
+        used = sum(session.held.nbytes + CHUNK_BYTES for session in self._sessions.values())
+        work = self._models.work_for(request.fields, self._limits.memory - used - CHUNK_BYTES)
         held = HeldPartitions(work, self._limits.threads)
         self._sessions[request.session] = _Session(peer, held, request.number, [], time.monotonic())
         self._served += 1
@@ -207,7 +206,8 @@ class WorkerServer:
         """Tell what a peer did wrong, its first time only, and of so many peers only."""
         if peer not in self._told and len(self._told) < _PEERS_TOLD:
             self._told.add(peer)
-            self._tell(line)
+            # What a peer has written must not write to a terminal.
+            self._tell("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 
 
 def _refusal(session: str, number: int, code: str, text: str) -> Message:

@@ -2,82 +2,35 @@
 
 from __future__ import annotations
 
-import socket
-import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.environment import cpu_model, libm
 from rustsim_hpc.errors import ExecutorError, Worker
 from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.fingerprint import fnv1a_bytes
-from rustsim_hpc.model_source import ModelReference
 from rustsim_hpc.reductions import new_board
-from rustsim_hpc.remote.addresses import Address
 from rustsim_hpc.remote.journal import Journal, StepMade, make_again
 from rustsim_hpc.remote.keys import ClientKeys
 from rustsim_hpc.remote.link import Link, LinkError, Patience, Talk, converse
-from rustsim_hpc.remote.share import (
+from rustsim_hpc.remote.share import Share, failure_of, model_of, warn_of_differences
+from rustsim_hpc.remote.talks import (
     Opening,
     Reports,
     fetch_talk,
+    hash_talk,
     load_talk,
     open_talk,
     run_talk,
     value_fields,
 )
-from rustsim_hpc.work import Frame, PhaseFailure, Task, Work
+from rustsim_hpc.work import Frame, PhaseFailure, Work
 
 Array = np.ndarray[Any, Any]
 
 _JOURNAL_BYTES = 64 << 20
-
-
-@dataclass
-class Share:
-    """Partitions that follow one another and belong to one worker.
-
-    Attributes:
-        places: in the list of tasks.
-        tasks: the partitions.
-        endpoint: of the worker, as the plan has it.
-        address: the same, understood.
-        link: the session, or None where there is none.
-        loaded: whether the worker holds the rows of the last committed step.
-        base: parity of the written columns, here, that is the worker's side 0.
-        home: step index of the state of these rows that is here.
-        home_side: parity of the written columns at that step.
-    """
-
-    places: range
-    tasks: tuple[Task, ...]
-    endpoint: str
-    address: Address
-    link: Link | None = None
-    loaded: bool = False
-    base: int = 0
-    home: int = 0
-    home_side: int = 0
-
-    @property
-    def rows(self) -> slice:
-        """The rows in this rank's arrays."""
-        return slice(self.tasks[0].start, self.tasks[-1].stop)
-
-    @property
-    def first_row(self) -> int:
-        """Global row of the first one."""
-        return self.tasks[0].assignment.row_start
-
-    def blame(self, error: LinkError) -> Worker:
-        """Return the typed error of a worker that cannot be used."""
-        assignment = self.tasks[0].assignment
-        label = f'"{assignment.worker}" ' if assignment.worker else ""
-        return Worker(assignment.partition_id, f"worker {label}at {self.address.endpoint} {error}")
 
 
 class RemoteSession:
@@ -110,7 +63,7 @@ class RemoteSession:
         self.work = work
         self.board = new_board(work)
         self.compile_seconds = 0.0
-        self._model = _model_of(work).sha256
+        self._model = model_of(work).sha256
         self._shares = list(shares)
         self._keys, self._patience, self._keep_steps = keys, patience, keep_steps
         self._links: dict[int, Link] = {}
@@ -140,7 +93,7 @@ class RemoteSession:
         try:
             fields, data = self._request(segment, frame)
         except LinkError as error:
-            return [_failure(share.blame(error)) for share in self._shares]
+            return [failure_of(share.blame(error)) for share in self._shares]
         talks: list[tuple[Link, Talk[Reports]]] = []
         for share in self._shares:
             own = fields | {"side": self._side() ^ share.base}
@@ -184,7 +137,7 @@ class RemoteSession:
     ) -> Sequence[PhaseFailure]:
         if isinstance(result, LinkError):
             self._give_up(share)
-            return [_failure(share.blame(result))]
+            return [failure_of(share.blame(result))]
         places = slice(share.places.start, share.places.stop)
         self.board.times[places] = result.times
         self.board.digests[places] = result.digests
@@ -229,7 +182,7 @@ class RemoteSession:
             for share in missing:
                 self._make_again(share)
         except ExecutorError as error:
-            return [_failure(error.source)]
+            return [failure_of(error.source)]
         failures = self._load(missing) if missing else []
         if not failures:
             self.work.memory.keeper = self
@@ -329,8 +282,10 @@ class RemoteSession:
                 array = memory.array(column, int(memory.parity[column]))
                 state = fnv1a_bytes(state, array[share.rows])
                 continue
-            link = self._links[share.places.start]
-            talk = _hashing(link, step, self._side() ^ share.base, column, other=other, state=state)
+            link = share.link
+            if link is None:
+                raise ExecutorError(share.blame(LinkError("is lost")))
+            talk = hash_talk(link, step, self._side() ^ share.base, column, other=other, state=state)
             [result] = converse([(link, talk)])
             if isinstance(result, LinkError):
                 self._give_up(share)
@@ -355,11 +310,11 @@ class RemoteSession:
         for share, result in zip(shares, results, strict=True):
             if isinstance(result, LinkError):
                 self._give_up(share)
-                failures.append(_failure(share.blame(result)))
+                failures.append(failure_of(share.blame(result)))
                 continue
             share.loaded = True
             if result is not None:
-                _warn_of_differences(share, result)
+                warn_of_differences(share.address.endpoint, result)
         return failures
 
     def _loading(self, share: Share, link: Link, *, fresh: bool) -> Talk[dict[str, str] | None]:
@@ -404,45 +359,7 @@ class RemoteSession:
                 self._give_up(share)
 
 
-def _hashing(link: Link, step: int, side: int, column: int, *, other: bool, state: int) -> Talk[int]:
-    answer = yield link.ask("hash", step=step, side=side, column=column, other=other, state=state)
-    return int(answer.fields["state"])
-
-
-def _model_of(work: Work) -> ModelReference:
-    if isinstance(work.model, ModelReference):
-        return work.model
-    name = next(iter(work.program.phase_names), "")
-    message = f'phase "{name}" is not an entry of a model that a remote worker could have installed'
-    hint = "make it a phase of a model in a module of its own, and bind what load_model returns"
-    raise ExecutorError(Worker(work.tasks[0].assignment.partition_id, message, phase=name, hint=hint))
-
-
-def _failure(error: Any) -> PhaseFailure:
-    """Return a worker's failure as data; it keeps what the error says of it."""
-    return PhaseFailure(
-        partition=error.partition,
-        worker=None,
-        phase_index=None,
-        phase=error.phase or "",
-        message=error.message,
-        kind="worker",
-        host=socket.gethostname(),
-    )
-
-
 def _hang_up(links: dict[int, Link]) -> None:
     for link in links.values():
         link.close(politely=True)
     links.clear()
-
-
-def _warn_of_differences(share: Share, facts: dict[str, str]) -> None:
-    """Warn where a worker's machine may give other bits for exp or cos."""
-    here = {"cpu": cpu_model(), "libm": f"{libm().get('library')} {libm().get('blake2b')}"}
-    for name, value in here.items():
-        if facts[name] != value:
-            text = (
-                f"the worker at {share.address.endpoint} has the {name} {facts[name]}, this machine {value}"
-            )
-            warnings.warn(f"{text}: exp or cos may give other bits", RuntimeWarning, stacklevel=2)

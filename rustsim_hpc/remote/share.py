@@ -1,242 +1,95 @@
-"""The conversations by which a client opens, loads, runs and fetches partitions that a worker holds."""
+"""Partitions that lie with one remote worker: where they stand, and what is said of the worker."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from rustsim_hpc.errors import KernelError
-from rustsim_hpc.fingerprint import digest_column
-from rustsim_hpc.remote.identity import work_identity
-from rustsim_hpc.remote.link import Link, LinkError, Talk
-from rustsim_hpc.remote.messages import (
-    Frame,
-    Malformed,
-    Message,
-    chunks,
-    packed,
-    packed_params,
-    unpacked,
-)
-from rustsim_hpc.schema import DTYPES
-from rustsim_hpc.version import __version__
-from rustsim_hpc.work import Board, PhaseFailure, Task, Work
-
-Array = np.ndarray[Any, Any]
-
-_IDS = -1
+from rustsim_hpc.environment import cpu_model, libm
+from rustsim_hpc.errors import ExecutorError, Worker
+from rustsim_hpc.model_source import ModelReference
+from rustsim_hpc.remote.addresses import Address
+from rustsim_hpc.remote.link import Link, LinkError
+from rustsim_hpc.work import PhaseFailure, Task, Work
 
 
-@dataclass(frozen=True)
-class Opening:
-    """What a worker has to know of a run of partitions before it gets their rows.
+@dataclass
+class Share:
+    """Partitions that follow one another and belong to one worker.
 
     Attributes:
-        work: the program, its parameters, tables and seed; its memory is not looked at.
-        tasks: the partitions, one after the other.
-        model: SHA-256 of the model's source file.
-        phases: names of the phases to run.
-        observers: whether checks' and outputs' reductions are part of the program.
-        two_sided: whether steps write to the other side.
-        ids: uint64 (rows,), or None for the default ones.
+        places: in the list of tasks.
+        tasks: the partitions.
+        endpoint: of the worker, as the plan has it.
+        address: the same, understood.
+        link: the session, or None where there is none.
+        loaded: whether the worker holds the rows of the last committed step.
+        base: parity of the written columns, here, that is the worker's side 0.
+        home: step index of the state of these rows that is here.
+        home_side: parity of the written columns at that step.
     """
 
-    work: Work
-    tasks: Sequence[Task]
-    model: str
-    phases: Sequence[str]
-    observers: bool
-    two_sided: bool
-    ids: Array | None
+    places: range
+    tasks: tuple[Task, ...]
+    endpoint: str
+    address: Address
+    link: Link | None = None
+    loaded: bool = False
+    base: int = 0
+    home: int = 0
+    home_side: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The rows in this rank's arrays."""
+        return slice(self.tasks[0].start, self.tasks[-1].stop)
 
     @property
     def first_row(self) -> int:
         """Global row of the first one."""
         return self.tasks[0].assignment.row_start
 
-    @property
-    def rows(self) -> int:
-        """Rows of all the partitions."""
-        return self.tasks[-1].assignment.row_end - self.first_row
-
-    def request(self, link: Link, endpoint: str) -> Message:
-        """Return the request that opens the session."""
-        work, assignments = self.work, [task.assignment for task in self.tasks]
-        return link.ask(
-            "open",
-            package=__version__,
-            model=self.model,
-            identity=work_identity(work),
-            phases=list(self.phases),
-            observers=self.observers,
-            columns=[[column.name, column.dtype] for column in work.program.schema.columns],
-            params=packed_params(work.params.plain()),
-            seed=int(work.seed),
-            first_row=self.first_row,
-            rows=self.rows,
-            total_rows=work.total_rows,
-            ids=self.ids is not None,
-            two_sided=self.two_sided,
-            checked=work.checked,
-            tile_rows=work.tile_rows,
-            endpoint=endpoint,
-            tasks=[[a.partition_id.value, a.worker, a.row_start, a.row_end] for a in assignments],
-        )
+    def blame(self, error: LinkError) -> Worker:
+        """Return the typed error of a worker that cannot be used."""
+        assignment = self.tasks[0].assignment
+        label = f'"{assignment.worker}" ' if assignment.worker else ""
+        return Worker(assignment.partition_id, f"worker {label}at {self.address.endpoint} {error}")
 
 
-def open_talk(link: Link, opening: Opening, endpoint: str) -> Talk[dict[str, str]]:
-    """Open a session; returns what the worker says of its machine."""
-    answer = yield opening.request(link, endpoint)
-    return dict(answer.fields)
+def model_of(work: Work) -> ModelReference:
+    """Return which model a work's phases are of.
 
-
-def load_talk(
-    link: Link, ids: Array | None, columns: Sequence[Array], first_row: int, step: int
-) -> Talk[None]:
-    """Send ids and columns as the state of a step, and see that they have arrived as they are."""
-    wanted = [0 if ids is None else digest_column(ids, first_row, 0)]
-    wanted += [digest_column(column, first_row, place + 1) for place, column in enumerate(columns)]
-    sources = [*([(_IDS, ids)] if ids is not None else []), *enumerate(columns)]
-    for place, source in sources:
-        for start, stop in chunks(len(source), source.itemsize):
-            yield link.ask("load", [packed(source[start:stop])], column=place, start=start, stop=stop)
-    answer = yield link.ask("begin", step=step)
-    [frame] = _exactly(answer.data, 1)
-    if unpacked(frame, np.uint64, (len(wanted),)).tolist() != wanted:
-        raise Malformed("the digests of a state that is not what was sent")
-
-
-def fetch_talk(
-    link: Link,
-    columns: Sequence[tuple[int, np.dtype[Any]]],
-    rows: int,
-    first_row: int,
-    *,
-    step: int,
-    side: int,
-) -> Talk[list[list[Array]]]:
-    """Fetch columns of the state of a step, in pieces; each is proved by its digest."""
-    fetched = []
-    for column, dtype in columns:
-        pieces = []
-        for start, stop in chunks(rows, dtype.itemsize):
-            answer = yield link.ask("fetch", step=step, side=side, column=column, start=start, stop=stop)
-            [frame] = _exactly(answer.data, 1)
-            piece = unpacked(frame, dtype, (stop - start,))
-            if digest_column(piece, first_row + start, column + 1) != answer.fields["digest"]:
-                raise Malformed(f"rows of column {column} that are not those of their digest")
-            pieces.append(piece)
-        fetched.append(pieces)
-    return fetched
-
-
-@dataclass(frozen=True)
-class Reports:
-    """What a worker reports of a segment; arrays as on a board, one row a partition."""
-
-    times: Array
-    digests: Array
-    codes: Array
-    states: tuple[Array, ...]
-    failures: tuple[PhaseFailure, ...]
-    compile_seconds: float
-
-
-def run_talk(
-    link: Link,
-    work: Work,
-    board: Board,
-    tasks: Sequence[Task],
-    slots: Sequence[int],
-    data: Sequence[Frame],
-    fields: dict[str, Any],
-) -> Talk[Reports]:
-    """Run a segment on partitions.
-
-    Args:
-        link: the session.
-        work: the program.
-        board: a board of the program, for the shapes of what is reported.
-        tasks: the session's partitions, in order.
-        slots: reductions that the segment makes.
-        data, fields: of the request "run".
+    Raises:
+        ExecutorError: they are of none that a worker could have installed.
     """
-    answer = yield link.ask("run", data, **fields)
-    return _reports(answer, work, board, tasks, slots)
+    if isinstance(work.model, ModelReference):
+        return work.model
+    name = next(iter(work.program.phase_names), "")
+    message = f'phase "{name}" is not an entry of a model that a remote worker could have installed'
+    hint = "make it a phase of a model in a module of its own, and bind what load_model returns"
+    raise ExecutorError(Worker(work.tasks[0].assignment.partition_id, message, phase=name, hint=hint))
 
 
-def _reports(
-    answer: Message, work: Work, board: Board, tasks: Sequence[Task], slots: Sequence[int]
-) -> Reports:
-    count = len(tasks)
-    wanted = [board.times, board.digests, board.codes, *(board.states[slot] for slot in slots)]
-    frames = _exactly(answer.data, len(wanted))
-    arrays = [
-        unpacked(frame, array.dtype, (count, *array.shape[1:]))
-        for frame, array in zip(frames, wanted, strict=True)
-    ]
-    times, digests, codes, *states = arrays
-    if times.min(initial=0) < 0 or codes.min(initial=0) < 0 or codes.max(initial=0) >= len(DTYPES):
-        raise Malformed("times below zero, or dtypes that there are not")
-    failures = tuple(_failure(told, work, tasks) for told in answer.fields["failures"])
-    seconds = answer.fields["compile_ns"] / 1e9
-    return Reports(times, digests, codes, tuple(states), failures, seconds)
-
-
-def _failure(told: Sequence[Any], work: Work, tasks: Sequence[Task]) -> PhaseFailure:
-    place, phase, kind, message, trace, host, pid, known = told
-    names = work.program.phase_names
-    if place >= len(tasks) or (phase is not None and phase >= len(names)):
-        raise Malformed("a failure of a partition or phase that there is not")
-    assignment = tasks[place].assignment
-    error = None
-    if known is not None:
-        text, kernel, argument, file, line = known
-        error = KernelError(text, kernel=kernel, argument=argument, file=file, line=line)
+def failure_of(error: Any) -> PhaseFailure:
+    """Return a worker's failure as data; it keeps what the error says of it."""
     return PhaseFailure(
-        partition=assignment.partition_id,
-        worker=assignment.worker,
-        phase_index=phase,
-        phase="" if phase is None else names[phase],
-        message=message,
-        kind=kind,
-        trace=trace,
-        host=host,
-        pid=pid,
-        error=error,
+        partition=error.partition,
+        worker=None,
+        phase_index=None,
+        phase=error.phase or "",
+        message=error.message,
+        kind="worker",
+        host=socket.gethostname(),
     )
 
 
-def value_fields(values: dict[str, Any]) -> tuple[list[list[Any]], list[Frame]]:
-    """Return values of reductions and derived values as a field and the frames of a request "run".
-
-    Raises:
-        LinkError: one is of a dtype that does not travel.
-    """
-    arrays = {name: np.asarray(value) for name, value in values.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in DTYPES:
-            raise LinkError(f'cannot be sent the value "{name}", which is {array.dtype}')
-    fields = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
-    return fields, [packed(array) for array in arrays.values()]
-
-
-def _exactly(data: Sequence[Frame], count: int) -> Sequence[Frame]:
-    if len(data) != count:
-        raise Malformed(f"{len(data)} frames where there should be {count}")
-    return data
-
-
-def one(results: Sequence[Any]) -> Any:
-    """Return the only result of a conversation.
-
-    Raises:
-        LinkError: it failed.
-    """
-    [result] = results
-    if isinstance(result, LinkError):
-        raise result
-    return result
+def warn_of_differences(endpoint: str, facts: Mapping[str, str]) -> None:
+    """Warn where a worker's machine may give other bits for exp or cos."""
+    here = {"cpu": cpu_model(), "libm": f"{libm().get('library')} {libm().get('blake2b')}"}
+    for name, value in here.items():
+        if facts[name] != value:
+            text = f"the worker at {endpoint} has the {name} {facts[name]}, this machine {value}"
+            warnings.warn(f"{text}: exp or cos may give other bits", RuntimeWarning, stacklevel=2)

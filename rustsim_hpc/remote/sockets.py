@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rustsim_hpc.errors import RemoteError, message_of
 from rustsim_hpc.remote.addresses import Address, parse_endpoint
 from rustsim_hpc.remote.keys import ClientKeys, WorkerKeys
-from rustsim_hpc.remote.messages import MAX_MESSAGE, Frame
+from rustsim_hpc.remote.messages import MAX_FRAME, Frame
+from rustsim_hpc.remote.watch import Watch
 
 if TYPE_CHECKING:
     import zmq
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_TIMEOUT_MS = 30_000
 _HANDSHAKE_MS = 10_000
-_QUEUE = 64
+_QUEUE = 4
+"""Messages that wait on either side: a client has one request under way, and one that ends its session."""
+_SEND_MS = 100
+"""For a queue that seems full: libzmq hears with some delay of what has left it."""
 _LINGER_MS = 200
 _DOMAIN = b"rustsim-hpc"
 _KNOWN = 1_000
@@ -67,9 +72,10 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
     """Set what both sides have in common; before anything is connected, and so without a default left."""
     zmq = library()
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)  # of one frame
     socket.setsockopt(zmq.RCVHWM, _QUEUE)
     socket.setsockopt(zmq.SNDHWM, _QUEUE)
+    socket.setsockopt(zmq.SNDTIMEO, _SEND_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
@@ -94,7 +100,6 @@ class ClientSocket:
         self._socket = _context().socket(zmq.DEALER)
         _prepare(self._socket)
         self._socket.setsockopt(zmq.IPV6, int(":" in address.host))
-        self._socket.setsockopt(zmq.SNDTIMEO, 0)
         if keys is not None:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.worker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
@@ -109,9 +114,14 @@ class ClientSocket:
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address.endpoint)
 
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Queue a message; it goes when there is a connection."""
-        self._socket.send_multipart(frames)
+    def send(self, frames: Sequence[Frame]) -> bool:
+        """Queue a message, which goes when there is a connection; return whether there was room for it."""
+        zmq = library()
+        try:
+            self._socket.send_multipart(frames)
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self) -> list[Frame] | None:
         """Return the next message that has arrived, if there is one."""
@@ -166,7 +176,8 @@ class Peer:
         return self.key or self.address
 
     def __str__(self) -> str:
-        return f"{self.address} with the key {self.key}" if self.key else self.address
+        address = self.address or "a peer that gives no address"
+        return f"{address} with the key {self.key}" if self.key else address
 
 
 class WorkerSocket:
@@ -175,7 +186,8 @@ class WorkerSocket:
     Args:
         endpoint: ``tcp://HOST:PORT``; ``*`` for any free port.
         keys: None to let in everybody who can reach it, which is allowed on the loopback alone.
-        refused: called with a line for each peer that is not let in, once a peer.
+        tell: called with who and a line for each peer that is not let in or sends without end; once a peer is
+            the callee's business. It may be called from other threads.
 
     Attributes:
         endpoint: with the port that was taken.
@@ -184,18 +196,19 @@ class WorkerSocket:
         RemoteError: it cannot listen there.
     """
 
-    def __init__(self, endpoint: str, keys: WorkerKeys | None, refused: Callable[[str], None]) -> None:
+    def __init__(self, endpoint: str, keys: WorkerKeys | None, tell: Callable[[str, str], None]) -> None:
         address = parse_endpoint(endpoint, to_bind=True)
         if keys is None and not address.loopback:
             hint = "rustsim-hpc worker --make-keys DIR makes keys; --keys DIR uses them"
             raise RemoteError(f"{endpoint} can be reached from other machines: it needs keys", hint=hint)
         zmq = library()
         self._context = zmq.Context()
-        self._gate = None if keys is None else _gate(self._context, keys, refused)
+        self._gate = None if keys is None else _gate(self._context, keys, tell)
+        self._watch: Watch | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         _prepare(self._socket)
         self._socket.setsockopt(zmq.IPV6, int(":" in address.host))
-        self._socket.setsockopt(zmq.SNDTIMEO, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it an answer to a full queue is dropped
         if keys is not None:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
@@ -206,19 +219,17 @@ class WorkerSocket:
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
-        self._poller = zmq.Poller()
-        for socket in (self._socket, self._monitor):
-            self._poller.register(socket, zmq.POLLIN)
         try:
             self._socket.bind(address.endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise RemoteError(f"cannot listen at {endpoint}: {message_of(error)}") from error
         self.endpoint = str(self._socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0"))
+        self._watch = Watch(int(self.endpoint.rpartition(":")[2]), self._strangers, tell)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a message; return whether there is one."""
-        return any(socket is self._socket for socket, _ in self._poller.poll(1000 * seconds))
+        return bool(self._socket.poll(1000 * seconds))
 
     def receive(self) -> tuple[bytes, Peer, list[Frame]] | None:
         """Return the next message that has arrived, if any: where an answer goes, who it is from, frames."""
@@ -227,8 +238,9 @@ class WorkerSocket:
             route, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
-        except ValueError:  # not even an address; libzmq puts one before every message
-            return None
+        if self._watch is not None:
+            with suppress(zmq.ZMQError):  # who speaks ZeroMQ's oldest protocol has no descriptor here
+                self._watch.taken(int(route.get(zmq.SRCFD)))
         return bytes(route.buffer), _peer(route), [frame.buffer for frame in frames]
 
     def send(self, route: bytes, frames: Sequence[Frame]) -> None:
@@ -236,14 +248,15 @@ class WorkerSocket:
         zmq = library()
         try:
             self._socket.send_multipart([route, *frames], copy=False)
-        except zmq.Again:
-            return
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
 
-    def strangers(self) -> int:
-        """Return how many peers have failed to speak ZeroMQ as they should since the last call."""
+    def _strangers(self, seconds: float) -> int:
+        """Wait, and return how many peers have failed to speak ZeroMQ; the watch's thread alone calls it."""
         zmq = library()
         count = 0
-        while self._monitor.poll(0):
+        while self._monitor.poll(0 if count else 1000 * seconds) and count < _KNOWN:
             zmq.utils.monitor.recv_monitor_message(self._monitor)
             count += 1
         return count
@@ -251,6 +264,8 @@ class WorkerSocket:
     def close(self) -> None:
         """Stop listening."""
         if not self._socket.closed:
+            if self._watch is not None:
+                self._watch.stop()
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(_LINGER_MS)
@@ -270,29 +285,26 @@ def _property(frame: Any, name: str) -> str:
         return ""
 
 
-def _gate(context: Any, keys: WorkerKeys, refused: Callable[[str], None]) -> Any:
+def _gate(context: Any, keys: WorkerKeys, tell: Callable[[str, str], None]) -> Any:
     """Return a started authenticator that lets in those whose keys are allowed."""
     zmq = library()
     gate = zmq.auth.thread.ThreadAuthenticator(context)
-    gate.configure_curve_callback(_DOMAIN.decode(), _Allowed(keys.allowed, refused))
+    gate.configure_curve_callback(_DOMAIN.decode(), _Allowed(keys.allowed, tell))
     gate.start()
     return gate
 
 
 class _Allowed:
-    """Says which keys are let in; tells of each other one once."""
+    """Says which keys are let in, and tells of the others."""
 
-    def __init__(self, keys: frozenset[str], refused: Callable[[str], None]) -> None:
+    def __init__(self, keys: frozenset[str], tell: Callable[[str, str], None]) -> None:
         self._keys = keys
-        self._refused = refused
-        self._told: set[str] = set()
+        self._tell = tell
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Answer the authenticator; ``key`` is public, 40 characters."""
         text = key.decode("ascii", "replace")
         if text in self._keys:
             return True
-        if text not in self._told and len(self._told) < _KNOWN:
-            self._told.add(text)
-            self._refused(f"a client with the key {text} is not let in")
+        self._tell(text, f"a client with the key {text} is not let in")
         return False

@@ -26,7 +26,7 @@ from rustsim_hpc.random import key_of
 from rustsim_hpc.remote.addresses import parse_endpoint
 from rustsim_hpc.remote.executor import client_keys
 from rustsim_hpc.remote.link import Link, LinkError, Patience, Refused, Talk, converse
-from rustsim_hpc.remote.share import Opening, Reports, fetch_talk, load_talk, open_talk, run_talk
+from rustsim_hpc.remote.talks import Opening, Reports, fetch_talk, load_talk, open_talk, run_talk
 from rustsim_hpc.work import Board, PhaseFailure, Task, Work
 
 Array = np.ndarray[Any, Any]
