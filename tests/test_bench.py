@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rustsim_hpc.bench import kept, ranks, run, setting
+from rustsim_hpc.bench import kept, ranks, readme, run, setting
 from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.goals import GOALS, Goal, Verdict, verdicts
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, figure, interleave
@@ -214,6 +214,26 @@ def test_the_page_of_the_project_is_made_of_its_figures() -> None:
     assert text == page_text(figures), (
         "nobody writes in it by hand: rustsim-hpc bench --write docs/benchmarks.md"
     )
+
+
+def test_the_readme_has_the_figures() -> None:
+    figures = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.BEGIN in text
+    assert text == readme.with_measured(text, figures), (
+        "nobody writes in it by hand: rustsim-hpc bench --write docs/benchmarks.md"
+    )
+    assert "as a multiple of the loop by hand" in text
+
+
+def test_a_readme_without_marks_stays(report: Report) -> None:
+    figures = {"bench": report.to_dict()}
+    assert readme.with_measured("words", figures) == "words"
+    made = readme.with_measured(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n", figures)
+    assert made == readme.with_measured(made, figures)
+    assert "old" not in made
+    assert made.startswith("a\n")
+    assert made.endswith(f"{readme.END}\nb\n")
 
 
 def test_command(tmp_path: Path) -> None:

@@ -99,12 +99,14 @@ def write_page(page: Path, report: Report, curve: dict[str, Any] | None = None) 
 
     curve: what the curve to many ranks is made of (:func:`rustsim_hpc.bench.scaling.curve_figures`).
 
+    A README.md in the folder above gets its short table anew, if it has the marks of one.
     Figures of other kinds that the JSON holds (``compare``, ``scaling``) stay, in the page as well.
 
     Raises:
         OutputError: a file cannot be read or written.
     """
     from rustsim_hpc.bench.page import page_text
+    from rustsim_hpc.bench.readme import with_measured
 
     source = page.with_suffix(".json")
     try:
@@ -115,5 +117,8 @@ def write_page(page: Path, report: Report, curve: dict[str, Any] | None = None) 
             scaling.draw_curve(curve, page.parent)
         write_atomic(source, (json.dumps(figures, indent=1) + "\n").encode())
         write_atomic(page, page_text(figures).encode())
+        readme = page.parent.parent / "README.md"
+        if readme.exists():
+            write_atomic(readme, with_measured(readme.read_text(encoding="utf-8"), figures).encode())
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {page}: {error}") from error
