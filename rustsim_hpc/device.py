@@ -29,7 +29,10 @@ TRANSFER: Final = 1
 """The stream of downloads."""
 
 HOW_TO_INSTALL: Final = 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
-_PINNED_BYTES: Final = 32 * 2**20
+_PINNED_BYTES: Final = 16 * 2**20
+"""Of each of two buffers."""
+_NO_MEMORY: Final = 2
+"""cudaErrorMemoryAllocation."""
 
 
 class Buffer(Protocol):
@@ -144,6 +147,7 @@ class CupyDevice:
             self.resident_threads = int(facts["multiProcessorCount"] * facts["maxThreadsPerMultiProcessor"])
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER)]
         self._pinned: Array | None = None
+        self._busy: list[Any] = [None, None]
         self._modules: list[Any] = []
 
     def _guard(self) -> _Guard:
@@ -162,6 +166,8 @@ class CupyDevice:
             with self._device:
                 return _CupyBuffer(self._cupy.cuda.Memory(max(nbytes, 1)), nbytes)
         except (self._cupy.cuda.memory.OutOfMemoryError, runtime.CUDARuntimeError, MemoryError) as error:
+            if getattr(error, "status", _NO_MEMORY) != _NO_MEMORY:
+                raise DeviceError(f"device {self.ordinal} ({self.name}): {message_of(error)}") from error
             raise DeviceMemoryError(self.ordinal, nbytes, self.free_bytes()) from error
 
     def release(self, buffer: Any) -> None:
@@ -169,37 +175,49 @@ class CupyDevice:
         with self._guard():
             buffer.memory = None
 
-    def _staging(self) -> Array:
+    def _half(self, number: int) -> Array:
+        """Return one of two pinned buffers, when nothing that is queued uses it any more."""
         if self._pinned is None:
-            memory = self._cupy.cuda.alloc_pinned_memory(_PINNED_BYTES)
-            self._pinned = np.frombuffer(memory, np.uint8, _PINNED_BYTES)
-        return self._pinned
+            memory = self._cupy.cuda.alloc_pinned_memory(2 * _PINNED_BYTES)
+            self._pinned = np.frombuffer(memory, np.uint8, 2 * _PINNED_BYTES).reshape(2, -1)
+        if self._busy[number % 2] is not None:
+            self._busy[number % 2].synchronize()
+        half: Array = self._pinned[number % 2]
+        return half
 
     def _pieces(self, data: Array) -> list[tuple[int, Array]]:
         flat = data.reshape(-1).view(np.uint8)
         return [(at, flat[at : at + _PINNED_BYTES]) for at in range(0, flat.size, _PINNED_BYTES)]
 
     def upload(self, buffer: Any, data: Array) -> None:
-        """Copy from the host through pinned memory; a queued copy still reads the last piece of it."""
+        """Copy from the host through pinned memory: one half is filled while the other one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyHostToDevice
         stream = self._streams[COMPUTE]
         with self._guard():
-            pinned = self._staging()
-            for at, piece in self._pieces(data):
-                pinned[: piece.size] = piece
-                copy(buffer.address + at, pinned.ctypes.data, piece.size, kind, stream.ptr)
-                stream.synchronize()
+            for number, (at, piece) in enumerate(self._pieces(data)):
+                half = self._half(number)
+                half[: piece.size] = piece
+                copy(buffer.address + at, half.ctypes.data, piece.size, kind, stream.ptr)
+                self._busy[number % 2] = stream.record()
 
     def download(self, buffer: Any, out: Array) -> None:
-        """Copy to the host through pinned memory."""
+        """Copy to the host through pinned memory: one half is emptied while the other one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyDeviceToHost
         stream = self._streams[TRANSFER]
         with self._guard():
-            pinned = self._staging()
-            for at, piece in self._pieces(out):
-                copy(pinned.ctypes.data, buffer.address + at, piece.size, kind, stream.ptr)
-                stream.synchronize()
-                piece[...] = pinned[: piece.size]
+            before: tuple[Array, int] | None = None
+            for number, (at, piece) in enumerate(self._pieces(out)):
+                half = self._half(number)
+                copy(half.ctypes.data, buffer.address + at, piece.size, kind, stream.ptr)
+                self._busy[number % 2] = stream.record()
+                if before is not None:
+                    self._empty(*before)
+                before = piece, number
+            if before is not None:
+                self._empty(*before)
+
+    def _empty(self, piece: Array, number: int) -> None:
+        piece[...] = self._half(number)[: piece.size]
 
     def copy(self, source: Any, target: Any) -> None:
         """Copy within the device."""
@@ -233,9 +251,15 @@ class CupyDevice:
 
     def load(self, image: bytes, name: str) -> Any:
         """Load PTX, which the driver compiles for the device."""
+        cuda = self._cupy.cuda
         with self._guard():
-            module = self._cupy.cuda.function.Module()
-            module.load(image)
+            module = cuda.function.Module()
+            try:
+                module.load(image)
+            except cuda.driver.CUDADriverError as error:
+                hint = "is the driver older than the toolkit? then install an older nvidia-cuda-nvcc-cu12"
+                text = f"device {self.ordinal} ({self.name}) refuses a kernel: {message_of(error)}"
+                raise DeviceError(text, hint=hint) from error
             self._modules.append(module)
             return module.get_function(name)
 

@@ -59,7 +59,6 @@ class StandInDevice:
         self._tickets = [0, 0]  # how many operations were ever queued on each stream
         self._done = [0, 0]
         self._choice = random.Random(seed)
-        self._broken = ""
 
     # -- memory --------------------------------------------------------------------------------------
 
@@ -120,6 +119,25 @@ class StandInDevice:
         self._fault("copy")
         start, size, to = self._range(source).start, source.nbytes, self._range(target).start
         self._queue(0, lambda: self._write(to, self._memory[start : start + size].copy()))
+
+    # By address, as CUDA's own calls have it; the host's memory is looked at when the queue comes to it.
+
+    def put(self, target, data):
+        self._fault("upload")
+        self._queue(0, lambda: self._write(target - BASE, data))
+
+    def get(self, source, out):
+        self._fault("download")
+        start = source - BASE
+        self._queue(1, lambda: out.__setitem__(slice(None), self._memory[start : start + out.size]))
+
+    def move(self, source, target, size):
+        self._fault("copy")
+        start = source - BASE
+        self._queue(0, lambda: self._write(target - BASE, self._memory[start : start + size].copy()))
+
+    def window(self, buffer):
+        return self._memory[self._range(buffer)]
 
     def _write(self, start, data):
         self._memory[start : start + data.size] = data

@@ -74,16 +74,23 @@ def same(one, other):
     return (one.view(np.int64) == other.view(np.int64)) | (np.isnan(one) & np.isnan(other))
 
 
-@pytest.mark.parametrize(
-    ("text", "dtype"),
-    [(FLOATS, name) for name in ("float32", "float64")] + [(INTEGERS, name) for name in ("int32", "uint64")],
-    ids=lambda value: value if value.isalnum() else "",
-)
+CASES = [
+    *(pytest.param(FLOATS, name, id=name) for name in ("float32", "float64")),
+    *(pytest.param(INTEGERS, name, id=name) for name in ("int32", "uint64")),
+]
+
+
+@pytest.mark.parametrize(("text", "dtype"), CASES)
 def test_the_bits_are_the_cpus(text, dtype):
+    compare(text, dtype)
+
+
+def compare(text, dtype, devices=None):
+    """Run expressions on the CPU and on a device; fail where they part."""
     expressions = [part.strip() for part in text.replace("\n", ";").split(";") if part.strip()]
     for at in range(0, len(expressions), COLUMNS):
         few = expressions[at : at + COLUMNS]
-        here, there, _ = both(model_of(few, dtype), 1, parts=1)
+        here, there, _ = both(model_of(few, dtype), 1, parts=1, devices=devices)
         mine, theirs = (plane.runtime.device_store() for plane in (here, there))
         a, b = mine.column(0), mine.column(1)
         for k, expression in enumerate(few, start=2):

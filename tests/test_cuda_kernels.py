@@ -162,13 +162,17 @@ def keep(f4):
     return f4
 
 
-def test_every_reduction_gives_the_cpus_bits():
+def reducing_model():
     model = rs.Model(
         columns=[rs.Column(name, dtype) for name, dtype in COLUMNS.items()],
         initialise=initial,
         phases=[keep, *reductions()],
     )
-    here, there, _ = both(BoundModel(model, {}, seed=1, agents=3000), 1, parts=3)
+    return BoundModel(model, {}, seed=1, agents=3000)
+
+
+def test_every_reduction_gives_the_cpus_bits():
+    here, there, _ = both(reducing_model(), 1, parts=3)
     assert_same(here, there)
     assert len(here.values) == len(reductions())
     there.close()
@@ -200,7 +204,7 @@ ALL = {
 }  # fmt: skip
 
 
-def test_values_are_stored_and_digested_as_on_the_cpu():
+def storing_model(*, nan=False):
     """A float64 of every size into every dtype; out of range, NaN and signed zeros included."""
 
     def start(rows, *_):
@@ -209,7 +213,7 @@ def test_values_are_stored_and_digested_as_on_the_cpu():
             s * 2.0**k + d for k in (7, 8, 15, 16, 31, 32, 63, 64) for s in (-1, 1) for d in (-1, 0, 0.5)
         ]
         values[100 : 100 + len(edges)] = edges
-        values[10:14] = [np.nan, np.inf, -np.inf, -0.0]
+        values[10:14] = [np.nan if nan else 1.0, np.inf, -np.inf, -0.0]
         return {"source": values[rows.start : rows.stop]} | {
             f"to_{dtype}": np.zeros(rows.stop - rows.start, dtype) for dtype in sorted(ALL)
         }
@@ -223,7 +227,11 @@ def test_values_are_stored_and_digested_as_on_the_cpu():
         initialise=start,
         phases=[rs.row_kernel(writes=tuple(f"to_{dtype}" for dtype in sorted(ALL)), name="spread")(spread)],
     )
-    here, there, _ = both(BoundModel(model, {}, seed=1, agents=5000), 2, parts=3)
+    return BoundModel(model, {}, seed=1, agents=5000)
+
+
+def test_values_are_stored_and_digested_as_on_the_cpu():
+    here, there, _ = both(storing_model(nan=True), 2, parts=3)
     assert_same(here, there)
     there.close()
 
@@ -244,14 +252,18 @@ def draw_all(rng, row):
     )
 
 
-def test_random_numbers_are_the_same_integers_and_floats():
+def drawing_model():
     dtypes = {"a": "float64", "b": "float32", "c": "float64", "d": "float64"} | dict.fromkeys("efg", "int64")
     model = rs.Model(
         columns=[rs.Column(name, dtype) for name, dtype in dtypes.items()],
         initialise=lambda rows, *_: [np.zeros(rows.stop - rows.start, dtype) for dtype in dtypes.values()],
         phases=[draw_all],
     )
-    here, there, _ = both(BoundModel(model, {}, seed=2**64 - 1, agents=4000), 2)
+    return BoundModel(model, {}, seed=2**64 - 1, agents=4000)
+
+
+def test_random_numbers_are_the_same_integers_and_floats():
+    here, there, _ = both(drawing_model(), 2)
     assert_same(here, there)
     there.close()
 

@@ -111,6 +111,8 @@ class DeviceStage:
         )
         self._arrange(work)
         self._accumulators = partition.columns.hold(8 * self._words)
+        self._at_first = partition.columns.hold(8 * self._words)
+        partition.device.upload(self._at_first, self._empty)
         self._values = partition.columns.hold(8 * self._threads if self.made.can_fail else 0)
         capability = partition.device.compute_capability
         image = self.made.image(self._arguments(frame), capability, fma=partition.fma)
@@ -157,7 +159,7 @@ class DeviceStage:
             own.columns.bring(column, side)
         arguments = self._arguments(frame)
         if self._words:
-            own.device.upload(self._accumulators, self._empty)
+            own.device.copy(self._at_first, self._accumulators)
         for column, side in self._writes:
             own.columns.wrote(column, side)
         own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, flat_arguments(arguments))

@@ -1,0 +1,160 @@
+"""As much of CuPy as rustsim_hpc.device calls, over a stand-in: so that its own lines run without a device.
+
+Names and arguments are those of CuPy 14; addresses of the host are read and written as CUDA would.
+"""
+
+import ctypes
+import types
+
+import numpy as np
+from standin_device import StandInDevice
+
+from rustsim_hpc.errors import DeviceError, DeviceMemoryError
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status = status
+
+
+class CUDADriverError(RuntimeError):
+    pass
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
+
+
+def host(address, size):
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+class FakeCupy(types.ModuleType):
+    """A module named cupy; `standin`: the device behind it."""
+
+    def __init__(self, **given):  # noqa: C901 (as many small things as CuPy has)
+        super().__init__("cupy")
+        self.standin = standin = StandInDevice(**given)
+        current = []
+
+        def typed(call, *arguments):
+            if not current:
+                raise AssertionError("no device is the current one")
+            try:
+                return call(*arguments)
+            except DeviceError as error:
+                raise CUDARuntimeError(719, str(error)) from error
+
+        class Device:
+            def __init__(self, ordinal):
+                self.ordinal = ordinal
+
+            def __enter__(self):
+                current.append(self.ordinal)
+
+            def __exit__(self, *_):
+                current.pop()
+
+        class Memory:
+            def __init__(self, size):
+                try:
+                    self.buffer = typed(standin.allocate, size)
+                except DeviceMemoryError as error:
+                    raise CUDARuntimeError(2, "cudaErrorMemoryAllocation: out of memory") from error
+                self.ptr = self.buffer.address
+
+            def __del__(self):
+                if hasattr(self, "ptr") and not self.buffer.released:
+                    standin.release(self.buffer)
+
+        class Stream:
+            made = 0
+
+            def __init__(self, null=False, non_blocking=False):
+                assert non_blocking, "the legacy stream would wait for everything"
+                self.ptr = Stream.made % 2
+                Stream.made += 1
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                return None
+
+            def synchronize(self):
+                typed(standin.synchronise)
+
+            def record(self):
+                return types.SimpleNamespace(stream=self.ptr, synchronize=self.synchronize)
+
+            def wait_event(self, event):
+                standin.order(event.stream, self.ptr)
+
+        def memcpy_async(target, source, size, kind, stream):
+            if kind == HOST_TO_DEVICE:
+                assert stream == 0
+                typed(standin.put, target, host(source, size))
+            elif kind == DEVICE_TO_HOST:
+                assert stream == 1
+                typed(standin.get, source, host(target, size))
+            else:
+                assert (kind, stream) == (DEVICE_TO_DEVICE, 0)
+                typed(standin.move, source, target, size)
+
+        class Module:
+            def load(self, image):
+                assert isinstance(image, bytes)
+                if b".version" not in image:
+                    raise CUDADriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+                self.image = image
+
+            def get_function(self, name):
+                kernel = typed(standin.load, self.image, name)
+
+                def call(grid, block, args, shared_mem=0, stream=None):
+                    assert (len(grid), len(block), stream.ptr) == (3, 3, 0)
+                    typed(standin.launch, kernel, grid[0], block[0], args)
+
+                return call
+
+        properties = {
+            "name": b"stand-in",
+            "major": 9,
+            "minor": 0,
+            "multiProcessorCount": 2,
+            "maxThreadsPerMultiProcessor": 256,
+            "uuid": b"\x01" * 16,
+        }
+        runtime = types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            getDeviceCount=lambda: 1,
+            getDeviceProperties=lambda _: properties,
+            memGetInfo=lambda: (standin.free_bytes(), standin.capacity),
+            memcpyAsync=memcpy_async,
+            memcpyHostToDevice=HOST_TO_DEVICE,
+            memcpyDeviceToHost=DEVICE_TO_HOST,
+            memcpyDeviceToDevice=DEVICE_TO_DEVICE,
+        )
+        self.cuda = types.SimpleNamespace(
+            Device=Device,
+            Memory=Memory,
+            MemoryPointer=lambda memory, offset: (memory, offset),
+            Stream=Stream,
+            alloc_pinned_memory=lambda size: memoryview(bytearray(size)),
+            driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
+            function=types.SimpleNamespace(Module=Module),
+            memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            runtime=runtime,
+        )
+        self.asarray = np.array
+
+    def ndarray(self, shape, dtype, pointer):
+        """Let a phase work on the memory itself, when all that is queued has happened."""
+        memory, offset = pointer
+        self.standin.synchronise()
+        size = shape[0] * np.dtype(dtype).itemsize
+        return self.standin.window(memory.buffer)[offset : offset + size].view(dtype)

@@ -1,0 +1,110 @@
+"""The device that CuPy gives, line by line, over a CuPy that is none; tests/test_gpu.py has a real one."""
+
+import sys
+
+import numpy as np
+import pytest
+from cuda_planes import CudaSuite, needs_compiler
+from executor_suite import ExecutorSuite
+from fake_cupy import FakeCupy
+
+import rustsim_hpc as rs
+from rustsim_hpc import device, errors
+from rustsim_hpc.device import COMPUTE, TRANSFER, CupyDevice
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    fake = FakeCupy(seed=3)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: None)
+    device._found.cache_clear()
+    yield fake
+    device._found.cache_clear()
+
+
+class TestCupyDevice(ExecutorSuite):
+    plan = CudaSuite(devices=1).plan
+
+    @pytest.fixture
+    def make_executor(self, cupy):
+        return rs.CudaPartitionExecutor
+
+    @pytest.fixture
+    def make_other(self, cupy):
+        return rs.CudaPartitionExecutor
+
+
+def test_what_it_says_of_itself(cupy):
+    made = CupyDevice(0)
+    assert (made.ordinal, made.name, made.compute_capability) == (0, "stand-in", (9, 0))
+    assert made.resident_threads == 512
+    assert made.free_bytes() == cupy.standin.capacity
+    assert device.visible_devices() == ("01" * 16,)
+    with pytest.raises(errors.DeviceError, match="there is no CUDA device 1: this process sees 1"):
+        CupyDevice(1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 5003])
+def test_data_larger_than_the_pinned_buffers(cupy, monkeypatch, size):
+    monkeypatch.setattr(device, "_PINNED_BYTES", 1000)
+    made = CupyDevice(0)
+    data = np.random.default_rng(1).integers(0, 256, (2, size), np.uint8)
+    buffers = [made.allocate(size), made.allocate(size), made.allocate(size)]
+    out = np.zeros((2, size), np.uint8)
+    made.upload(buffers[0], data[0])
+    made.upload(buffers[1], data[1])
+    made.copy(buffers[0], buffers[2])
+    data_then, data[...] = data.copy(), 0  # which may change as soon as an upload has returned
+    made.order(COMPUTE, TRANSFER)
+    made.download(buffers[2], out[0])
+    made.download(buffers[1], out[1])
+    made.synchronise()
+    assert np.array_equal(out, data_then)
+    for buffer in buffers:
+        made.release(buffer)
+    assert not cupy.standin.live
+
+
+def test_its_errors_are_typed(cupy):
+    made = CupyDevice(0)
+    with pytest.raises(errors.DeviceMemoryError) as caught:
+        made.allocate(2**40)
+    assert (caught.value.asked, caught.value.free) == (2**40, cupy.standin.capacity)
+    cupy.standin.faults["allocate"] = cupy.standin.counts["allocate"] + 1
+    with pytest.raises(errors.DeviceError, match=r"device 0 \(stand-in\): .*allocate refused"):
+        made.allocate(8)
+    buffer = made.allocate(8)
+    cupy.standin.faults["upload"] = cupy.standin.counts["upload"] + 1
+    with pytest.raises(errors.DeviceError, match="upload refused"):
+        made.upload(buffer, np.zeros(1))
+    cupy.standin.faults["synchronise"] = cupy.standin.counts["synchronise"] + 1
+    with pytest.raises(errors.DeviceError, match="synchronise refused"):
+        made.synchronise()
+    with pytest.raises(errors.DeviceError, match="refuses a kernel: CUDA_ERROR_UNSUPPORTED") as caught:
+        made.load(b"not PTX", "stage")
+    assert "nvidia-cuda-nvcc-cu12" in caught.value.hint
+
+
+def test_columns_of_a_phase(cupy):
+    made = CupyDevice(0)
+    schema = rs.Schema((rs.Column("x", "float32"), rs.Column("n", "int64")))
+    parts = [(made.allocate(12), np.dtype("f4")), (made.allocate(24), np.dtype("i8"))]
+    made.upload(parts[0][0], np.arange(3, dtype="f4"))
+    with made.views(schema, parts, 3, (True, False)) as columns:
+        assert len(columns) == 2
+        assert columns[0] is columns["x"]
+        columns["x"] *= np.float32(2)
+        columns["x"] = columns["x"] + np.float32(1)
+        with pytest.raises(TypeError, match='column "x" is float32'):
+            columns["x"] = np.zeros(3)
+        with pytest.raises(ValueError, match='"n" is not among the columns'):
+            columns["n"] = np.zeros(3, "i8")
+    out = np.zeros(3, "f4")
+    made.order(COMPUTE, TRANSFER)
+    made.download(parts[0][0], out)
+    made.synchronise()
+    assert out.tolist() == [1, 3, 5]

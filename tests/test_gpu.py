@@ -1,0 +1,112 @@
+"""On a real device: the executors' suite, every kernel against the CPU, and a table. See docs/gpu.md.
+
+::
+
+    python -m pytest -m gpu -s
+"""
+
+import math
+
+import numpy as np
+import pytest
+import test_cuda_arithmetic as arithmetic
+import test_cuda_kernels as kernels
+from cuda_planes import CudaSuite, Devices, needs_compiler
+from executor_suite import ExecutorSuite
+from gpu_table import measure
+
+import rustsim_hpc as rs
+from rustsim_hpc import errors
+from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.device import COMPUTE, TRANSFER, CupyDevice, visible_devices, why_no_device
+from rustsim_hpc.model_source import load_model
+
+no_device = why_no_device()
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(bool(no_device), reason=no_device)(needs_compiler(test)))
+
+
+@gpu
+class TestOnADevice(ExecutorSuite):
+    plan = CudaSuite(devices=max(1, min(2, len(visible_devices())))).plan
+
+    @pytest.fixture
+    def make_executor(self):
+        return rs.CudaPartitionExecutor
+
+    @pytest.fixture
+    def make_other(self):
+        return rs.CudaPartitionExecutor
+
+
+@gpu
+@pytest.mark.parametrize("path", kernels.SOURCES, ids=lambda path: path.stem)
+def test_models_give_the_cpus_bits(path):
+    model, reference = load_model(str(path))
+    bound = BoundModel(model, {}, seed=3, agents=1_000_003, reference=reference)
+    here, there, _ = kernels.both(bound, 5, devices=CupyDevice)
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+@pytest.mark.parametrize("name", ["reductions", "stores", "random numbers"])
+def test_the_rest_of_the_kernels(name):
+    models = {
+        "reductions": kernels.reducing_model,
+        "stores": kernels.storing_model,
+        "random numbers": kernels.drawing_model,
+    }
+    bound = models[name]()
+    here, there, _ = kernels.both(bound, 2, parts=3, devices=CupyDevice)
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+@pytest.mark.parametrize(("text", "dtype"), arithmetic.CASES)
+def test_operators_give_the_cpus_bits(text, dtype):
+    arithmetic.compare(text, dtype, devices=CupyDevice)
+
+
+@gpu
+def test_memory_copies_and_what_is_too_much():
+    device = CupyDevice(0)
+    free = device.free_bytes()
+    data = np.random.default_rng(2).integers(0, 2**63, 2**23)
+    first, second = device.allocate(data.nbytes), device.allocate(data.nbytes)
+    device.upload(first, data)
+    device.copy(first, second)
+    out = np.zeros_like(data)
+    device.order(COMPUTE, TRANSFER)
+    device.download(second, out)
+    device.synchronise()
+    assert np.array_equal(out, data)
+    with pytest.raises(errors.DeviceMemoryError) as caught:
+        device.allocate(free * 2)
+    assert caught.value.asked == free * 2
+    device.release(first)
+    device.release(second)
+    assert math.isclose(device.free_bytes(), free, rel_tol=0.1)
+
+
+@gpu
+def test_the_table():
+    rows = min(50_000_000, CupyDevice(0).free_bytes() // 200)
+    print("\n" + "\n".join(measure(CupyDevice, rows)))
+
+
+@needs_compiler
+def test_the_table_can_be_made():
+    """Over a stand-in: the numbers mean nothing, but nothing is missing."""
+    lines = measure(Devices(), 300, steps=1)
+    assert lines[0].startswith("device stand-in, sm_90")
+    assert [line.split(" | ")[0].strip("| ") for line in lines[3:-1]] == [
+        "integrate",
+        "orbit",
+        "walk",
+        "random_walk",
+    ]
+    assert lines[-1].startswith("a step of one row: ")
