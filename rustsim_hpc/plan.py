@@ -120,7 +120,7 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
         agents=spec.run.agents,
         ranks=ranks,
         partitions=partitions,
-        executor=spec.run.executor,
+        executor="cuda" if spec.run.backend == "cuda" else spec.run.executor,
         workers=worker_count(spec, ranks=ranks),
         guard=spec.run.guard,
         row_bytes=row_bytes,
@@ -136,7 +136,7 @@ def worker_count(spec: JobSpec, cores: int | None = None, ranks: int = 1) -> int
     cores: this rank's share; all that this process may use if None. Of remote workers, the most that any of
     ``ranks`` ranks speaks to.
     """
-    if spec.run.executor == "inline":
+    if spec.run.executor == "inline" or spec.run.backend == "cuda":  # a rank has one device
         return 1
     if spec.run.executor == "remote":
         return max(1, -(-len(spec.remote.endpoints) // ranks))

@@ -78,3 +78,9 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_size(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_on_devices_a_rank_has_one_partition() -> None:
+    spec = job(executor="threads", workers=8, backend="cuda")
+    assert partition_count(spec, 4) == 4
+    assert worker_count(spec) == 1

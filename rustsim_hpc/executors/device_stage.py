@@ -28,6 +28,8 @@ from rustsim_hpc.work import Board, Frame, Task, Work
 
 Array = np.ndarray[Any, Any]
 
+# Scalars, and before all arrays: their places are the same in the flat list.
+_STEP, _REPEAT, _WANT_DIGEST = (FIXED.index(name) for name in ("step", "repeat", "want_digest"))
 _MOST_REPLICAS = 32
 _ACCUMULATOR_WORDS = 2**17
 
@@ -38,6 +40,7 @@ class Partition:
     Attributes:
         device, columns, work, task: the partition and where it is.
         rows: how many it has.
+        moved: how often a kept array got another place.
         board, place: where it reports.
         fma: let kernels fuse products and sums.
     """
@@ -56,6 +59,7 @@ class Partition:
         self.device, self.columns, self.work, self.task = device, columns, work, task
         self.board, self.place, self.fma = board, place, fma
         self.rows = task.stop - task.start
+        self.moved = 0
         self._kept: dict[Any, tuple[Buffer, DeviceArray]] = {}
 
     def kept(self, name: Any, value: Any, *, changes: bool) -> Any:
@@ -71,6 +75,7 @@ class Partition:
         if known is not None:
             self.columns.let_go(known[0])
             del self._kept[name]
+            self.moved += 1
         buffer = self.columns.hold(array.nbytes)
         self.device.upload(buffer, np.ascontiguousarray(array))
         there = DeviceArray(buffer.address, array.shape, array.dtype, writable=False)
@@ -118,6 +123,7 @@ class DeviceStage:
         image = self.made.image(self._arguments(frame), capability, fma=partition.fma)
         self._kernel = partition.device.load(image.ptx, image.entry)
         self._reads, self._writes = reads_and_writes(stage)
+        self._flat: dict[tuple[bytes, int], tuple[list[Any], list[int]]] = {}
 
     def _arrange(self, work: Work) -> None:
         """Decide on the grid and on the places of the accumulators."""
@@ -157,12 +163,12 @@ class DeviceStage:
         own = self._own
         for column, side in self._reads:
             own.columns.bring(column, side)
-        arguments = self._arguments(frame)
+        arguments = self._flat_arguments(frame)
         if self._words:
             own.device.copy(self._at_first, self._accumulators)
         for column, side in self._writes:
             own.columns.wrote(column, side)
-        own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, flat_arguments(arguments))
+        own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, arguments)
         found = self._download(self._accumulators, self._words)
         if self.made.can_fail and found[0] != NEVER:
             self._tell(int(found[0]), frame, status)
@@ -200,6 +206,28 @@ class DeviceStage:
         status[:] = (code, op.phase, op.phase, trouble.row, value)
 
     # -- arguments -----------------------------------------------------------------------------------
+
+    def _flat_arguments(self, frame: Frame) -> list[Any]:
+        """Return what a launch takes: made once for each way that the sides stand, but for what changes."""
+        own = self._own
+        taken = [argument for argument in self.made.arguments if argument.source == "value"]
+        values = [own.kept(("value", a.key), frame.values[a.key], changes=True) for a in taken]
+        key = own.work.memory.parity.tobytes(), own.moved
+        if key not in self._flat:
+            given = self._arguments(frame)
+            at = np.cumsum([0, *(len(flat_arguments([value])) for value in given)])
+            places = {
+                a.name: int(place) for a, place in zip(self.made.arguments, at[len(FIXED) :], strict=False)
+            }
+            self._flat[key] = flat_arguments(given), [places[a.name] for a in taken]
+        flat, changing = self._flat[key]
+        flat[_STEP] = np.int64(frame.step_index)
+        flat[_REPEAT] = np.int64(frame.repeat)
+        flat[_WANT_DIGEST] = np.int64(frame.want_digest)
+        for place, value in zip(changing, values, strict=True):
+            if not isinstance(value, DeviceArray):
+                flat[place] = value
+        return flat
 
     def _arguments(self, frame: Frame) -> list[Any]:
         own, work = self._own, self._own.work
