@@ -10,6 +10,7 @@ import click
 from rustsim_hpc.cli_common import Session, debug_option
 
 _GIB = 2**30
+_MOST_GIB = 2**30
 
 
 def _half_of_the_memory() -> float:
@@ -79,13 +80,16 @@ def worker(
         return
     if endpoint is None or not models:
         raise click.UsageError("a worker needs --bind and --model, or --make-keys alone")
+    memory = _half_of_the_memory() if memory is None else memory
+    if not 0 < memory < _MOST_GIB:  # nor nan
+        raise click.BadParameter(f"{memory:g} is no number of GiB above 0", param_hint="--memory")
     from rustsim_hpc.remote.installed import InstalledModels
     from rustsim_hpc.remote.keys import read_worker_keys
     from rustsim_hpc.remote.server import WorkerLimits, WorkerServer
     from rustsim_hpc.signals import StopRequests
 
     found = None if keys is None else read_worker_keys(keys)
-    limits = WorkerLimits(int((_half_of_the_memory() if memory is None else memory) * _GIB), threads=threads)
+    limits = WorkerLimits(int(memory * _GIB), threads=threads)
     installed = InstalledModels(models)
     server = WorkerServer(endpoint, found, installed, limits, _tell)
     try:
