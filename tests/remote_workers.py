@@ -20,13 +20,13 @@ class WorkerProcess:
         told: lines of its standard error.
     """
 
-    def __init__(self, *options, models=SUITE, bind="tcp://127.0.0.1:*"):
+    def __init__(self, *options, models=SUITE, bind="tcp://127.0.0.1:*", cwd=None):
         command = [sys.executable, "-m", "rustsim_hpc", "worker", "--bind", bind, *options]
         for model in models:
             command += ["--model", str(model)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd
         )
         self.told = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -18,6 +18,7 @@ from test_endpoint import SUITE_MODEL, external
 import rustsim_hpc as rs
 from rustsim_hpc import errors
 from rustsim_hpc.remote.executor import RemotePartitionExecutor
+from rustsim_hpc.remote.sockets import ClientSocket
 from rustsim_hpc.remote.tasks_client import ZmqPartitionClient
 
 ROWS = 60
@@ -314,3 +315,33 @@ def test_losing_workers_grows_nothing(plane, serving):
         fails(driven, "did not answer")
     wait_for(lambda: held()[1] <= before[1])
     assert held()[0] <= before[0]
+
+
+def test_only_control_travels_between_steps(plane, survivor, monkeypatch):
+    """After the first step has brought the rows, a step is a few kilobytes, however many rows there are."""
+    travelled = [0, 0]
+    send, receive = ClientSocket.send, ClientSocket.receive
+
+    def counted_send(self, frames):
+        travelled[0] += sum(len(frame) for frame in frames)
+        return send(self, frames)
+
+    def counted_receive(self):
+        frames = receive(self)
+        travelled[1] += sum(len(frame) for frame in frames or ())
+        return frames
+
+    monkeypatch.setattr(ClientSocket, "send", counted_send)
+    monkeypatch.setattr(ClientSocket, "receive", counted_receive)
+    rows = 20_000
+    driven = plane(resident(), survivor.endpoint, rows=rows, parts=2, fingerprint="digest")
+    driven.run(1)
+    assert travelled[0] > rows * 13  # a row is x, vx, kicks and even at least
+    travelled[:] = [0, 0]
+    driven.run(10)
+    assert max(travelled) < 10 * 1_000
+    travelled[:] = [0, 0]
+    state = driven.plane.checkpoint().state
+    assert travelled[1] > rows * 13
+    assert driven.stream == ExecutorSuite().expected(11, rows=rows, fingerprint="digest")
+    assert rs.fingerprint_checkpoint(11, state, "digest") == driven.stream[-1]
