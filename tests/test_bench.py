@@ -184,7 +184,7 @@ def test_goals(least: bool, found: float, met: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(1.5, "1.50 s"), (0.0174, "17.4 ms"), (2e-7, "0.20 µs"), (-0.0002, "-200 µs")]
+    ("seconds", "text"), [(1.5, "1.50 s"), (0.0174, "17.4 ms"), (2e-7, "200 ns"), (-0.0002, "-200 µs")]
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -18,8 +18,12 @@ kind.
 
 _COMPARE = """## Side by side
 
-The same work by what else one could use, each in its own words, made by `python benchmarks/compare.py`; see
-there for the programs. What is not installed is left out.
+The same work by what else one could use, made by `python benchmarks/compare.py --write docs/benchmarks.md`.
+Each program runs in a process of its own and waits while the others have their turns, round after round. All
+begin with the same columns, of as many rows and the same types, and make as many steps one by one; the system
+holds each to its number of cores, whatever it starts. A program has figures only if its results are right:
+checked on few rows before, and on all rows, in the state that the timed steps have led to, after. What is not
+installed, or fails, has a line that says so.
 
 ![Side by side](images/compare.png)
 """

@@ -68,7 +68,7 @@ class Report:
     def text(self) -> str:
         """Return the report for a terminal."""
         lines = self.header()
-        for section in self.sections:
+        for section in filter(lambda section: section.rows, self.sections):
             rows = [cells(row) for row in section.rows]
             lines += ["", *_aligned((section.title, *_HEAD[1:]), rows)]
         found = verdicts(self.sections)
@@ -86,8 +86,9 @@ class Report:
             table = _markdown_table(("", "goal", "found", ""), [verdict.cells() for verdict in found])
             parts.append(f"{heading} Goals\n\n{met} of {len(found)} are met.\n\n{table}")
         for section in self.sections:
-            table = _markdown_table(_HEAD, [cells(row) for row in section.rows])
-            parts.append(f"{heading} {section.title}\n\n{section.text}\n\n{table}")
+            parts.append(f"{heading} {section.title}\n\n{section.text}")
+            if section.rows:
+                parts.append(_markdown_table(_HEAD, [cells(row) for row in section.rows]))
         return "\n\n".join(parts) + "\n"
 
 
@@ -108,7 +109,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def duration(seconds: float) -> str:
     """Return a duration with three digits and its unit: 17.4 ms."""
-    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
     size, unit = next((found for found in units if abs(seconds) >= found[0]), units[-1])
     value = seconds / size
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2

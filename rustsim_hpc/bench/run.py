@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +42,7 @@ def measure(size: Size, only: Collection[str] = (), say: Callable[[str], None] =
             say(key)
             made.append(_table(key, size, bandwidth, made))
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Report(now, _machine(), versions(), asdict(size), (before, os.getloadavg()[0]), made)
+    return Report(now, machine(), versions(), asdict(size), (before, os.getloadavg()[0]), made)
 
 
 def _table(key: str, size: Size, bandwidth: Bandwidth, before: list[Section]) -> Section:
@@ -72,7 +72,8 @@ def _table(key: str, size: Size, bandwidth: Bandwidth, before: list[Section]) ->
     return section
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return facts about this machine: CPU, cores, caches, memory, system."""
     facts = host_facts()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     caches = [f"L{level} {found}" for level in (2, 3) if (found := _cache(level))]
@@ -99,8 +100,21 @@ def write_page(page: Path, report: Report, curve: dict[str, Any] | None = None) 
 
     curve: what the curve to many ranks is made of (:func:`rustsim_hpc.bench.scaling.curve_figures`).
 
+    Raises:
+        OutputError: a file cannot be read or written.
+    """
+    made: dict[str, Any] = {"bench": report.to_dict()}
+    if curve is not None:
+        made["scaling"] = curve
+        scaling.draw_curve(curve, page.parent)
+    write_figures(page, made)
+
+
+def write_figures(page: Path, made: Mapping[str, Any]) -> None:
+    """Write figures, by kind (``bench``, ``compare``, ``scaling``), and the page that is made of them.
+
     A README.md in the folder above gets its short table anew, if it has the marks of one.
-    Figures of other kinds that the JSON holds (``compare``, ``scaling``) stay, in the page as well.
+    Figures of other kinds that the JSON holds stay, in the page as well.
 
     Raises:
         OutputError: a file cannot be read or written.
@@ -111,14 +125,11 @@ def write_page(page: Path, report: Report, curve: dict[str, Any] | None = None) 
     source = page.with_suffix(".json")
     try:
         figures = json.loads(source.read_bytes()) if source.exists() else {}
-        figures["bench"] = report.to_dict()
-        if curve is not None:
-            figures["scaling"] = curve
-            scaling.draw_curve(curve, page.parent)
+        figures |= made
         write_atomic(source, (json.dumps(figures, indent=1) + "\n").encode())
         write_atomic(page, page_text(figures).encode())
         readme = page.parent.parent / "README.md"
-        if readme.exists():
+        if "bench" in figures and readme.exists():
             write_atomic(readme, with_measured(readme.read_text(encoding="utf-8"), figures).encode())
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {page}: {error}") from error
