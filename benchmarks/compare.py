@@ -117,17 +117,19 @@ def _base(program: Program, programs: Sequence[Program], each: dict[str, Timing]
 
 def _programs(size: Size, programs: Sequence[Program]) -> Section:
     """Return the table of what each program is, as a section without figures."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for p in programs:
+        what = (f"competitors/{p.module}.py", p.draws, p.bits, p.more)
+        alike.setdefault(what, []).append(p.name.format(cores=size.cores))
     lines = ["| program | random numbers; bits of a draw | the bits of a run | what else it gives |"]
     lines.append("| --- | --- | --- | --- |")
-    for p in programs:
-        name = p.name.format(cores=size.cores)
-        lines.append(
-            f"| [{name}](../benchmarks/competitors/{p.module}.py) | {p.draws} | {p.bits} | {p.more} |"
-        )
+    for (source, *told), names in alike.items():
+        lines.append(f"| [{'; '.join(names)}](../benchmarks/{source}) | {' | '.join(told)} |")
     text = (
         "Each is written as its own documentation would have it, and draws with the generator that comes "
         "with it. Columns are float32 or uint8 for all (objects have Python's numbers); a draw has 23 bits "
-        "or more. The bits of a run are what was found with the versions above.\n\n" + "\n".join(lines)
+        "or more. The bits of a run are what was found with the versions above. The engine is stepped "
+        "through its control plane, without a run's files around it.\n\n" + "\n".join(lines)
     )
     return Section("programs", "The programs", text)
 

@@ -61,7 +61,7 @@ def _panel(section: Section, kinds: dict[str, str], axes: object) -> None:
             axes.text(left, place, row.note.partition(":")[0], va="center", color="#999999", size=8)
             continue
         axes.barh(place, row.seconds, color=COLOURS[kinds.get(row.key, "library")], height=0.72)
-        times = "" if row.times is None else f", {row.times:.3g} x"
+        times = "" if row.times is None else f", {row.times:,.{0 if row.times >= 100 else 2}f} x"
         axes.text(row.seconds * 1.06, place, f"{duration(row.seconds)}{times}", va="center", size=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], size=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -70,7 +70,7 @@ _TAICHI = Program(
     "library",
     needs=("taichi",),
     dists=("taichi",),
-    draws="xorshift, a state a thread; 32",
+    draws="xorshift, a state a thread; 24",
     bits="the same on one core; on two, another result each run",
     more="the same code on GPU; fast maths is its default",
 )

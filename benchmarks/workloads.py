@@ -159,15 +159,15 @@ WORKLOADS = {
             "integrate",
             "Integrate",
             f"`x += vx*dt; y += vy*dt; vx *= keep; vy *= keep` over four float32 columns, "
-            f"dt {DT}, keep {KEEP}. Checked row by row against NumPy in float64.",
+            f"dt {DT:g}, keep {KEEP:g}. Checked row by row against NumPy in float64.",
             start_integrate,
             check_integrate,
         ),
         Workload(
             "walk",
             "Random walk",
-            f"Each row moves along x and along y by {REACH} m times a number uniform in [-1, 1), two draws a "
-            f"row and step, between walls at 0 and {WIDTH:g} m that reflect; two float32 columns, at first "
+            f"Each row moves along x and along y by {REACH:g} m times a number uniform in [-1, 1), two draws "
+            f"a row and step, between walls at 0 and {WIDTH:g} m that reflect; two float32 columns, at first "
             "spread evenly. Checked: within the walls, evenly spread still, the right mean square of the "
             "moves, nothing in common between x and y or neighbours.",
             start_walk,
