@@ -30,6 +30,7 @@ def run(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str
 # -- the whole ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_installed_is_measured_and_the_rest_is_named() -> None:
     from programs import PROGRAMS
 

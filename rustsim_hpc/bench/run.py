@@ -124,8 +124,8 @@ def write_figures(page: Path, made: Mapping[str, Any]) -> None:
 
     source = page.with_suffix(".json")
     try:
-        figures = json.loads(source.read_bytes()) if source.exists() else {}
-        figures |= made
+        kept: dict[str, Any] = json.loads(source.read_bytes()) if source.exists() else {}
+        figures = {**kept, **made}
         write_atomic(source, (json.dumps(figures, indent=1) + "\n").encode())
         write_atomic(page, page_text(figures).encode())
         readme = page.parent.parent / "README.md"
