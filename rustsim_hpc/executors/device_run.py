@@ -56,12 +56,12 @@ class DeviceRun(PartitionRun):
             self._board.codes[self._place, slot] = DTYPES.index(dtype)
         status[1] = stage.ops[0].phase
         if self.task.start < self.task.stop:
-            staged.launch(frame, status)
+            staged.launch(frame)
         spent = (time.perf_counter_ns() - start) // len(stage.ops)
         for op in stage.ops:  # one launch for all of them: nobody can say which took how long
             self._board.times[self._place, op.phase] += spent
         if status[0]:
-            self._phase = int(status[2])
+            self._phase = status[2]
             raise ValueError(status_text(self.work, frame.step_index, status))
 
     # -- device phases -------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class DeviceRun(PartitionRun):
         if frame.want_digest and call.digests and start < stop:
             stage = self._digest_only.setdefault(call.phase, KernelStage((), digests=call.digests))
             digest = Frame(frame.step_index, want_digest=True)
-            self._device_stages.get(stage, digest).launch(digest, self._board.status[self._place])
+            self._device_stages.get(stage, digest).launch(digest)
         self.device.synchronise()
         self._board.times[self._place, call.phase] += time.perf_counter_ns() - began
 

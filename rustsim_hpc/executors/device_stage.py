@@ -152,10 +152,10 @@ class DeviceStage:
 
     # -- one launch ----------------------------------------------------------------------------------
 
-    def launch(self, frame: Frame, status: Any) -> None:
+    def launch(self, frame: Frame) -> None:
         """Run the stage, wait for it, and take what it has counted to the board.
 
-        A failure is written to ``status`` as the CPU's stages do.
+        A failure is written to the board's status as the CPU's stages do.
 
         Raises:
             DeviceError: the device has failed.
@@ -171,7 +171,7 @@ class DeviceStage:
         own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, arguments)
         found = self._download(self._accumulators, self._words)
         if self.made.can_fail and found[0] != NEVER:
-            self._tell(int(found[0]), frame, status)
+            self._tell(int(found[0]), frame)
         else:
             self._take(found, frame)
 
@@ -196,14 +196,14 @@ class DeviceStage:
             kind = own.work.program.reductions[slot].kind
             state[...] = {"min": np.min, "max": np.max}.get(kind, np.sum)(parts, axis=0)
 
-    def _tell(self, failed: int, frame: Frame, status: Any) -> None:
+    def _tell(self, failed: int, frame: Frame) -> None:
         own = self._own
         trouble = self.made.trouble(failed, own.work.tile, frame.repeat)
         values = self._download(self._values, self._threads)
         value = int(values[(trouble.row - own.work.first_row - own.task.start) % self._threads])
         op = self.stage.ops[trouble.place]
         code = KEY_OUT_OF_RANGE if isinstance(op, ReduceOp) else NOT_REPRESENTABLE
-        status[:] = (code, op.phase, op.phase, trouble.row, value)
+        own.board.status[own.place] = (code, op.phase, op.phase, trouble.row, value)
 
     # -- arguments -----------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class DeviceStage:
         own = self._own
         taken = [argument for argument in self.made.arguments if argument.source == "value"]
         values = [own.kept(("value", a.key), frame.values[a.key], changes=True) for a in taken]
-        key = own.work.memory.parity.tobytes(), own.moved
+        key = own.work.memory.sides(), own.moved
         if key not in self._flat:
             given = self._arguments(frame)
             at = np.cumsum([0, *(len(flat_arguments([value])) for value in given)])
