@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from rustsim_hpc.backing import Kind
 from rustsim_hpc.columns import DeviceSoaStore
 from rustsim_hpc.errors import ModelError, nearest
-from rustsim_hpc.memory import ColumnMemory, Kind
+from rustsim_hpc.memory import ColumnMemory
 from rustsim_hpc.model import Check, Model, Output, Phase, Reduction
 from rustsim_hpc.outputs import Arrays, Picture, Series, check_outputs
 from rustsim_hpc.params import Params, bind_params

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rustsim_hpc.backing import Kind
 from rustsim_hpc.errors import DeviceSoaRestoreError, InvalidConfig, PartitionCheckpointError
-from rustsim_hpc.memory import ColumnMemory, Kind
+from rustsim_hpc.memory import ColumnMemory
 from rustsim_hpc.schema import DTYPES as DTYPES  # noqa: PLC0414
 from rustsim_hpc.schema import Column as Column  # noqa: PLC0414
 from rustsim_hpc.schema import Schema

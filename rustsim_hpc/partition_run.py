@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rustsim_hpc.backing import staggered_empty
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.fingerprint import digest_column, digest_keys
-from rustsim_hpc.memory import staggered_empty
 from rustsim_hpc.partition import PartitionExecutionContext
 from rustsim_hpc.phase_columns import PhaseColumns
 from rustsim_hpc.program import ColumnCall, KernelStage, Segment

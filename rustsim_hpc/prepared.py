@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rustsim_hpc import device
 from rustsim_hpc.agreement import agree_hash, on_all
 from rustsim_hpc.backend import Backend, choose_backend
+from rustsim_hpc.backing import Kind
 from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.environment import versions
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
@@ -18,7 +19,6 @@ from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job import JobSpec
 from rustsim_hpc.job_run import storage_options
-from rustsim_hpc.memory import Kind
 from rustsim_hpc.model_source import load_model
 from rustsim_hpc.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.plan import RankPart, partition_count, rank_part, worker_count

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from rustsim_hpc.backing import anonymous_file, claim
 from rustsim_hpc.errors import ColumnMemoryError, message_of
-from rustsim_hpc.memory import anonymous_file, claim
 
 Array = np.ndarray[Any, Any]
 

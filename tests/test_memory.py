@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from rustsim_hpc.columns import DTYPES, Schema
 from rustsim_hpc.errors import ColumnMemoryError
 from rustsim_hpc.memory import ColumnMemory
+from rustsim_hpc.schema import Column
 
 BIG = 300_000  # float32 columns of this length are above the limit from which pages are mapped
 KINDS = pytest.mark.parametrize("kind", ["heap", "shared"])
@@ -305,3 +307,26 @@ def test_a_second_shared_buffer_that_cannot_be_had_leaves_the_first(monkeypatch)
         assert memory.other(0).shape == (4_000_000,)
     assert "No space left" in lines[0]
     shortage_is_told(lines, "shared")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux places mappings from the top down")
+def test_large_shared_columns_can_have_huge_pages() -> None:
+    """Sides lie at multiples of a huge page in every process's map, whatever else is mapped; values stay."""
+    schema = Schema((Column("a", "float64"), Column("b", "int32")))
+    kept = []
+    for number in range(3):
+        memory = ColumnMemory(schema, 1_000_003, "shared")
+        for column in range(2):
+            for side in range(2):
+                memory.array(column, side)[:] = np.arange(1_000_003) + 10 * number + side
+        layout = memory.handles()
+        own = replace(layout, fds=(os.dup(layout.fds[0]), os.dup(layout.fds[1])))
+        kept += [memory, ColumnMemory.attach(own)]
+    for number, memory in enumerate(kept):
+        for column in range(2):
+            for side in range(2):
+                values = memory.array(column, side)
+                assert (values.ctypes.data - values.ctypes.data % 4096) % (2 << 20) == 0
+                assert values[-1] == 1_000_002 + 10 * (number // 2) + side
+    for memory in kept:
+        memory.close()

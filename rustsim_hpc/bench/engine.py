@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from rustsim_hpc.backing import Kind
 from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control_plane import EngineControlPlane
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.processes import ProcessPartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-from rustsim_hpc.memory import Kind
 from rustsim_hpc.model_source import load_model
 from rustsim_hpc.partition import PartitionPlan
 from rustsim_hpc.plan import rank_part

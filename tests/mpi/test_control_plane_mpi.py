@@ -12,7 +12,7 @@ import pytest
 from rank_planes import AGENTS, STEPS, RankPlane, alone
 
 import rustsim_hpc as rs
-from rustsim_hpc import errors, memory
+from rustsim_hpc import backing, errors
 from rustsim_hpc.agreement import on_all
 from rustsim_hpc.memory import ColumnMemory
 from rustsim_hpc.team import Team
@@ -172,7 +172,7 @@ def test_no_memory_on_one_rank_for_the_state(team: Team, monkeypatch: pytest.Mon
     for bad in range(team.size):
         with monkeypatch.context() as patch:
             if team.rank == bad:
-                patch.setattr(memory, "claim", full)
+                patch.setattr(backing, "claim", full)
             with pytest.raises(errors.ColumnMemoryError, match="shared memory") as caught:
                 on_all(team, lambda: alone().model.new_store(0, 10, "shared"))
         assert caught.value.rank == (bad if team.size > 1 else None)
@@ -188,7 +188,7 @@ def test_no_memory_on_one_rank_to_undo_a_step(team: Team, monkeypatch: pytest.Mo
     before = mine.everything()
     with monkeypatch.context() as patch:
         if team.rank == bad:
-            patch.setattr(memory, "claim", full)
+            patch.setattr(backing, "claim", full)
         error = raised_everywhere(team, mine)
     assert "shared memory" in str(error)
     assert (error.rank, error.step) == (bad, 0)
