@@ -15,6 +15,8 @@ pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]
 
 from remote_workers import ROOT, WorkerProcess
 
+from rustsim_hpc.cli import _run as run_command
+from rustsim_hpc.cli_common import Session
 from rustsim_hpc.job import Override, read_job
 from rustsim_hpc.launch import plan_job
 from rustsim_hpc.replay_log import read_replay_log
@@ -128,13 +130,6 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
 # -- the job file --------------------------------------------------------------------------------------
 
 
-def refused(*words):
-    done = rustsim(*words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -153,10 +148,14 @@ def refused(*words):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_written(words, text, tmp_path):
-    told = refused("run", FLIGHTS, "--executor", "remote", "--out", tmp_path / "run", *words)
+def test_what_cannot_be_is_refused_before_anything_is_written(words, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["run", str(FLIGHTS), "--executor", "remote", "--out", str(out), *words]
+    assert run_command(Session(), arguments) == 2
+    told = capsys.readouterr().err
     assert text in told
-    assert not (tmp_path / "run").exists()
+    assert "Traceback" not in told
+    assert not out.exists()
 
 
 def test_plan_deals_out_the_partitions():
