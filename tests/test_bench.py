@@ -130,6 +130,11 @@ def test_report_is_whole_as_json(report: Report) -> None:
     assert all(section.title in text for section in report.sections)
 
 
+@pytest.mark.parametrize(("before", "busy"), [(0.1, False), (3.0, True)])
+def test_a_busy_machine_is_told(report: Report, before: float, busy: bool) -> None:
+    assert ("busy with something else" in replace(report, load=(before, 4.0)).text()) is busy
+
+
 def test_every_goal_has_its_row(report: Report) -> None:
     """A goal whose row is not made would be lost in silence."""
     for verdict in verdicts(report.sections):

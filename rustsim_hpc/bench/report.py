@@ -13,6 +13,10 @@ from rustsim_hpc.bench.measure import Row, Section
 _HEAD = ("", "time", "quartiles", "multiple", "rate", "of bandwidth")
 
 
+_BUSY = 0.7
+"""Load average before the start from which on somebody else's work is in the figures."""
+
+
 @dataclass
 class Report:
     """What was measured, where and when.
@@ -63,6 +67,8 @@ class Report:
         versions = ", ".join(f"{name} {value}" for name, value in self.versions.items())
         settings = ", ".join(f"{name} {value:,}" for name, value in self.settings.items())
         load = f"load average {self.load[0]:.2f} before, {self.load[1]:.2f} after"
+        if self.load[0] > _BUSY:
+            load += ": the machine was busy with something else, and these figures say little"
         return [f"measured {self.made}, {load}", f"machine: {machine}", versions, f"size: {settings}"]
 
     def text(self) -> str:
