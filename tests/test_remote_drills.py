@@ -345,3 +345,21 @@ def test_only_control_travels_between_steps(plane, survivor, monkeypatch):
     assert travelled[1] > rows * 13
     assert driven.stream == ExecutorSuite().expected(11, rows=rows, fingerprint="digest")
     assert rs.fingerprint_checkpoint(11, state, "digest") == driven.stream[-1]
+
+
+def test_rows_that_are_not_those_that_were_reported(plane, survivor):
+    """A worker whose rows do not have the digests that it reported is given up; they are made again here."""
+    driven = plane(resident(), survivor.endpoint, fingerprint="digest")
+    driven.run(3)
+    [share] = driven.plane.stepper(driven.executor).session._shares
+    step, digests = share.promise
+    assert step == 3
+    share.promise = (step, [value ^ 1 for value in digests])
+    state = driven.plane.runtime.device_store().checkpoint()
+    assert share.link is None
+    assert rs.fingerprint_checkpoint(3, state, "digest") == expected(3, fingerprint="digest")[-1]
+    driven.run(1)
+    assert share.link is not None
+    driven.plane.runtime.device_store().checkpoint()
+    assert share.link is not None
+    assert driven.stream == expected(4, fingerprint="digest")

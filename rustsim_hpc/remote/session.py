@@ -15,10 +15,12 @@ from rustsim_hpc.reductions import new_board
 from rustsim_hpc.remote.journal import Journal, StepMade, make_again
 from rustsim_hpc.remote.keys import ClientKeys
 from rustsim_hpc.remote.link import Link, LinkError, Patience, Talk, converse
+from rustsim_hpc.remote.messages import Malformed
 from rustsim_hpc.remote.share import Share, failure_of, model_of, warn_of_differences
 from rustsim_hpc.remote.talks import (
     Opening,
     Reports,
+    digest_of_pieces,
     fetch_talk,
     hash_talk,
     load_talk,
@@ -109,6 +111,9 @@ class RemoteSession:
         ]
         if not failures and segment == self._last:
             self._made = StepMade(frame.step_index, frame.repeat, self._side(), frame.values)
+            for share in self._shares:
+                digests = self.board.digests[share.places.start : share.places.stop].sum(axis=0)
+                share.promise = (self._made.after, digests.tolist()) if frame.want_digest else None
         return failures
 
     def _request(self, segment: int, frame: Frame) -> tuple[dict[str, Any], list[Any]]:
@@ -239,7 +244,7 @@ class RemoteSession:
     def _fetching(self, share: Share) -> Talk[list[list[Array]]]:
         work, rows = self.work, share.rows
         columns = [(column, work.memory.schema.dtypes[column]) for column in work.program.written]
-        return fetch_talk(
+        fetched = yield from fetch_talk(
             self._links[share.places.start],
             columns,
             rows.stop - rows.start,
@@ -247,6 +252,11 @@ class RemoteSession:
             step=self._step,
             side=self._side() ^ share.base,
         )
+        if share.promise is not None and share.promise[0] == self._step:
+            for (column, _), pieces in zip(columns, fetched, strict=True):
+                if digest_of_pieces(pieces, share.first_row, column) != share.promise[1][column]:
+                    raise Malformed("rows that are not those whose digests it has reported")
+        return fetched
 
     def _make_again(self, share: Share) -> None:
         """Make the rows of a share up to the last committed step, from those that are here."""

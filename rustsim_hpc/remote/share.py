@@ -30,6 +30,7 @@ class Share:
         base: parity of the written columns, here, that is the worker's side 0.
         home: step index of the state of these rows that is here.
         home_side: parity of the written columns at that step.
+        promise: a step index, and the digests of its rows at that step, one a column, as the worker reported.
     """
 
     places: range
@@ -41,6 +42,7 @@ class Share:
     base: int = 0
     home: int = 0
     home_side: int = 0
+    promise: tuple[int, list[int]] | None = None
 
     @property
     def rows(self) -> slice:

@@ -138,6 +138,15 @@ def hash_talk(link: Link, step: int, side: int, column: int, *, other: bool, sta
     return int(answer.fields["state"])
 
 
+def digest_of_pieces(pieces: Sequence[Array], first_row: int, column: int) -> int:
+    """Return the digest of a column that came in pieces, a sum mod 2^64."""
+    total = 0
+    for piece in pieces:
+        total += digest_column(piece, first_row, column + 1)
+        first_row += len(piece)
+    return total % 2**64
+
+
 @dataclass(frozen=True)
 class Reports:
     """What a worker reports of a segment; arrays as on a board, one row a partition."""
