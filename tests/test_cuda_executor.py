@@ -26,16 +26,30 @@ class TestCudaPartitionExecutor(ExecutorSuite):
         return lambda: CudaPartitionExecutor(Devices(seed=1))
 
 
-class TestMixedPlans(ExecutorSuite):
-    plan = CudaSuite(mixed=True).plan
-
-    @pytest.fixture
-    def make_executor(self):
-        return lambda: CudaPartitionExecutor(Devices())
-
-    @pytest.fixture
-    def make_other(self):
-        return lambda: CudaPartitionExecutor(Devices(seed=1))
+@pytest.mark.parametrize("model", ["suite_model", "suite_kernels"])
+@pytest.mark.parametrize("scheme", ["fnv1a", "digest"])
+def test_devices_and_this_cpu_in_one_plan(model, scheme, tmp_path):
+    config = {"model": model, "fingerprint": scheme, "rows": 90}
+    driven, devices = cuda(mixed=True, parts=5, trip=tmp_path / "trip", **config)
+    driven.run(2)
+    kept = driven.plane.checkpoint()
+    assert {type(run).__name__ for run in session(driven).runs} == {"DeviceRun", "PartitionRun"}
+    driven.run(2)
+    assert driven.stream == expected(4, **config)
+    if model == "suite_model":
+        before = driven.everything()
+        for partition in (1, 2):  # of the CPU, and of a device
+            driven.tripping("kick", [partition])
+            with pytest.raises(rs.errors.ExecutorError, match="tripped in kick") as caught:
+                driven.run(1)
+            assert caught.value.partition == rs.PartitionId(partition)
+            assert driven.everything() == before
+        driven.trip.unlink()
+    driven.plane.restore(kept)
+    driven.run(3)
+    assert driven.stream == expected(5, **config)
+    driven.plane.close()
+    assert not any(device.live for device in devices.made.values())
 
 
 # -- what moves --------------------------------------------------------------------------------------

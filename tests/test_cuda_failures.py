@@ -30,7 +30,7 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_done():
     assert "torn guard" in caught.value.hint
 
 
-@pytest.mark.parametrize("number", range(1, 15))
+@pytest.mark.parametrize("number", [1, 3, 6, 9, 12, 14])
 def test_memory_that_runs_out_on_the_way(number):
     """Whichever allocation fails: nothing is lost, and all is well once there is memory again."""
     devices = Devices()
@@ -53,7 +53,7 @@ def test_memory_that_runs_out_on_the_way(number):
 
 
 @pytest.mark.parametrize("what", ["upload", "download", "launch", "copy", "load", "synchronise", "kernel"])
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 4])
 def test_whatever_fails_undoes_the_step(what, number):
     devices = Devices()
     model = "suite_model" if what == "copy" else "suite_kernels"

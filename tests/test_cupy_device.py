@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from cuda_planes import CudaSuite, needs_compiler
-from executor_suite import ExecutorSuite
+from cuda_planes import CudaSuite, expected, needs_compiler
+from executor_suite import Driven
 from fake_cupy import FakeCupy
 
 import rustsim_hpc as rs
@@ -26,16 +26,28 @@ def cupy(monkeypatch):
     device._found.cache_clear()
 
 
-class TestCupyDevice(ExecutorSuite):
-    plan = CudaSuite(devices=1).plan
-
-    @pytest.fixture
-    def make_executor(self, cupy):
-        return rs.CudaPartitionExecutor
-
-    @pytest.fixture
-    def make_other(self, cupy):
-        return rs.CudaPartitionExecutor
+@pytest.mark.parametrize("model", ["suite_model", "suite_kernels", "suite_fused"])
+def test_steps_failures_and_restores(cupy, model, tmp_path):
+    config = {"model": model, "rows": 90, "fingerprint": "digest"}
+    driven = Driven(
+        CudaSuite(devices=1), rs.CudaPartitionExecutor(), parts=3, trip=tmp_path / "trip", **config
+    )
+    driven.run(2)
+    kept = driven.plane.checkpoint()
+    before = driven.everything()
+    for what in ("launch", "download", "synchronise"):
+        if what == "launch" and model == "suite_model":
+            what = "synchronise"  # noqa: PLW2901 (its phases are no kernels)
+        cupy.standin.faults[what] = cupy.standin.counts[what] + 1
+        with pytest.raises(errors.ExecutorError, match=f"{what} refused"):
+            driven.run(1)
+        assert driven.everything() == before
+    driven.run(2)
+    driven.plane.restore(kept)
+    driven.run(3)
+    assert driven.stream == expected(5, **config)
+    driven.plane.close()
+    assert not cupy.standin.live
 
 
 def test_what_it_says_of_itself(cupy):
