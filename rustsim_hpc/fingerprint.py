@@ -240,8 +240,7 @@ def digest_column(column: AnyArray, row_offset: int, key_index: int) -> int:
     if not _is_plain(column):
         column = _bits_of(column)
     digest, _keys, keys_address = _digest_of(key_index, column.itemsize)  # _keys: alive during the call
-    address = column.ctypes.data
-    return digest(address, column.size, row_offset, keys_address, key_index, address)
+    return digest(column.ctypes.data, column.size, row_offset, keys_address, key_index)
 
 
 def _is_plain(column: AnyArray) -> bool:

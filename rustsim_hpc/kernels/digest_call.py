@@ -14,20 +14,14 @@ from rustsim_hpc.kernels.hashing import digest_range
 
 _ITEMS = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
 _C_FUNCTION = ctypes.CFUNCTYPE(
-    ctypes.c_uint64,
-    ctypes.c_void_p,
-    ctypes.c_uint64,
-    ctypes.c_uint64,
-    ctypes.c_void_p,
-    ctypes.c_uint64,
-    ctypes.c_void_p,
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64
 )
 
 
 @cached_njit(no_cpython_wrapper=True)
-def _digest_at(values, rows, first_row, keys, key_index, ahead):  # type: ignore[no-untyped-def]
+def _digest_at(values, rows, first_row, keys, key_index):  # type: ignore[no-untyped-def]
     # Keys are read by their position alone, so that their number is of no account.
-    return digest_range(carray(values, rows), first_row, carray(keys, 1), key_index, ahead)
+    return digest_range(carray(values, rows), first_row, carray(keys, 1), key_index)
 
 
 @lru_cache(maxsize=8)
@@ -35,13 +29,12 @@ def digest_address(itemsize: int) -> int:
     """Return the address of the compiled digest of columns of 1, 2, 4 or 8 bytes an item.
 
     It takes the address of the first item, the number of rows, the first one's global row, the address of the
-    keys (see :func:`rustsim_hpc.fingerprint.digest_keys`), the key index, and the address of what to fetch
-    into the cache meanwhile (the items themselves if nothing), and returns the sum mod 2^64.
+    keys (see :func:`rustsim_hpc.fingerprint.digest_keys`) and the key index, and returns the sum mod 2^64.
     """
     items, keys, word = types.CPointer(_ITEMS[itemsize]), types.CPointer(types.uint32), types.uint64
-    return address_of(_digest_at, items, word, word, keys, word, types.CPointer(types.uint8))
+    return address_of(_digest_at, items, word, word, keys, word)
 
 
-def digest_function(itemsize: int) -> Callable[[int, int, int, int, int, int], int]:
+def digest_function(itemsize: int) -> Callable[[int, int, int, int, int], int]:
     """Return the function at :func:`digest_address`, callable from Python; it releases the GIL."""
     return _C_FUNCTION(digest_address(itemsize))

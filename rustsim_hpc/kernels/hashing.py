@@ -73,71 +73,6 @@ def load_eight(_context: Any, array: Any, _index: Any) -> Any:
     return types.uint64(array, types.uint64), _loader(64, 1)
 
 
-_LANES = 8  # of 64 bits, of one vector: two rows of 32 bits each
-_WIDE_VECTORS = 4
-_WIDE = _U(2 * _LANES * _WIDE_VECTORS)
-
-
-@intrinsic
-def _wide_sum(
-    _context: Any, values: Any, _index: Any, keys: Any, _offset: Any, _times: Any, ahead: Any
-) -> Any:
-    """Return the sum of value * key over ``times`` * 64 rows of 32 bits, mod 2^64.
-
-    Arguments: values, their first position, keys, the first one's, times, and what to fetch into the cache
-    meanwhile, byte for byte as the values are read (a pointer); positions and times are uint64.
-    Written in vectors of 512 bits, which LLVM cuts to what the CPU has. By itself it takes 256 where there
-    are more, for the sake of programs that use them now and then.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        vector = ir.VectorType(word, _LANES)
-
-        def start(kind: Any, array: Any, place: Any) -> Any:
-            data = context.make_array(kind)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
-
-        def all_lanes(number: int) -> Any:
-            return ir.Constant(vector, [number] * _LANES)
-
-        rows, factors = start(signature.args[0], *arguments[:2]), start(signature.args[2], *arguments[2:4])
-        sums = [cgutils.alloca_once_value(builder, all_lanes(0)) for _ in range(2)]
-        fetched = builder.gep(builder.bitcast(arguments[5], ir.IntType(32).as_pointer()), [arguments[1]])
-        fetched = builder.bitcast(fetched, vector.as_pointer())
-        with cgutils.for_range(builder, arguments[4], intp=word) as loop:
-            first = builder.mul(loop.index, ir.Constant(word, _WIDE_VECTORS))
-            for number in range(_WIDE_VECTORS):
-                place = [builder.add(first, ir.Constant(word, number))]
-                value = builder.load(builder.gep(rows, place), align=4)
-                factor = builder.load(builder.gep(factors, place), align=4)
-                _fetch(builder, builder.gep(fetched, place))
-                low, high = all_lanes(0xFFFFFFFF), all_lanes(32)
-                products = (
-                    builder.mul(builder.and_(value, low), builder.and_(factor, low)),
-                    builder.mul(builder.lshr(value, high), builder.lshr(factor, high)),
-                )
-                for total, product in zip(sums, products, strict=True):
-                    builder.store(builder.add(builder.load(total), product), total)
-        together = builder.add(*(builder.load(total) for total in sums))
-        lanes = [builder.extract_element(together, ir.Constant(word, lane)) for lane in range(_LANES)]
-        total = lanes[0]
-        for lane in lanes[1:]:
-            total = builder.add(total, lane)
-        return total
-
-    return types.uint64(values, types.uint64, keys, types.uint64, types.uint64, ahead), generate
-
-
-def _fetch(builder: Any, pointer: Any) -> None:
-    """Have a line brought into the level-2 cache; of an address where there is nothing, nothing comes."""
-    place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    reading, level, data = (ir.Constant(number, value) for value in (0, 2, 1))
-    builder.call(function, [builder.bitcast(pointer, place), reading, level, data])
-
-
 @cached_njit()
 def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     """Return the FNV-1a state after the bytes `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
@@ -166,7 +101,7 @@ def block_multiplier(block, key_index, word):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always", **CALLED)
-def _block_sums(values, index, count, keys, offset, ahead):  # type: ignore[no-untyped-def]
+def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-def]
     """Sum value * key over `count` rows of one block: at even and odd rows, or low and high words of 8 bytes.
 
     index: first row in `values`; offset: its row in the block. Two values share a 64-bit lane, so that one
@@ -187,12 +122,6 @@ def _block_sums(values, index, count, keys, offset, ahead):  # type: ignore[no-u
         offset += _U(1)
         count -= _U(1)
     bits = item_bits(values)
-    if bits == 32:
-        times = count // _WIDE
-        even += _wide_sum(values, index, keys, offset, times, ahead)
-        index += times * _WIDE
-        offset += times * _WIDE
-        count -= times * _WIDE
     low = (_U(1) << bits) - _U(1)
     for pair in range(count >> _U(1)):
         value = load_pair(values, index + _U(2) * pair)
@@ -206,13 +135,12 @@ def _block_sums(values, index, count, keys, offset, ahead):  # type: ignore[no-u
 
 
 @njit(inline="always", **CALLED)
-def digest_range(values, first_row, keys, key_index, ahead):  # type: ignore[no-untyped-def]
+def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
     """Return the digest's sum over a run of rows of one column, mod 2^64.
 
     values: 1-D contiguous array of any column dtype; its raw bits count. first_row: global row of values[0].
     keys: (4096, words) uint32, C order, of `fingerprint.digest_keys`. key_index: 0 for the ids, i + 1 for
-    column i. ahead: a pointer to what is fetched into the cache meanwhile, as many bytes as the values have
-    (of 32 bits); the values themselves where nothing is.
+    column i.
     """
     total = _U(0)
     index = _U(0)
@@ -221,7 +149,7 @@ def digest_range(values, first_row, keys, key_index, ahead):  # type: ignore[no-
         row = _U(first_row) + index
         offset = row & _BLOCK_MASK
         count = min(_U(4096) - offset, rows - index)
-        even, odd = _block_sums(values, index, count, keys, offset, ahead)
+        even, odd = _block_sums(values, index, count, keys, offset)
         block = row >> _BLOCK_BITS
         first = block_multiplier(block, _U(key_index), _U(0))
         if item_bits(values) == 64:

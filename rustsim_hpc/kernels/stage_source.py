@@ -266,17 +266,17 @@ class StageWriter:
             itemsize = np.dtype(self.schema.columns[column].dtype).itemsize
             address = self._argument("digest", itemsize, f"digest{itemsize}")
             values = self._sliced(column, side)
-            add = (
-                f"digests[{column}] += far_call({address}, ({{}}, hi - lo, base, {keys}, {column + 1}, {{}}))"
-            )
-            usual = add.format(values, values)
+            add = f"digests[{column}] += far_call({address}, ({{}}, hi - lo, base, {keys}, {column + 1}))"
             if self.streams:
-                # Memory has nothing to do meanwhile: the next tile's rows can come.
-                ahead = f"{self._column(column, 0)}[hi:]" if (column, 0) in self.slices else values
-                scratch = add.format(self._scratch(column), ahead)
-                lines += ["    if stream:", f"        {scratch}", "    else:", f"        {usual}"]
+                scratch = add.format(self._scratch(column))
+                lines += [
+                    "    if stream:",
+                    f"        {scratch}",
+                    "    else:",
+                    f"        {add.format(values)}",
+                ]
             else:
-                lines.append(f"    {usual}")
+                lines.append(f"    {add.format(values)}")
         return [*lines, *_inside(_clock(-1))]
 
     # -- arguments -----------------------------------------------------------------------------------
