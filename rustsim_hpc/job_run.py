@@ -23,6 +23,7 @@ from rustsim_hpc.run_folder import RunFolder
 from rustsim_hpc.signals import StopRequests
 from rustsim_hpc.stepper import Stepper
 from rustsim_hpc.stepping import Executor
+from rustsim_hpc.storage.folder import step_of
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writer import CheckpointWriter
 from rustsim_hpc.team import Team
@@ -137,6 +138,8 @@ class JobRun:
             result = self._loop(watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
             self._last_checkpoint("end" if result.stopped is None else f"stopped: {result.stopped}")
+            if result.stopped is not None:
+                self._check_saved()
             self._on_first(lambda: self.records.close(result.profile))
             return result
 
@@ -229,8 +232,10 @@ class JobRun:
 
     def _checkpoint_if_due(self, votes: int) -> None:
         if self.writer.busy:
-            written = votes >> 20 & _FIELD
-            self._published(lambda: self.writer.poll(everybody_done=written == self.team.size))
+            # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
+            alone, written = self.team.size == 1, votes >> 20 & _FIELD
+            everybody_done = self.writer.done_here if alone else written == self.team.size
+            self._published(lambda: self.writer.poll(everybody_done))
         step, every = self.plane.runtime.step_index, self.spec.checkpoint.every
         if every and step % every == 0 and votes & _TIME_IS_UP:
             self._checkpoint()
@@ -276,6 +281,23 @@ class JobRun:
         if self._last_checkpoint_step != self.plane.runtime.step_index:
             self._checkpoint(label)
             self._published(self.writer.finish)
+
+    def _check_saved(self) -> None:
+        """Check that the state is in a file: a run that is asked to stop says that it was saved.
+
+        Raises:
+            CheckpointWriteFailed: it is not, whatever ``on_error`` says.
+        """
+        step = self.plane.runtime.step_index
+        saved = step_of(self.writer.paths[-1]) if self.writer.paths else self.resumed_from
+        if saved != step:
+            raise CheckpointWriteFailed(
+                f"the run was stopped at step {step}, and that step could not be saved",
+                step=step,
+                hint="make room, then resume: it goes on from the checkpoint before"
+                if saved is not None
+                else "make room, then resume: it begins anew",
+            )
 
     def _published(self, action: Any) -> None:
         """Run a step of the writer; what becomes of its failures is for ``on_error`` to say."""

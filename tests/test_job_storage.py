@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import h5py
+import pytest
 from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
 
+from rustsim_hpc.control_plane import EngineControlPlane
 from rustsim_hpc.job import Override, read_job
 from rustsim_hpc.job_run import storage_options
-from rustsim_hpc.storage import StorageOptions, list_checkpoints, read_header
+from rustsim_hpc.signals import StopReason, StopRequests
+from rustsim_hpc.storage import StorageOptions, hdf5, list_checkpoints, read_header
 
 
 def told(folder: Path) -> list[tuple[int, int, str | None]]:
@@ -87,3 +92,46 @@ def test_ranks_of_a_machine_write_one_shard(tmp_path: Path) -> None:
         read_header(path).fingerprint == read_header(list_checkpoints(alone / "checkpoints")[0]).fingerprint
     )
     assert command("inspect", path)[0] == 0
+
+
+def test_a_stop_that_could_not_be_saved_is_not_called_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    # Asked to stop from the first step on.
+    monkeypatch.setattr(StopRequests, "stop_requested", lambda self: StopReason("signal", "SIGTERM"))
+    folder, how = tmp_path / "run", ("--steps=9", "--no-progress", "--set=checkpoint.on_error=continue")
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5, "write_at", full)
+        code, _, err = command("run", write_job(tmp_path), *how, "--set=run.fuse_steps=1", "--out", folder)
+    assert code == 5, err
+    assert "warning:" in err
+    assert "the run was stopped at step 1, and that step could not be saved" in err
+    assert command("resume", folder, "--no-progress")[0] == 75
+    assert told(folder) == [(1, 1, "stopped: SIGTERM")]
+
+
+def test_a_checkpoint_that_fails_behind_a_step_ends_the_run_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    steps: list[int] = []
+    real = EngineControlPlane.step_fused
+
+    def step(self: EngineControlPlane, *arguments: Any) -> Any:
+        made = real(self, *arguments)
+        steps.append(self.runtime.step_index)
+        # By the end of this step the writer has failed.
+        time.sleep(0.5 if steps[-1] == 3 else 0)
+        return made
+
+    monkeypatch.setattr(EngineControlPlane, "step_fused", step)
+    monkeypatch.setattr(hdf5, "write_at", full)
+    options = ("--checkpoint-every=2", "--set=run.fuse_steps=1", "--no-progress")
+    code, _, err = command("run", write_job(tmp_path), *options, "--out", tmp_path / "run")
+    assert (code, steps) == (5, [1, 2, 3]), err
+    assert "No space left on device" in err
