@@ -82,7 +82,7 @@ def environ(**more: str) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("PMI_", "OMPI_", "SLURM_", "RUSTSIM_"))
+        if not name.startswith(("PMI_", "OMPI_COMM_", "SLURM_", "RUSTSIM_"))
     }
     path = os.pathsep.join(part for part in (str(ROOT), inherited.get("PYTHONPATH")) if part)
     return {**inherited, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "1", **more}

@@ -11,6 +11,8 @@ and, of a fifth of COUNT each,
     kill       SIGKILL of a random rank or worker at a random moment: the job ends within 10 s, with a
                message, not with 0; a resume as if nothing had been
     stop       SIGSTOP of a random rank or worker for 5 s: the run survives
+    signal     SIGTERM, SIGUSR1 or SIGINT to a random rank, to the launcher or all, or a time limit: the ranks
+               agree on a step, save it and leave with 75; a resume as if nothing had been
     stuck      a phase that sleeps or spins for ever: the watchdog shows the stack and ends the job with 3
     shm        ranks on a machine whose /dev/shm is (almost) full: they run, or end with an error, at once
 """
@@ -19,10 +21,13 @@ import contextlib
 import io
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
@@ -149,8 +154,13 @@ def launched(rng: random.Random) -> Way:
 
 def in_its_steps(started: Started, folder: Path, rng: random.Random) -> None:
     """Wait for a random moment in the steps of a run."""
-    wait_until(lambda: not started.running or (folder / "curve.csv").exists(), 60)
-    wait_until(lambda: not started.running, rng.uniform(0.2, 0.6 * STEPS * PACE))
+    series = folder / "curve.csv"
+
+    def stepping() -> bool:
+        return series.exists() and series.read_bytes().count(b"\n") > 2
+
+    wait_until(lambda: not started.running or stepping(), 60)
+    wait_until(lambda: not started.running, rng.uniform(0, 0.6 * STEPS * PACE))
 
 
 def kill_one(rng: random.Random, folder: Path, expected: Path) -> Trial:
@@ -191,6 +201,32 @@ def stop_one(rng: random.Random, folder: Path, expected: Path) -> Trial:
     wrong = [] if ended.code == 0 and still else [f"run {ended}"]
     who = "a rank" if way.ranks else "a worker"
     return f"{who} of {way.name} stopped for 5 s", wrong + differences(folder, expected)
+
+
+def signalled(rng: random.Random, folder: Path, expected: Path) -> Trial:
+    """Ask a run to stop: by a signal to a rank, to the launcher, to all processes, or by a time limit."""
+    way = rng.choice([INLINE, threads(2), processes(2), *(mpirun(count) for count in (2, 3) if has_mpirun())])
+    number = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, None])
+    words = way.command("run", JOB, "--out", folder, *SAME) + (["--time-limit=3"] if number is None else [])
+    with Started(words, DRILL_PACE=str(4 * PACE if number else 3 / STEPS * 4)) as started:
+        in_its_steps(started, folder, rng)
+        tree, engines = started.tree(), started.engines()
+        # Workers leave signals to their parent; a launcher hands them on.
+        to = rng.choice(
+            [[engines[0]], [rng.choice(engines)], tree[:1], tree] if way.ranks else [tree[:1], tree]
+        )
+        for process in to if number else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        ended = started.wait(60)
+        wrong = still_there(tree)
+    recorded = rs.open_run(folder)
+    if ended.code != 75 or recorded.status != "stopped":
+        wrong.append(f"the run is {recorded.status}, it {ended}")
+    if max(recorded.checkpoints(), default=-1) != recorded.step_index:
+        wrong.append(f"stopped at {recorded.step_index}, checkpoints {sorted(recorded.checkpoints())}")
+    who = "a time limit" if number is None else f"{number.name} to {len(to)} of {len(tree)} processes"
+    return f"{who}, {way.name}, step {recorded.step_index}", wrong + resumed(folder, expected)
 
 
 def stuck(rng: random.Random, folder: Path, expected: Path) -> Trial:
@@ -244,6 +280,7 @@ def main(count: int, seed: int = 1, keep: Path | None = None, only: str = "") ->
         "ranks": (part, raise_on_ranks, has_mpirun()),
         "kill": (part, kill_one, True),
         "stop": (part, stop_one, True),
+        "signal": (part, signalled, True),
         "stuck": (part, stuck, True),
         "shm": (part, full_shm, has_mpirun() and can_mount()),
     }
@@ -261,5 +298,5 @@ def main(count: int, seed: int = 1, keep: Path | None = None, only: str = "") ->
 
 
 if __name__ == "__main__":
-    given = arguments(__doc__, 5, only=("", "one of raise, ranks, kill, stop, stuck, shm"))
+    given = arguments(__doc__, 5, only=("", "one of raise, ranks, kill, stop, signal, stuck, shm"))
     sys.exit(main(given.count, given.seed, given.keep, given.only))

@@ -3,10 +3,10 @@
     python drills/restore.py
     python drills/restore.py 6
 
-The drills' job is run to step 6 by each writer (one process, 2 worker processes, mpirun 1, 2 and 3; single
-and sharded; some shards compressed; async or not), and each of these runs is taken to step 12 by each reader
-(one process, 3 threads, mpirun 1, 2 and 4). Whatever the pair, fingerprint, replay log and outputs have to be
-those of the run that never stopped. With a count, only so many pairs, drawn at random.
+The drills' job is run to step 6 by each writer (one process, 2 worker processes, mpirun 1, 2 and 3; a single
+file, a shard for each rank, or for each node; some compressed; async or not), and each of these runs is taken
+to step 12 by each reader (one process, 3 threads, mpirun 1, 2 and 4). Whatever the pair, fingerprint, replay
+log and outputs have to be those of the run that never stopped. With a count, so many pairs drawn at random.
 
 A single file of several ranks is written by parallel HDF5 where h5py is built with MPI, else by positioned
 writes. For the former: DRILL_PYTHON=/path/to/python DRILL_MPIRUN="mpirun.openmpi --oversubscribe".
@@ -39,7 +39,7 @@ from common import (
 import rustsim_hpc as rs
 
 HALF = STEPS // 2
-LAYOUTS = ("single", "sharded")
+LAYOUTS = ("single", "sharded", "node")
 
 
 def writers() -> list[Way]:
@@ -61,14 +61,16 @@ def parallel_hdf5() -> bool:
 def write(writer: Way, layout: str, folder: Path, number: int) -> list[str]:
     """Run to half way; return what went wrong."""
     filters = "gzip" if layout == "sharded" and number % 3 else "none"
-    how = (f"--set=checkpoint.layout={layout}", f"--set=checkpoint.compression={filters}")
+    shards = "node" if layout == "node" else "rank"
+    how = (f"--set=checkpoint.layout={'single' if layout == 'single' else 'sharded'}",)
+    how += (f"--set=checkpoint.shards={shards}", f"--set=checkpoint.compression={filters}")
     how += (f"--set=checkpoint.async={str(number % 3 != 0).lower()}", f"--steps={HALF}", "--no-progress")
     ended = run(writer, "run", JOB, "--out", folder, *how)
     if ended.code:
         return [f"run {ended}"]
-    shards = list((folder / "checkpoints").glob(f"step_{HALF:010d}.shards-*/rank_*.h5"))
-    wanted = writer.ranks if layout == "sharded" and writer.ranks > 1 else 0
-    return [] if len(shards) == wanted else [f"{len(shards)} shards, expected {wanted}"]
+    found = len(list((folder / "checkpoints").glob(f"step_{HALF:010d}.shards-*/{shards}_*.h5")))
+    wanted = 0 if writer.ranks < 2 or layout == "single" else writer.ranks if layout == "sharded" else 1
+    return [] if found == wanted else [f"{found} shards, expected {wanted}"]
 
 
 def read(reader: Way, folder: Path, copy: Path, expected: Path) -> list[str]:
@@ -84,13 +86,14 @@ def read(reader: Way, folder: Path, copy: Path, expected: Path) -> list[str]:
     return wrong
 
 
-def main(count: int = 0, seed: int = 1, keep: Path | None = None) -> int:
-    """Run the drill (count 0: all pairs); return its exit code."""
+def main(count: int = 0, seed: int = 1, keep: Path | None = None, only: str = "") -> int:
+    """Run the drill (count 0: all pairs; only: one of the layouts); return its exit code."""
     drill = Drill("restored runs have the bits of the one that never stopped", seed=seed, keep=keep)
     expected = drill.folder / "expected"
     done = run(INLINE, "run", JOB, "--out", expected, "--no-progress")
     assert done.code == 0, done
-    pairs = [(writer, layout, reader) for writer in writers() for layout in LAYOUTS for reader in readers()]
+    layouts = [layout for layout in LAYOUTS if only in {"", layout}]
+    pairs = [(writer, layout, reader) for writer in writers() for layout in layouts for reader in readers()]
     if count:
         pairs = random.Random(seed).sample(pairs, count)
     written: dict[tuple[str, str], tuple[Path, list[str]]] = {}
@@ -111,5 +114,5 @@ def main(count: int = 0, seed: int = 1, keep: Path | None = None) -> int:
 PARALLEL = parallel_hdf5()
 
 if __name__ == "__main__":
-    given = arguments(__doc__, 0)
-    sys.exit(main(given.count, given.seed, given.keep))
+    given = arguments(__doc__, 0, only=("", "one of single, sharded, node"))
+    sys.exit(main(given.count, given.seed, given.keep, given.only))

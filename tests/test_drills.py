@@ -54,7 +54,8 @@ def test_full_disk(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("raise", 4), ("ranks", 5), ("kill", 5), ("stop", 5), ("stuck", 5), ("shm", 5)]
+    ("kind", "count"),
+    [("raise", 4), ("ranks", 5), ("kill", 5), ("stop", 5), ("signal", 5), ("stuck", 5), ("shm", 5)],
 )
 def test_faults(kind: str, count: int, show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     show(lambda: load("faults", monkeypatch).main(count, seed=3, only=kind))
@@ -62,3 +63,17 @@ def test_faults(kind: str, count: int, show: Show, monkeypatch: pytest.MonkeyPat
 
 def test_one_stream(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     show(lambda: load("flights", monkeypatch).main(5, agents=20_000, steps=5))
+
+
+def test_what_is_told_is_what_was_recorded() -> None:
+    docs = DRILLS.parent / "docs"
+    text = (docs / "drills.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `python drills/(\w+\.py).*?`.*? \| (.*?) \| \[.*?\]\((.*?)\) \|$", text, re.MULTILINE)
+    assert {script for script, _, _ in rows} == {
+        path.name for path in DRILLS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+    }
+    for _, result, log in rows:
+        last = (docs / log).read_text(encoding="utf-8").splitlines()[-1]
+        assert last.startswith(result)
+        good, of = re.match(r"(\d+) of (\d+) ", last).groups()  # type: ignore[union-attr]
+        assert good == of
