@@ -144,6 +144,8 @@ def test_every_option_sets_its_key(
         "--no-progress": None,
         "--profile": None,
         "--json": None,
+        "--endpoint": "tcp://127.0.0.1:5555",
+        "--keys": "keys",
     }
     assert {*given, "--dry-run"} == set(OPTION_KEYS)
     words = [word for pair in given.items() for word in pair if word is not None]
@@ -160,6 +162,7 @@ def test_every_option_sets_its_key(
     assert spec.replay.verify == str(job.parent / "log.jsonl")
     assert (spec.checkpoint.every, spec.checkpoint.keep) == (4, 9)
     assert spec.params == {"dt": 0.1}
+    assert (spec.remote.endpoints, spec.remote.keys) == (["tcp://127.0.0.1:5555"], str(job.parent / "keys"))
     assert options == RunOptions(
         out=job.parent / "out", force=True, dry_run=False, progress=False, profile=True, json=True, debug=True
     )

@@ -68,7 +68,8 @@ def test_one_stream(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_told_is_what_was_recorded() -> None:
     docs = DRILLS.parent / "docs"
     text = (docs / "drills.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `python drills/(\w+\.py).*?`.*? \| (.*?) \| \[.*?\]\((.*?)\) \|$", text, re.MULTILINE)
+    row = r"^\| `python drills/(\w+\.py).*?`.*? \| (.*?) \| \[.*?\]\((.*?)\) \|$"
+    rows = re.findall(row, text, re.MULTILINE)
     assert {script for script, _, _ in rows} == {
         path.name for path in DRILLS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
     }
