@@ -237,7 +237,7 @@ def stuck(rng: random.Random, folder: Path, expected: Path) -> Trial:
     where, how = rng.choice([("first", "sleep"), ("middle", "spin"), ("kernel", "spin")])
     fault = f"{where}:{how}:{rng.randrange(1, STEPS)}:{rng.randrange(AGENTS)}"
     # A rank that compiles, or waits for one that does, is not stuck.
-    words = ("run", JOB, "--out", folder, *SAME, "--set=run.watchdog_seconds=3")
+    words = ("run", JOB, "--out", folder, *SAME, "--set=run.watchdog_seconds=5")
     with Started(way.command(*words), DRILL_FAULT=fault) as started:
         wait_until(lambda: not started.running or "watchdog:" in started.text(), 60, pause=0.05)
         begun = time.monotonic()
@@ -246,7 +246,7 @@ def stuck(rng: random.Random, folder: Path, expected: Path) -> Trial:
     # A launcher may end with the code of the ranks that it had to kill.
     if (
         (ended.code != 3 and not (way.ranks and ended.code == 9))
-        or "has not moved for 3 s" not in ended.text
+        or "has not moved for 5 s" not in ended.text
         or "File " not in ended.text
     ):
         wrong.append(f"run {ended}")
