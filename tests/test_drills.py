@@ -42,11 +42,11 @@ def test_killed_runs(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flipped_bytes(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
-    show(lambda: load("flip", monkeypatch).main(20, stride=150))
+    show(lambda: load("flip", monkeypatch).main(20, stride=400))
 
 
 def test_restored_runs(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
-    show(lambda: load("restore", monkeypatch).main(2, seed=4))
+    show(lambda: load("restore", monkeypatch).main(1, seed=4))
 
 
 def test_full_disk(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_faults(kind: str, count: int, show: Show, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_stream(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
-    show(lambda: load("flights", monkeypatch).main(5, agents=20_000, steps=5))
+    show(lambda: load("flights", monkeypatch).main(4, agents=20_000, steps=5))
 
 
 def test_what_is_told_is_what_was_recorded() -> None:
