@@ -37,8 +37,8 @@ from workloads import WORKLOADS, Workload
 from rustsim_hpc.bench.measure import Row, Section, Timing
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.bench.run import machine, write_figures
-from rustsim_hpc.environment import versions
 from rustsim_hpc.errors import OutputError
+from rustsim_hpc.run_folder.environment import versions
 
 
 @dataclass(frozen=True)

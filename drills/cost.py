@@ -30,10 +30,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from common import DRILLS, Drill, arguments, environ
 
-from rustsim_hpc.fingerprint import StateView, fingerprint_view
-from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.proof.fingerprint import StateView, fingerprint_view
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.state.schema import Column, Schema
 from rustsim_hpc.storage import CheckpointHeader, CheckpointWriter, StorageOptions, load_newest
-from rustsim_hpc.team import SoloTeam
 
 BOUNDS = {"pause": 1.3, "write": 0.85, "restore": 2.5, "memory": 3.2, "verify": 1.1}
 SCHEMA = Schema(tuple(Column(name, "float32") for name in ("x", "y", "vx", "vy")))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc import cli
+from rustsim_hpc.cli import main as cli
 
 DRILLS = Path(__file__).parent
 sys.path.insert(0, str(DRILLS))

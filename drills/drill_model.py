@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import rustsim_hpc as rs
-from rustsim_hpc.launcher import detect_launcher
+from rustsim_hpc.ranks.launcher import detect_launcher
 
 KERNEL_FAULTS = {"raise": 1, "spin": 2, "key": 3}
 

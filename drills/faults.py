@@ -52,7 +52,7 @@ from common import (
 from disk_full import can_mount
 
 import rustsim_hpc as rs
-from rustsim_hpc import cli
+from rustsim_hpc.cli import main as cli
 
 AGENTS, EVERY = 3000, 3
 PACE = 0.05

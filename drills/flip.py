@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import INLINE, JOB, Drill, Way, arguments, has_mpirun, mpirun, run
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage import list_checkpoints, load
-from rustsim_hpc.team import SoloTeam
 
 SMALL, LARGE = 5, 100_000
 REFUSED, EQUAL = "refused", "of no consequence"

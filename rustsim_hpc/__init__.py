@@ -15,10 +15,11 @@ from rustsim_hpc.version import __version__ as __version__
 if TYPE_CHECKING:
     from rustsim_hpc import errors as errors
     from rustsim_hpc import random as random
-    from rustsim_hpc.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
-    from rustsim_hpc.columns import DeviceSoaCheckpoint, DeviceSoaStore
-    from rustsim_hpc.config import ControlPlaneConfig, StepGuard
-    from rustsim_hpc.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
+    from rustsim_hpc.control.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
+    from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
+    from rustsim_hpc.control.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
+    from rustsim_hpc.control.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
+    from rustsim_hpc.control.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
     from rustsim_hpc.errors import (
         ColumnarRuntimeError,
         DeviceSoaRestoreError,
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
     from rustsim_hpc.executors.processes import ProcessPartitionExecutor
     from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-    from rustsim_hpc.fingerprint import ReplayFingerprint, fingerprint_checkpoint
-    from rustsim_hpc.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
-    from rustsim_hpc.model import (
+    from rustsim_hpc.modeling.model import (
         Check,
         ColumnPhase,
         Derive,
@@ -54,9 +53,14 @@ if TYPE_CHECKING:
         reduction,
         row_kernel,
     )
-    from rustsim_hpc.outputs import Arrays, Picture, Sample, Series
-    from rustsim_hpc.params import Param, Params
-    from rustsim_hpc.partition import (
+    from rustsim_hpc.modeling.outputs import Arrays, Picture, Sample, Series
+    from rustsim_hpc.modeling.params import Param, Params
+    from rustsim_hpc.proof.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+    from rustsim_hpc.proof.replay import ReplayMode
+    from rustsim_hpc.random import philox4x32_10
+    from rustsim_hpc.run_folder.reader import open_run
+    from rustsim_hpc.state.columns import DeviceSoaCheckpoint, DeviceSoaStore
+    from rustsim_hpc.state.partition import (
         PartitionAssignment,
         PartitionExecutionBackend,
         PartitionExecutionContext,
@@ -66,18 +70,14 @@ if TYPE_CHECKING:
         PartitionPlan,
         PartitionWorker,
     )
-    from rustsim_hpc.random import philox4x32_10
-    from rustsim_hpc.replay import ReplayMode
-    from rustsim_hpc.run_reader import open_run
-    from rustsim_hpc.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
-    from rustsim_hpc.schema import Column, Schema
+    from rustsim_hpc.state.schema import Column, Schema
 
 # A name's module is loaded when the name is first used: most of what a start costs is never needed by it.
 _HOMES = {
-    "checkpoint": ("CheckpointPolicy", "EngineCheckpoint", "PartitionCheckpoint"),
-    "columns": ("DeviceSoaCheckpoint", "DeviceSoaStore"),
-    "config": ("ControlPlaneConfig", "StepGuard"),
-    "control_plane": ("ControlledStep", "EngineControlPlane", "PartitionedStep"),
+    "control.checkpoint": ("CheckpointPolicy", "EngineCheckpoint", "PartitionCheckpoint"),
+    "state.columns": ("DeviceSoaCheckpoint", "DeviceSoaStore"),
+    "control.config": ("ControlPlaneConfig", "StepGuard"),
+    "control.control_plane": ("ControlledStep", "EngineControlPlane", "PartitionedStep"),
     "errors": (
         "ColumnarRuntimeError",
         "DeviceSoaRestoreError",
@@ -97,9 +97,9 @@ _HOMES = {
     "executors.inline": ("InlinePartitionExecutor",),
     "executors.processes": ("ProcessPartitionExecutor",),
     "executors.threads": ("LocalThreadedPartitionExecutor",),
-    "fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
-    "metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
-    "model": (
+    "proof.fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
+    "control.metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
+    "modeling.model": (
         "Check",
         "ColumnPhase",
         "Derive",
@@ -113,9 +113,9 @@ _HOMES = {
         "reduction",
         "row_kernel",
     ),
-    "outputs": ("Arrays", "Picture", "Sample", "Series"),
-    "params": ("Param", "Params"),
-    "partition": (
+    "modeling.outputs": ("Arrays", "Picture", "Sample", "Series"),
+    "modeling.params": ("Param", "Params"),
+    "state.partition": (
         "PartitionAssignment",
         "PartitionExecutionBackend",
         "PartitionExecutionContext",
@@ -126,10 +126,10 @@ _HOMES = {
         "PartitionWorker",
     ),
     "random": ("philox4x32_10",),
-    "replay": ("ReplayMode",),
-    "run_reader": ("open_run",),
-    "runtime": ("ColumnarPhaseTiming", "ColumnarRuntime", "ColumnarStepTiming"),
-    "schema": ("Column", "Schema"),
+    "proof.replay": ("ReplayMode",),
+    "run_folder.reader": ("open_run",),
+    "control.runtime": ("ColumnarPhaseTiming", "ColumnarRuntime", "ColumnarStepTiming"),
+    "state.schema": ("Column", "Schema"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 _SUBMODULES = ("errors", "random")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rustsim_hpc.environment import host_facts
+from rustsim_hpc.run_folder.environment import host_facts
 from rustsim_hpc.version import __version__
 
 Report = dict[str, dict[str, Any]]
@@ -189,7 +189,7 @@ def _free(folder: Path) -> str:
 
 
 def _mpi(problems: dict[str, str]) -> dict[str, Any]:
-    from rustsim_hpc.launcher import detect_launcher
+    from rustsim_hpc.ranks.launcher import detect_launcher
 
     launcher = detect_launcher(os.environ)
     # An environment that is used without being activated has its mpirun beside its Python.

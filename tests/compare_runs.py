@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rustsim_hpc import cli
+from rustsim_hpc.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path(__file__).with_name("stray_model.py")

@@ -20,8 +20,8 @@ import pytest
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.model_source import load_model
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
 
 HERE = Path(__file__).parent
 PHASES = ("first", "kick", "last")

@@ -1,4 +1,4 @@
-"""As much of CuPy as rustsim_hpc.device calls, over a stand-in: so that its own lines run without a device.
+"""As much of CuPy as rustsim_hpc.state.device calls, over a stand-in: its own lines run without a device.
 
 Names and arguments are those of CuPy 14; addresses of the host are read and written as CUDA would.
 """

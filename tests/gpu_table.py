@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 import rustsim_hpc as rs
-from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.kernels.cuda_stage import CudaStage  # noqa: F401 (loaded before a clock runs)
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.program import KernelStage
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.modeling.program import KernelStage
 
 MODELS = Path(rs.__file__).parent / "bench" / "models"
 JOBS = Path(rs.__file__).parent.parent / "jobs"

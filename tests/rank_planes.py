@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 import rustsim_hpc as rs
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.plan import rank_part
-from rustsim_hpc.team import SoloTeam, Team
+from rustsim_hpc.job.plan import rank_part
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.ranks.team import SoloTeam, Team
 
 MODEL = Path(__file__).parents[1] / "drills/drill_model.py"
 SEED = 7

@@ -1,8 +1,8 @@
 """A device that is none: its own address space, limited memory, queues that run late, in any order, faults.
 
-It does what rustsim_hpc.device.Device says and nothing more: nothing queued happens before `synchronise` (or
-memory is given back), the two streams are interleaved at random but for what `order` says, memory holds
-garbage until written, and buffers are not arrays. Kernels are PTX, and run on `ptx_machine`.
+It does what rustsim_hpc.state.device.Device says and nothing more: nothing queued happens before
+`synchronise` (or memory is given back), the two streams are interleaved at random but for what `order` says,
+memory holds garbage until written, and buffers are not arrays. Kernels are PTX, and run on `ptx_machine`.
 """
 
 import random
@@ -12,7 +12,7 @@ import numpy as np
 from ptx_machine import Machine
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError
-from rustsim_hpc.phase_columns import PhaseColumns
+from rustsim_hpc.state.phase_columns import PhaseColumns
 
 BASE = 0x7F_4000_0000
 ALIGNMENT = 256

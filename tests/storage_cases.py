@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.fingerprint import ReplayFingerprint, StateView, fingerprint_view
-from rustsim_hpc.schema import DTYPES, Column, Schema
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView, fingerprint_view
+from rustsim_hpc.state.schema import DTYPES, Column, Schema
 from rustsim_hpc.storage import CheckpointHeader, StorageOptions
 
 SMALL = Schema(

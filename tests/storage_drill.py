@@ -17,8 +17,8 @@ from storage_cases import bounds, cut, header_of, same_bits, state
 from thread_team import ThreadTeam, run_ranks
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage import StorageOptions, list_checkpoints, load, sweep, write_checkpoint
-from rustsim_hpc.team import SoloTeam
 
 ROWS = 9
 CALLS = ("open", "pwrite", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "ftruncate", "link")

@@ -10,13 +10,13 @@ import pytest
 from cuda_planes import Devices, needs_compiler
 
 import rustsim_hpc as rs
-from rustsim_hpc import device
-from rustsim_hpc.backend import choose_backend, one_each
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job import Override, RunOptions, read_job
-from rustsim_hpc.launch import resume_run, run_job
-from rustsim_hpc.prepared import bind
-from rustsim_hpc.team import SoloTeam
+from rustsim_hpc.job.backend import choose_backend, one_each
+from rustsim_hpc.job.launch import resume_run, run_job
+from rustsim_hpc.job.prepared import bind
+from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.state import device
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from rustsim_hpc import cli
+from rustsim_hpc.cli import main as cli
 from rustsim_hpc.errors import (
     CheckpointFileError,
     JobError,
@@ -20,10 +20,10 @@ from rustsim_hpc.errors import (
     ReplayDivergence,
     RustsimError,
 )
-from rustsim_hpc.job import JobSpec, RunOptions
-from rustsim_hpc.job_options import OPTION_KEYS
-from rustsim_hpc.partition import PartitionId
-from rustsim_hpc.summary import RunSummary
+from rustsim_hpc.job.options import OPTION_KEYS
+from rustsim_hpc.job.spec import JobSpec, RunOptions
+from rustsim_hpc.job.summary import RunSummary
+from rustsim_hpc.state.partition import PartitionId
 
 Result = tuple[int, str, str]
 Call = Callable[..., Result]
@@ -54,10 +54,10 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Engine(ModuleType):
-    """Stands for `rustsim_hpc.launch`: keeps what it is called with, and ends as it is told to."""
+    """Stands for `rustsim_hpc.job.launch`: keeps what it is called with, and ends as it is told to."""
 
     def __init__(self) -> None:
-        super().__init__("rustsim_hpc.launch")
+        super().__init__("rustsim_hpc.job.launch")
         self.calls: list[tuple[Any, ...]] = []
         self.failure: BaseException | None = None
         self.stopped: str | None = None
@@ -105,7 +105,7 @@ def summary(stopped: str | None = None) -> RunSummary:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     made = Engine()
-    monkeypatch.setitem(sys.modules, "rustsim_hpc.launch", made)
+    monkeypatch.setitem(sys.modules, "rustsim_hpc.job.launch", made)
     return made
 
 
@@ -279,7 +279,7 @@ def test_rank_that_fails_alone_ends_all(
         def abort(self, code: int, message: str) -> NoReturn:
             raise Aborted(code, message)
 
-    monkeypatch.setattr("rustsim_hpc.team.open_team", TwoRanks)
+    monkeypatch.setattr("rustsim_hpc.ranks.team.open_team", TwoRanks)
     engine.failure = ZeroDivisionError("by zero")
     with pytest.raises(Aborted) as stop:
         cli.main(["run", str(job)])
@@ -295,7 +295,7 @@ def test_doctor(call: Call) -> None:
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, check=False, timeout=60, env=environ
@@ -344,7 +344,7 @@ def test_import_is_quick_and_starts_nothing() -> None:
 
 
 def test_closed_pipe_is_no_error() -> None:
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     line = f"cd {root} && {sys.executable} -m rustsim_hpc doctor | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rustsim_hpc.columns import DTYPES, Column, DeviceSoaCheckpoint, DeviceSoaStore, Schema, same_bits
 from rustsim_hpc.errors import (
     DeviceSoaRestoreError,
     InvalidConfig,
     ModelError,
     PartitionCheckpointError,
 )
-from rustsim_hpc.memory import ColumnMemory
+from rustsim_hpc.state.columns import DTYPES, Column, DeviceSoaCheckpoint, DeviceSoaStore, Schema, same_bits
+from rustsim_hpc.state.memory import ColumnMemory
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/golden.json").read_text("utf-8"))
 ERRORS = {entry["id"]: entry["display"] for entry in GOLDEN["errors"]}

@@ -8,7 +8,7 @@ from cuda_planes import needs_compiler
 from test_cuda_kernels import both, ugly_floats
 
 import rustsim_hpc as rs
-from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.modeling.bound_model import BoundModel
 
 pytestmark = needs_compiler
 

@@ -7,8 +7,8 @@ from planes import Plane
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
+from rustsim_hpc.modeling.bound_model import BoundModel
 
 pytestmark = needs_compiler
 

@@ -9,12 +9,12 @@ from cuda_planes import Devices, needs_compiler
 from ptx_machine import Machine
 
 import rustsim_hpc as rs
-from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
+from rustsim_hpc.executors.work import Frame
 from rustsim_hpc.kernels.cuda_compile import compile_ptx
 from rustsim_hpc.kernels.cuda_stage import DeviceArray, flat_arguments, kind_of
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.work import Frame
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
 
 pytestmark = needs_compiler
 

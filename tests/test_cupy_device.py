@@ -9,8 +9,9 @@ from executor_suite import Driven
 from fake_cupy import FakeCupy
 
 import rustsim_hpc as rs
-from rustsim_hpc import device, errors
-from rustsim_hpc.device import COMPUTE, TRANSFER, CupyDevice
+from rustsim_hpc import errors
+from rustsim_hpc.state import device
+from rustsim_hpc.state.device import COMPUTE, TRANSFER, CupyDevice
 
 pytestmark = needs_compiler
 

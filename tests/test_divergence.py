@@ -21,8 +21,8 @@ from compare_runs import (
     report_of,
 )
 
-from rustsim_hpc import replica
-from rustsim_hpc.bound_model import BoundModel
+from rustsim_hpc.divergence import replica
+from rustsim_hpc.modeling.bound_model import BoundModel
 
 
 @pytest.fixture(scope="module")

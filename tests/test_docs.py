@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.cli import cli
-from rustsim_hpc.job import Override, RunOptions, read_job, resolve_job
-from rustsim_hpc.job_docs import job_file_markdown, job_keys
-from rustsim_hpc.launch import run_job
-from rustsim_hpc.team import SoloTeam
+from rustsim_hpc.cli.main import cli
+from rustsim_hpc.job.docs import job_file_markdown, job_keys
+from rustsim_hpc.job.launch import run_job
+from rustsim_hpc.job.spec import Override, RunOptions, read_job, resolve_job
+from rustsim_hpc.ranks.team import SoloTeam
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_ci_runs_the_readme_command(tmp_path: Path) -> None:
 
 def test_job_file_table_is_the_declaration() -> None:
     text = (ROOT / "docs" / "job_file.md").read_text(encoding="utf-8")
-    assert text == job_file_markdown(), "write it anew: python -m rustsim_hpc.job_docs docs/job_file.md"
+    assert text == job_file_markdown(), "write it anew: python -m rustsim_hpc.job.docs docs/job_file.md"
     rows = re.findall(r"^\| `(\w+)\.(\w+)` \|", text, re.MULTILINE)
     assert rows == [(table, key) for table, keys in job_keys().items() for key in keys]
 

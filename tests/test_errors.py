@@ -15,7 +15,7 @@ from rustsim_hpc.errors import (
     PartitionPlanError,
     RustsimError,
 )
-from rustsim_hpc.partition import PartitionId
+from rustsim_hpc.state.partition import PartitionId
 
 GOLDEN = {
     entry["id"]: entry["display"]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rustsim_hpc.errors import InvalidConfig, SchemeMismatch
-from rustsim_hpc.fingerprint import (
+from rustsim_hpc.proof.fingerprint import (
     BLOCK,
     SCHEMES,
     ReplayFingerprint,
@@ -503,7 +503,7 @@ def test_an_unknown_scheme_is_named_with_the_nearest():
 
 
 def test_importing_loads_no_numba():
-    code = "import sys, rustsim_hpc.fingerprint; assert 'numba' not in sys.modules"
+    code = "import sys, rustsim_hpc.proof.fingerprint; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

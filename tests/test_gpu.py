@@ -17,9 +17,9 @@ from gpu_table import measure
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.device import COMPUTE, TRANSFER, CupyDevice, visible_devices, why_no_device
-from rustsim_hpc.model_source import load_model
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.state.device import COMPUTE, TRANSFER, CupyDevice, visible_devices, why_no_device
 
 no_device = why_no_device()
 

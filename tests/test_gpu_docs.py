@@ -11,9 +11,9 @@ import pytest
 from cuda_planes import Devices, needs_compiler
 from ptx_machine import Machine
 
-from rustsim_hpc import device
 from rustsim_hpc.kernels.cuda_bodies import cuda_names
 from rustsim_hpc.kernels.cuda_compile import compile_ptx
+from rustsim_hpc.state import device
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "gpu.md").read_text("utf-8")

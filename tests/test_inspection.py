@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rustsim_hpc.errors import RunFolderError
-from rustsim_hpc.inspection import Inspection, inspect_path
-from rustsim_hpc.job import Override, RunOptions, read_job
-from rustsim_hpc.launch import fork_run, run_job
-from rustsim_hpc.team import SoloTeam
+from rustsim_hpc.job.launch import fork_run, run_job
+from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.run_folder.inspection import Inspection, inspect_path
 
 JOB = Path(__file__).parents[1] / "jobs" / "particles.toml"
 

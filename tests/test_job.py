@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job import (
+from rustsim_hpc.job.spec import (
     CommandTable,
     JobSpec,
     Override,

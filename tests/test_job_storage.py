@@ -10,10 +10,10 @@ import h5py
 import pytest
 from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
 
-from rustsim_hpc.control_plane import EngineControlPlane
-from rustsim_hpc.job import Override, read_job
-from rustsim_hpc.job_run import storage_options
-from rustsim_hpc.signals import StopReason, StopRequests
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.job.loop import storage_options
+from rustsim_hpc.job.signals import StopReason, StopRequests
+from rustsim_hpc.job.spec import Override, read_job
 from rustsim_hpc.storage import StorageOptions, hdf5, list_checkpoints, read_header
 
 

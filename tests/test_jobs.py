@@ -21,7 +21,7 @@ from reference import Influenza, Stream, philox4x32_10
 
 import rustsim_hpc as rs
 from rustsim_hpc.errors import ModelError
-from rustsim_hpc.params import bind_params
+from rustsim_hpc.modeling.params import bind_params
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 COUNT_OF_PLACES = 305

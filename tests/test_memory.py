@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from rustsim_hpc.columns import DTYPES, Schema
 from rustsim_hpc.errors import ColumnMemoryError
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.schema import Column
+from rustsim_hpc.state.columns import DTYPES, Schema
+from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.state.schema import Column
 
 BIG = 300_000  # float32 columns of this length are above the limit from which pages are mapped
 KINDS = pytest.mark.parametrize("kind", ["heap", "shared"])
@@ -166,7 +166,7 @@ def test_heap_memory_has_no_handles():
 
 CHILD = """
     import pickle, sys
-    from rustsim_hpc.memory import ColumnMemory
+    from rustsim_hpc.state.memory import ColumnMemory
     layout = pickle.loads(bytes.fromhex(sys.argv[1]))
     memory = ColumnMemory.attach(layout)
     assert memory.parity.tolist() == [0, 1], memory.parity
@@ -252,9 +252,9 @@ def test_more_than_there_is_is_a_typed_error_that_names_the_bytes(kind):
 
 SHORT = """
     import resource
-    from rustsim_hpc.columns import Schema
+    from rustsim_hpc.state.columns import Schema
     from rustsim_hpc.errors import ColumnMemoryError
-    from rustsim_hpc.memory import ColumnMemory
+    from rustsim_hpc.state.memory import ColumnMemory
     memory = ColumnMemory(Schema.plain(["x"], ["float64"]), 4_000_000)
     memory.current(0)[:] = 1
     resource.setrlimit(resource.RLIMIT_AS, (1_000_000, 1_000_000))

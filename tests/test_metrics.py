@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rustsim_hpc.metrics import (
+from rustsim_hpc.control.metrics import (
     ColumnarPhaseBackend,
     EngineMetrics,
     EnginePhaseMetric,

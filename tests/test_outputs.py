@@ -20,13 +20,13 @@ import h5py
 import numpy as np
 import pytest
 
-from rustsim_hpc import array_file
-from rustsim_hpc.array_file import read_samples
 from rustsim_hpc.errors import ModelError, OutputError
-from rustsim_hpc.output_set import OutputSet
-from rustsim_hpc.outputs import Arrays, Output, Picture, Sample, Series, check_outputs, due_outputs
-from rustsim_hpc.sample_journal import journal_path
-from rustsim_hpc.series_file import read_series
+from rustsim_hpc.modeling.outputs import Arrays, Output, Picture, Sample, Series, check_outputs, due_outputs
+from rustsim_hpc.run_folder import array_file
+from rustsim_hpc.run_folder.array_file import read_samples
+from rustsim_hpc.run_folder.output_set import OutputSet
+from rustsim_hpc.run_folder.sample_journal import journal_path
+from rustsim_hpc.run_folder.series_file import read_series
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ from rustsim_hpc.errors import (
     MissingPartitionWorker,
     PartitionPlanError,
 )
-from rustsim_hpc.partition import (
+from rustsim_hpc.state.partition import (
     PartitionAssignment,
     PartitionExecutionBackend,
     PartitionExecutionContext,

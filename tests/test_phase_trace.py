@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from thread_team import ThreadTeam, run_ranks
 
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.config import ControlPlaneConfig
-from rustsim_hpc.control_plane import EngineControlPlane
+from rustsim_hpc.control.config import ControlPlaneConfig
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.control.runtime import ColumnarRuntime
+from rustsim_hpc.divergence.phase_trace import PhaseTrace
 from rustsim_hpc.errors import ExecutorError
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-from rustsim_hpc.fingerprint import digest_column
-from rustsim_hpc.model import column_phase
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.partition import PartitionPlan
-from rustsim_hpc.phase_trace import PhaseTrace
-from rustsim_hpc.replay import ReplayMode
-from rustsim_hpc.runtime import ColumnarRuntime
-from rustsim_hpc.team import SoloTeam, Team
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model import column_phase
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.proof.fingerprint import digest_column
+from rustsim_hpc.proof.replay import ReplayMode
+from rustsim_hpc.ranks.team import SoloTeam, Team
+from rustsim_hpc.state.partition import PartitionPlan
 
 ROOT = Path(__file__).parents[1]
 MODELS = {

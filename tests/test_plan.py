@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustsim_hpc.job import JobSpec, resolve_job
-from rustsim_hpc.partition import PartitionPlan
-from rustsim_hpc.plan import partition_count, plan_run, rank_part, size, worker_count
-from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.job.plan import partition_count, plan_run, rank_part, size, worker_count
+from rustsim_hpc.job.spec import JobSpec, resolve_job
+from rustsim_hpc.state.partition import PartitionPlan
+from rustsim_hpc.state.schema import Column, Schema
 
 SCHEMA = Schema((Column("x", "float32"), Column("y", "float64"), Column("code", "uint8")))
 

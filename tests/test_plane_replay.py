@@ -5,7 +5,7 @@ from planes import EXECUTORS, KINDS, Plane, damp, everything, move, reference_st
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.replay import ReplayEntry
+from rustsim_hpc.proof.replay import ReplayEntry
 
 SCHEMES = ("fnv1a", "digest")
 

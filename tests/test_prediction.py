@@ -15,8 +15,17 @@ from rustsim_hpc.bench.load import machine_of, sample
 from rustsim_hpc.bench.measure import Row, Section
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.bench.setting import MODELS
-from rustsim_hpc.cli import main
-from rustsim_hpc.prediction import Load, Machine, Network, allreduce_seconds, curve, predict, slowdown, table
+from rustsim_hpc.cli.main import main
+from rustsim_hpc.job.prediction import (
+    Load,
+    Machine,
+    Network,
+    allreduce_seconds,
+    curve,
+    predict,
+    slowdown,
+    table,
+)
 
 MACHINE = Machine(step=20e-6, allreduce=1e-6, one=20e9, all=30e9, cores=2)
 NETWORK = Network(latency=2e-6, bandwidth=10e9, ranks_per_node=2)

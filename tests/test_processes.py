@@ -20,10 +20,10 @@ from executor_suite import ExecutorSuite
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.config import StepGuard
+from rustsim_hpc.control.config import StepGuard
 from rustsim_hpc.executors.wire import decode_values, encode_values
-from rustsim_hpc.model_source import load_model
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
 
 HERE = Path(__file__).parent
 ROWS = 1000

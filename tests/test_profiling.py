@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.job import Override, RunOptions, read_job
-from rustsim_hpc.launch import run_job
-from rustsim_hpc.metrics_log import read_metrics
-from rustsim_hpc.profiling import SPANS, RankProfile, RunProfile
-from rustsim_hpc.summary import RunSummary
-from rustsim_hpc.team import SoloTeam
+from rustsim_hpc.control.profiling import SPANS, RankProfile, RunProfile
+from rustsim_hpc.job.launch import run_job
+from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.job.summary import RunSummary
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.run_folder.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from rustsim_hpc.progress import Progress
-from rustsim_hpc.summary import rate
+from rustsim_hpc.job.progress import Progress
+from rustsim_hpc.job.summary import rate
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ def run(stream: io.StringIO, *, wanted: bool = True) -> str:
 
 def test_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("rustsim_hpc.progress._REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("rustsim_hpc.job.progress._REFRESH_SECONDS", 0.0)
     shown = run(Terminal())
     assert "flock: compiling 5 kernels" in shown
     assert "25%" in shown

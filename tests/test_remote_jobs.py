@@ -15,12 +15,12 @@ pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]
 
 from remote_workers import ROOT, WorkerProcess
 
-from rustsim_hpc.cli import _run as run_command
-from rustsim_hpc.cli_common import Session
-from rustsim_hpc.job import Override, read_job
-from rustsim_hpc.launch import plan_job
-from rustsim_hpc.replay_log import read_replay_log
-from rustsim_hpc.run_reader import open_run
+from rustsim_hpc.cli.common import Session
+from rustsim_hpc.cli.main import _run as run_command
+from rustsim_hpc.job.launch import plan_job
+from rustsim_hpc.job.spec import Override, read_job
+from rustsim_hpc.proof.replay_log import read_replay_log
+from rustsim_hpc.run_folder.reader import open_run
 
 FLIGHTS = ROOT / "jobs" / "us_flights.toml"
 MODEL = ROOT / "jobs" / "us_flights.py"

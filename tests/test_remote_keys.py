@@ -18,8 +18,8 @@ from test_endpoint import SUITE_MODEL, external
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.cli import _run as run_command
-from rustsim_hpc.cli_common import Session
+from rustsim_hpc.cli.common import Session
+from rustsim_hpc.cli.main import _run as run_command
 from rustsim_hpc.remote.addresses import parse_endpoint
 from rustsim_hpc.remote.executor import RemotePartitionExecutor
 from rustsim_hpc.remote.keys import make_keys, read_client_keys, read_worker_keys

@@ -15,8 +15,8 @@ from rustsim_hpc.errors import (
     ReplayStepMismatch,
     SchemeMismatch,
 )
-from rustsim_hpc.fingerprint import ReplayFingerprint
-from rustsim_hpc.replay import ReplayEntry, ReplayMode, ReplayRecorder, VerifyCursor, differing_columns
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode, ReplayRecorder, VerifyCursor, differing_columns
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/golden.json").read_text(encoding="utf-8"))
 

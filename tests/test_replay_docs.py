@@ -6,7 +6,9 @@ from pathlib import Path
 
 from compare_runs import command, make_run
 
-from rustsim_hpc import causes, divergence, run_side
+from rustsim_hpc.divergence import causes
+from rustsim_hpc.divergence import search as divergence
+from rustsim_hpc.divergence import side as run_side
 
 TEXT = (Path(__file__).parents[1] / "docs" / "replay.md").read_text(encoding="utf-8")
 

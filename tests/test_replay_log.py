@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from rustsim_hpc.errors import OutputError, ReplayExhausted, ReplayLogError, SchemeMismatch
-from rustsim_hpc.fingerprint import ReplayFingerprint, StateView, digest_sums, fingerprint_view
-from rustsim_hpc.replay import ReplayEntry, ReplayMode, ReplayRecorder
-from rustsim_hpc.replay_log import (
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView, digest_sums, fingerprint_view
+from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode, ReplayRecorder
+from rustsim_hpc.proof.replay_log import (
     LogDifference,
     ReplayHeader,
     ReplayLog,
@@ -23,7 +23,7 @@ from rustsim_hpc.replay_log import (
     header_differences,
     read_replay_log,
 )
-from rustsim_hpc.replay_writer import ReplayLogWriter
+from rustsim_hpc.proof.replay_writer import ReplayLogWriter
 
 ROOT = Path(__file__).parent.parent
 FNV = ReplayHeader(
@@ -384,9 +384,9 @@ def test_a_log_survives_sigkill(path):
         """
         import sys
         from pathlib import Path
-        from rustsim_hpc.fingerprint import ReplayFingerprint
-        from rustsim_hpc.replay_log import ReplayHeader
-        from rustsim_hpc.replay_writer import ReplayLogWriter
+        from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+        from rustsim_hpc.proof.replay_log import ReplayHeader
+        from rustsim_hpc.proof.replay_writer import ReplayLogWriter
         header = ReplayHeader(scheme="fnv1a", job="j", model="m", agents=1, seed=1, columns=())
         writer = ReplayLogWriter(Path(sys.argv[1]), header)
         for step in range(1, 10**9):

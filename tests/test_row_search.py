@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from thread_team import run_ranks
 
-from rustsim_hpc import row_search
-from rustsim_hpc.columns import DTYPES
-from rustsim_hpc.row_search import RowDifference, Rows, column_sums, differing_rows, hex_bits, ids_of
-from rustsim_hpc.team import SoloTeam, Team
+from rustsim_hpc.divergence import row_search
+from rustsim_hpc.divergence.row_search import (
+    RowDifference,
+    Rows,
+    column_sums,
+    differing_rows,
+    hex_bits,
+    ids_of,
+)
+from rustsim_hpc.ranks.team import SoloTeam, Team
+from rustsim_hpc.state.columns import DTYPES
 
 Array = np.ndarray
 

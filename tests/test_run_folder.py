@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rustsim_hpc import environment, lock, run_folder
-from rustsim_hpc.columns import Column, DeviceSoaCheckpoint, Schema
-from rustsim_hpc.crash import write_crash_bundle
+from rustsim_hpc.control.metrics import EngineMetrics
 from rustsim_hpc.errors import CheckpointFileError, OutputError, PartitionExecution, RunFolderError
 from rustsim_hpc.files import (
     AppendFile,
@@ -28,18 +26,21 @@ from rustsim_hpc.files import (
     whole_lines,
     write_atomic,
 )
-from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
-from rustsim_hpc.lock import FolderLock, is_locked, read_holder
-from rustsim_hpc.metrics import EngineMetrics
-from rustsim_hpc.metrics_log import MetricsLog, read_metrics
-from rustsim_hpc.output_set import OutputSet
-from rustsim_hpc.outputs import Arrays, Sample, Series
-from rustsim_hpc.partition import PartitionId
-from rustsim_hpc.run_folder import RunFolder, fresh_folder
-from rustsim_hpc.run_reader import open_run
-from rustsim_hpc.run_record import RunFacts, read_record
+from rustsim_hpc.modeling.outputs import Arrays, Sample, Series
+from rustsim_hpc.proof.fingerprint import StateView, fingerprint_checkpoint
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.run_folder import environment, lock
+from rustsim_hpc.run_folder import folder as run_folder
+from rustsim_hpc.run_folder.crash import write_crash_bundle
+from rustsim_hpc.run_folder.folder import RunFolder, fresh_folder
+from rustsim_hpc.run_folder.lock import FolderLock, is_locked, read_holder
+from rustsim_hpc.run_folder.metrics_log import MetricsLog, read_metrics
+from rustsim_hpc.run_folder.output_set import OutputSet
+from rustsim_hpc.run_folder.reader import open_run
+from rustsim_hpc.run_folder.record import RunFacts, read_record
+from rustsim_hpc.state.columns import Column, DeviceSoaCheckpoint, Schema
+from rustsim_hpc.state.partition import PartitionId
 from rustsim_hpc.storage import CheckpointHeader, write_checkpoint
-from rustsim_hpc.team import SoloTeam
 
 ROOT = Path(__file__).parents[1]
 FACTS = RunFacts(
@@ -129,8 +130,8 @@ def test_lines_are_cut(tmp_path: Path, tail: bytes) -> None:
 HOLD = """
 import sys, time, os, subprocess
 from pathlib import Path
-from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
-from rustsim_hpc.lock import FolderLock
+from rustsim_hpc.proof.fingerprint import StateView, fingerprint_checkpoint
+from rustsim_hpc.run_folder.lock import FolderLock
 lock = FolderLock.claim(Path(sys.argv[1]), 0.1)
 if sys.argv[2:] == ["worker"]:
     # A worker inherits the lock, and outlives its parent.
@@ -221,8 +222,8 @@ def test_a_child_that_is_no_worker_does_not_hold_it(
 JOIN = """
 import sys, time
 from pathlib import Path
-from rustsim_hpc.fingerprint import StateView, fingerprint_checkpoint
-from rustsim_hpc.lock import FolderLock
+from rustsim_hpc.proof.fingerprint import StateView, fingerprint_checkpoint
+from rustsim_hpc.run_folder.lock import FolderLock
 from rustsim_hpc.errors import RunFolderError
 try:
     lock = FolderLock.join(Path(sys.argv[1]), sys.argv[2], 0.2)

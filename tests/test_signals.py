@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.signals import SIGNALS, StopRequests
-from rustsim_hpc.watchdog import Watchdog
+from rustsim_hpc.job.signals import SIGNALS, StopRequests
+from rustsim_hpc.job.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -104,7 +104,7 @@ def test_other_threads_install_nothing_but_have_time_limits() -> None:
 
 def test_a_time_limit_stops_a_little_before(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("rustsim_hpc.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rustsim_hpc.job.signals.time.monotonic", lambda: now[0])
     stops = StopRequests(time_limit=50, environ={})
     assert stops.margin == 5
     now[0] += 44.9
@@ -150,7 +150,7 @@ def test_slurms_own_limit_counts() -> None:
 
 LOOP = """
 import sys, time
-from rustsim_hpc.signals import StopRequests
+from rustsim_hpc.job.signals import StopRequests
 steps = 0
 with StopRequests(environ={}) as stops:
     print("ready", flush=True)
@@ -190,7 +190,7 @@ def test_a_second_interrupt_ends_a_process_that_is_still_saving() -> None:
 STUCK = """
 import sys, time, threading
 from pathlib import Path
-from rustsim_hpc.watchdog import Watchdog
+from rustsim_hpc.job.watchdog import Watchdog
 def compute():
     while True:
         pass
@@ -264,8 +264,8 @@ def test_an_unwritable_folder_does_not_keep_the_watchdog_from_ending_it(tmp_path
 
 HELD = """
 import sys, ctypes
-from rustsim_hpc.watchdog import Watchdog
-import rustsim_hpc.watchdog as module
+from rustsim_hpc.job.watchdog import Watchdog
+import rustsim_hpc.job.watchdog as module
 import faulthandler
 original = faulthandler.dump_traceback_later
 # The C-level watchdog waits long on purpose; not in this test.

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rustsim_hpc import launch, run_folder
-from rustsim_hpc.cli import cli
-from rustsim_hpc.job import Override, RunOptions, read_job
+from rustsim_hpc.cli.main import cli
+from rustsim_hpc.job import launch
+from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.ranks.team import SoloTeam
+from rustsim_hpc.run_folder import folder as run_folder
 from rustsim_hpc.slurm import directive, seconds_of, template, unfit_word, with_default, with_directive
-from rustsim_hpc.team import SoloTeam
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import rustsim_hpc as rs
-from rustsim_hpc import work
 from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.setting import MODELS
+from rustsim_hpc.executors import work
 from rustsim_hpc.kernels.simple import is_simple
 
 TYPES = ("bool", "int8", "uint16", "int32", "float32", "int64", "uint64", "float64")

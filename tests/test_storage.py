@@ -14,7 +14,8 @@ from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
 from rustsim_hpc.errors import CheckpointFileError, JobError
-from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.ranks.team import SoloTeam, Team
+from rustsim_hpc.state.schema import Column, Schema
 from rustsim_hpc.storage import (
     CheckpointHeader,
     CheckpointWriter,
@@ -36,7 +37,6 @@ from rustsim_hpc.storage import (
 )
 from rustsim_hpc.storage import reading as reading_module
 from rustsim_hpc.storage.proof import BLOCK_BYTES, Manifest, parse_manifest, render_manifest
-from rustsim_hpc.team import SoloTeam, Team
 
 
 def write(

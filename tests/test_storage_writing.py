@@ -20,7 +20,8 @@ from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.proof.fingerprint import StateView
+from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage import (
     CheckpointHeader,
     CheckpointWriter,
@@ -32,7 +33,6 @@ from rustsim_hpc.storage import (
     write_checkpoint,
 )
 from rustsim_hpc.storage import writing as writing_module
-from rustsim_hpc.team import SoloTeam
 
 TESTS = Path(__file__).parent
 LAYOUTS = [(1, "auto"), (2, "sharded"), (3, "single"), (2, "node")]

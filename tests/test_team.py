@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from rustsim_hpc import launcher
 from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
-from rustsim_hpc.team import Launcher, SoloTeam, Team, agree, agree_hash, detect_launcher, open_team
+from rustsim_hpc.ranks import launcher
+from rustsim_hpc.ranks.team import Launcher, SoloTeam, Team, agree, agree_hash, detect_launcher, open_team
 
 
 def run(program: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_solo_agreement_raises_the_error_itself() -> None:
 
 
 def test_abort_ends_the_process_with_its_code_and_one_line() -> None:
-    program = "from rustsim_hpc.team import SoloTeam\nSoloTeam().abort(3, 'stuck in\\na phase')"
+    program = "from rustsim_hpc.ranks.team import SoloTeam\nSoloTeam().abort(3, 'stuck in\\na phase')"
     done = run(program, expected=3)
     assert done.stderr == "stuck in a phase\n"
 
@@ -117,7 +117,7 @@ def test_a_launcher_variable_that_is_no_number_is_refused(text: str) -> None:
 
 def test_no_launcher_no_mpi() -> None:
     program = (
-        "import sys\nfrom rustsim_hpc.team import open_team\nteam = open_team()\n"
+        "import sys\nfrom rustsim_hpc.ranks.team import open_team\nteam = open_team()\n"
         "assert type(team).__name__ == 'SoloTeam'\n"
         "assert not any(name.split('.')[0] == 'mpi4py' for name in sys.modules)"
     )
@@ -155,7 +155,7 @@ def test_without_an_mpi_library_the_error_says_how_to_get_one(monkeypatch: pytes
 def test_another_mpis_mpirun_is_refused_before_mpi_starts() -> None:
     pytest.importorskip("mpi4py")
     program = (
-        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
+        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.ranks.team import open_team\n"
         f"try:\n    open_team({LAUNCHED!r})\nexcept LauncherError as error:\n    print(error)\n"
         "from mpi4py import MPI\nprint(MPI.Is_initialized())"
     )
@@ -170,7 +170,7 @@ def test_silent_singletons_are_refused() -> None:
     pytest.importorskip("mpi4py")
     # What each of them sees where the launcher does not know the library: a world of its own.
     program = (
-        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.team import open_team\n"
+        "from rustsim_hpc.errors import LauncherError\nfrom rustsim_hpc.ranks.team import open_team\n"
         "step = {'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1'}\n"
         "try:\n    open_team(step)\nexcept LauncherError as error:\n    print(error)\n"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from rustsim_hpc.bench.engine import Engine, Setup
-from rustsim_hpc.team import open_team
+from rustsim_hpc.ranks.team import open_team
 
 MODELS = Path(__file__).parents[1] / "models"
 

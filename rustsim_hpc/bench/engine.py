@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from rustsim_hpc.backing import Kind
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.config import ControlPlaneConfig, StepGuard
-from rustsim_hpc.control_plane import EngineControlPlane
+from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.control.runtime import ColumnarRuntime
+from rustsim_hpc.control.stepping import Executor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.processes import ProcessPartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.partition import PartitionPlan
-from rustsim_hpc.plan import rank_part
-from rustsim_hpc.replay import ReplayMode
-from rustsim_hpc.runtime import ColumnarRuntime
-from rustsim_hpc.stepping import Executor
-from rustsim_hpc.team import SoloTeam, Team
+from rustsim_hpc.job.plan import rank_part
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.proof.replay import ReplayMode
+from rustsim_hpc.ranks.team import SoloTeam, Team
+from rustsim_hpc.state.backing import Kind
+from rustsim_hpc.state.partition import PartitionPlan
 
 
 @dataclass(frozen=True)

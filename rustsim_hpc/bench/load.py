@@ -11,9 +11,9 @@ from rustsim_hpc.bench.kept import kept
 from rustsim_hpc.bench.measure import Section, figure
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job import JobSpec
-from rustsim_hpc.prediction import Load, Machine
-from rustsim_hpc.reductions import meeting_bytes
+from rustsim_hpc.job.prediction import Load, Machine
+from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.modeling.reductions import meeting_bytes
 
 _SAMPLE_ROWS = 1_000_000
 _SAMPLE_SECONDS = 0.5

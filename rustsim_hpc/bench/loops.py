@@ -14,7 +14,7 @@ from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, added, interleave
 from rustsim_hpc.bench.models import integrate, orbit, tally, walk
 from rustsim_hpc.bench.setting import BYTES, FUSED, MODELS, Bandwidth, Size, columns_of, shared_out
-from rustsim_hpc.fingerprint import fnv1a_bytes, fnv1a_default_ids
+from rustsim_hpc.proof.fingerprint import fnv1a_bytes, fnv1a_default_ids
 
 Array = np.ndarray[Any, Any]
 

@@ -25,7 +25,7 @@ from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, interleave
 from rustsim_hpc.bench.models import integrate
 from rustsim_hpc.bench.setting import MODELS, Bandwidth, Size, columns_of, flights_module, flights_params
-from rustsim_hpc.team import Team, open_team
+from rustsim_hpc.ranks.team import Team, open_team
 
 _SECONDS = 900
 

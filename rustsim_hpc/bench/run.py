@@ -14,9 +14,9 @@ from rustsim_hpc.bench import loops, ranks, scaling, startup, steps, storage
 from rustsim_hpc.bench.measure import Section
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.bench.setting import Bandwidth, Size
-from rustsim_hpc.environment import host_facts, versions
 from rustsim_hpc.errors import OutputError
 from rustsim_hpc.files import write_atomic
+from rustsim_hpc.run_folder.environment import host_facts, versions
 
 TABLES: Final = (
     "memory", "integrate.one", "integrate.all", "integrate.ranks", "orbit", "parts", "flights", "empty",

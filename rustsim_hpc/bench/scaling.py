@@ -13,9 +13,9 @@ from rustsim_hpc.bench.load import machine_of, sample
 from rustsim_hpc.bench.measure import Row, Section
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.bench.setting import MODELS, Size, flights_module, flights_params
-from rustsim_hpc.outputs import Picture
-from rustsim_hpc.pictures import draw_pictures
-from rustsim_hpc.prediction import ASSUMPTIONS, Load, Machine, Network, Prediction, curve, predict, table
+from rustsim_hpc.job.prediction import ASSUMPTIONS, Load, Machine, Network, Prediction, curve, predict, table
+from rustsim_hpc.modeling.outputs import Picture
+from rustsim_hpc.run_folder.pictures import draw_pictures
 
 CURVE_ROWS = 10_000_000_000
 CURVE = tuple(1 << power for power in range(17))

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.model import Model
-from rustsim_hpc.params import bind_params
+from rustsim_hpc.modeling.model import Model
+from rustsim_hpc.modeling.params import bind_params
+from rustsim_hpc.state.memory import ColumnMemory
 
 Array = np.ndarray[Any, Any]
 

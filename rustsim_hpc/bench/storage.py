@@ -16,11 +16,11 @@ import numpy as np
 from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.measure import Row, Section, Timing
 from rustsim_hpc.bench.setting import MODELS, Size
-from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.proof.fingerprint import StateView
+from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.reading import load_newest
 from rustsim_hpc.storage.writer import CheckpointWriter
-from rustsim_hpc.team import SoloTeam
 
 Array = np.ndarray[Any, Any]
 _PIECE = 8 << 20

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from rustsim_hpc.checkpoint import PartitionCheckpoint
-from rustsim_hpc.columns import DeviceSoaCheckpoint
+from rustsim_hpc.control.checkpoint import PartitionCheckpoint
 from rustsim_hpc.errors import ExecutorError, PartitionExecutorError, Phase, Worker, message_of
-from rustsim_hpc.fingerprint import fingerprint_checkpoint
-from rustsim_hpc.partition import (
+from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Work
+from rustsim_hpc.proof.fingerprint import fingerprint_checkpoint
+from rustsim_hpc.random import MAX_STEP, RowRandom
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint
+from rustsim_hpc.state.partition import (
     PartitionExecutionBackend,
     PartitionExecutionContext,
     PartitionId,
     PartitionPhaseReport,
 )
-from rustsim_hpc.phase_columns import PhaseColumns
-from rustsim_hpc.random import MAX_STEP, RowRandom
-from rustsim_hpc.schema import Schema
-from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Work
+from rustsim_hpc.state.phase_columns import PhaseColumns
+from rustsim_hpc.state.schema import Schema
 
 PhaseFunction = Callable[[PartitionExecutionContext, PhaseColumns, int], None]
 

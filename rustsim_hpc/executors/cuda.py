@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.device import CupyDevice, Device
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, ExecutorError, RustsimError, Worker
 from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResult, describe
 from rustsim_hpc.executors.device_columns import Place, needed_bytes
-from rustsim_hpc.fingerprint import fnv1a_bytes
-from rustsim_hpc.partition import PartitionExecutionBackend, PartitionId
-from rustsim_hpc.partition_run import PartitionRun, StageCache
-from rustsim_hpc.program import ColumnCall, Segment
-from rustsim_hpc.reductions import new_board
-from rustsim_hpc.work import Frame, PhaseFailure, Task, Work
+from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
+from rustsim_hpc.executors.work import Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.program import ColumnCall, Segment
+from rustsim_hpc.modeling.reductions import new_board
+from rustsim_hpc.proof.fingerprint import fnv1a_bytes
+from rustsim_hpc.state.device import CupyDevice, Device
+from rustsim_hpc.state.partition import PartitionExecutionBackend, PartitionId
 
 if TYPE_CHECKING:
     from rustsim_hpc.executors.device_run import DeviceRun
@@ -30,7 +30,7 @@ CudaDevice = PartitionExecutionBackend.CudaDevice
 class CudaSession:
     """A rank's partitions, on devices and on this CPU.
 
-    While devices hold the state, this session keeps it (see :class:`~rustsim_hpc.memory.Keeper`).
+    While devices hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`).
 
     Attributes:
         board: what partitions report.

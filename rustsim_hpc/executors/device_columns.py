@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.device import COMPUTE, TRANSFER, Buffer, Device
 from rustsim_hpc.errors import RustsimError
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.work import Task, Work
+from rustsim_hpc.executors.work import Task, Work
+from rustsim_hpc.state.device import COMPUTE, TRANSFER, Buffer, Device
+from rustsim_hpc.state.memory import ColumnMemory
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]

@@ -6,15 +6,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from rustsim_hpc.device import Device
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.executors.device_columns import DeviceColumns
 from rustsim_hpc.executors.device_stage import DeviceStages, Partition
-from rustsim_hpc.partition_run import PartitionRun, StageCache, status_text
-from rustsim_hpc.program import ColumnCall, KernelStage
+from rustsim_hpc.executors.partition_run import PartitionRun, StageCache, status_text
+from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.program import ColumnCall, KernelStage
 from rustsim_hpc.random import MAX_STEP, RowRandom
-from rustsim_hpc.schema import DTYPES
-from rustsim_hpc.work import Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.state.device import Device
+from rustsim_hpc.state.schema import DTYPES
 
 
 class DeviceRun(PartitionRun):
@@ -23,7 +23,7 @@ class DeviceRun(PartitionRun):
     Args:
         device: the device.
         fma: let kernels fuse products and sums.
-        work, task, board, place, stages: as for :class:`~rustsim_hpc.partition_run.PartitionRun`.
+        work, task, board, place, stages: as for :class:`~rustsim_hpc.executors.partition_run.PartitionRun`.
 
     Raises:
         DeviceMemoryError: the device has not enough memory; nothing is held then.

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.device import COMPUTE, TRANSFER, Buffer, Device
 from rustsim_hpc.executors.device_columns import DeviceColumns
-from rustsim_hpc.fingerprint import digest_keys
+from rustsim_hpc.executors.work import Board, Frame, Task, Work
 from rustsim_hpc.kernels.cuda_stage import (
     BLOCK,
     FIXED,
@@ -22,9 +21,10 @@ from rustsim_hpc.kernels.cuda_stage import (
     kind_of,
 )
 from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
-from rustsim_hpc.program import KernelOp, KernelStage, ReduceOp
-from rustsim_hpc.reductions import state_shapes
-from rustsim_hpc.work import Board, Frame, Task, Work
+from rustsim_hpc.modeling.program import KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.modeling.reductions import state_shapes
+from rustsim_hpc.proof.fingerprint import digest_keys
+from rustsim_hpc.state.device import COMPUTE, TRANSFER, Buffer, Device
 
 Array = np.ndarray[Any, Any]
 

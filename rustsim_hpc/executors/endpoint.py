@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from rustsim_hpc.errors import MissingEndpoint, PartitionExecutorError, Worker, message_of
 from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult, collect_results
-from rustsim_hpc.partition import PartitionExecutionBackend
+from rustsim_hpc.state.partition import PartitionExecutionBackend
 
 
 class ExternalPartitionClient(Protocol):

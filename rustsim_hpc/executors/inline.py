@@ -15,9 +15,9 @@ from rustsim_hpc.executors.base import (
     require_local,
     require_local_tasks,
 )
-from rustsim_hpc.partition_run import PartitionRun, StageCache
-from rustsim_hpc.reductions import new_board
-from rustsim_hpc.work import Frame, PhaseFailure, Work
+from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
+from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.reductions import new_board
 
 
 class LocalSession:

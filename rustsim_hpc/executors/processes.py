@@ -31,11 +31,11 @@ from rustsim_hpc.executors.base import (
 )
 from rustsim_hpc.executors.threads import usable_cores
 from rustsim_hpc.executors.wire import ORDER, encode_values, value_names
+from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
 from rustsim_hpc.executors.worker_handle import START_SECONDS, WorkerHandle, end_all
 from rustsim_hpc.executors.worker_start import COMPILE_NS, IDLE, RUNNING, SHOW_STACKS, worker_starts
-from rustsim_hpc.reductions import new_board
-from rustsim_hpc.shared_arrays import SharedArrays
-from rustsim_hpc.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.reductions import new_board
+from rustsim_hpc.state.shared_arrays import SharedArrays
 
 _PRINT_SECONDS = 0.3  # for all workers to print some lines
 _WORDS = 8  # int64 of a worker: a cache line
@@ -226,9 +226,10 @@ class ProcessPartitionExecutor:
         inherit_fds: descriptors that the workers hold open while they live: those of a lock, say.
 
     Phases must be entries of a model that was loaded by its reference (see
-    :func:`~rustsim_hpc.model_source.load_model`). A control plane moves its state into shared memory, once,
-    when it is first stepped this way. That a worker died (killed, out of memory, a crash in compiled code) is
-    a typed error of the step that finds it out; the next step starts another worker in its place.
+    :func:`~rustsim_hpc.modeling.model_source.load_model`). A control plane moves its state into shared
+    memory, once, when it is first stepped this way. That a worker died (killed, out of memory, a crash in
+    compiled code) is a typed error of the step that finds it out; the next step starts another worker in its
+    place.
     """
 
     name = "processes"

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.checkpoint import PartitionCheckpoint
-from rustsim_hpc.columns import DeviceSoaCheckpoint
 from rustsim_hpc.compile_clock import CLOCK
+from rustsim_hpc.control.checkpoint import PartitionCheckpoint
 from rustsim_hpc.errors import (
     EngineControlPlaneError,
     ExecutorError,
@@ -26,10 +25,11 @@ from rustsim_hpc.executors.base import (
     PartitionTask,
     PartitionTaskResult,
 )
-from rustsim_hpc.fingerprint import ReplayFingerprint, digest_column, fingerprint_checkpoint
-from rustsim_hpc.partition import PartitionExecutionContext, PartitionId, PartitionPhaseReport
-from rustsim_hpc.program import ColumnCall
-from rustsim_hpc.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.program import ColumnCall
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, digest_column, fingerprint_checkpoint
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint
+from rustsim_hpc.state.partition import PartitionExecutionContext, PartitionId, PartitionPhaseReport
 
 Array = np.ndarray[Any, Any]
 

@@ -21,7 +21,7 @@ from rustsim_hpc.executors.base import (
     require_local_tasks,
 )
 from rustsim_hpc.executors.inline import LocalSession
-from rustsim_hpc.work import Frame, PhaseFailure, Work
+from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
 
 
 def usable_cores() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.program import Program
+from rustsim_hpc.modeling.program import Program
 
 Array = np.ndarray[Any, Any]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import rustsim_hpc
 from rustsim_hpc.executors.pipes import POLL_SECONDS, PipeEnds
 from rustsim_hpc.executors.wire import LENGTH
-from rustsim_hpc.signals import SIGNALS
-from rustsim_hpc.work import PhaseFailure
+from rustsim_hpc.executors.work import PhaseFailure
+from rustsim_hpc.job.signals import SIGNALS
 
 START_SECONDS = 300.0
 """How long a worker may take to import the model."""

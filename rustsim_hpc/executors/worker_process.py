@@ -30,6 +30,7 @@ from rustsim_hpc.executors.wire import (
     decode_values,
     value_names,
 )
+from rustsim_hpc.executors.work import Frame, PhaseFailure
 from rustsim_hpc.executors.worker_start import (
     COMPILE_NS,
     IDLE,
@@ -38,9 +39,8 @@ from rustsim_hpc.executors.worker_start import (
     WorkerStart,
     rebuild_work,
 )
-from rustsim_hpc.shared_arrays import SharedArrays
-from rustsim_hpc.signals import SIGNALS
-from rustsim_hpc.work import Frame, PhaseFailure
+from rustsim_hpc.job.signals import SIGNALS
+from rustsim_hpc.state.shared_arrays import SharedArrays
 
 _ORPHAN_SECONDS = 1.0
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.errors import ExecutorError, ModelError, Worker
-from rustsim_hpc.memory import ColumnMemory, MemoryLayout
-from rustsim_hpc.model_source import ModelReference, load_model
-from rustsim_hpc.params import Params
-from rustsim_hpc.program import Program, plan_program
-from rustsim_hpc.shared_arrays import ArraysLayout
-from rustsim_hpc.work import Task, Work
+from rustsim_hpc.executors.work import Task, Work
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import ModelReference, load_model
+from rustsim_hpc.modeling.params import Params
+from rustsim_hpc.modeling.program import Program, plan_program
+from rustsim_hpc.state.memory import ColumnMemory, MemoryLayout
+from rustsim_hpc.state.shared_arrays import ArraysLayout
 
 RUNNING, COMPILE_NS = 0, 1
 """Fields of a worker's row of words: the place that is being run (-1: none), nanoseconds of compiling."""
@@ -41,7 +41,7 @@ class WorkerStart:
         reference, params, seed: the model.
         phase_names: of the program, as the parent planned it.
         two_sided: the guard is to roll back.
-        tasks, first_row, total_rows, checked, tile_rows: as in :class:`~rustsim_hpc.work.Work`.
+        tasks, first_row, total_rows, checked, tile_rows: as in :class:`~rustsim_hpc.executors.work.Work`.
         columns: where the columns are.
         arrays: where the board, a row of int64 words a worker and the tables are, in this order.
         tables: names of the tables.

@@ -34,8 +34,8 @@ from numba.extending import typeof_impl
 from rustsim_hpc.files import write_atomic
 from rustsim_hpc.kernels import philox
 from rustsim_hpc.kernels.cached import INLINED, cache_on_disk, own_sources
-from rustsim_hpc.model import DeviceFunction
-from rustsim_hpc.source_identity import function_identity
+from rustsim_hpc.modeling.model import DeviceFunction
+from rustsim_hpc.modeling.source_identity import function_identity
 from rustsim_hpc.version import __version__
 
 # A loop over n input and m output columns needs about n*m overlap tests before LLVM may vectorise it; its

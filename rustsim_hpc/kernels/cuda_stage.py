@@ -23,11 +23,11 @@ from rustsim_hpc.kernels.compiling import checking, compile_row_function
 from rustsim_hpc.kernels.cuda_compile import Image, compile_ptx
 from rustsim_hpc.kernels.diagnose import explain
 from rustsim_hpc.kernels.stage_source import op_name
-from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
-from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
-from rustsim_hpc.schema import Schema
-from rustsim_hpc.signatures import where
-from rustsim_hpc.source_identity import function_identity
+from rustsim_hpc.modeling.model import DeviceFunction, Reduction, RowKernel
+from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.modeling.signatures import where
+from rustsim_hpc.modeling.source_identity import function_identity
+from rustsim_hpc.state.schema import Schema
 
 BLOCK = 256
 """Threads of a block."""

@@ -13,9 +13,9 @@ from numba import types
 
 from rustsim_hpc.errors import KernelError
 from rustsim_hpc.kernels.draws import ready_draws
-from rustsim_hpc.model import Reduction, RowKernel
-from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
-from rustsim_hpc.signatures import where
+from rustsim_hpc.modeling.model import Reduction, RowKernel
+from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.modeling.signatures import where
 
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
 

@@ -29,7 +29,8 @@ def digest_address(itemsize: int) -> int:
     """Return the address of the compiled digest of columns of 1, 2, 4 or 8 bytes an item.
 
     It takes the address of the first item, the number of rows, the first one's global row, the address of the
-    keys (see :func:`rustsim_hpc.fingerprint.digest_keys`) and the key index, and returns the sum mod 2^64.
+    keys (see :func:`rustsim_hpc.proof.fingerprint.digest_keys`) and the key index, and returns the sum
+    mod 2^64.
     """
     items, keys, word = types.CPointer(_ITEMS[itemsize]), types.CPointer(types.uint32), types.uint64
     return address_of(_digest_at, items, word, word, keys, word)

@@ -8,7 +8,7 @@ import textwrap
 from functools import lru_cache
 
 from rustsim_hpc.kernels.philox import MAX_READY
-from rustsim_hpc.model import Reduction, RowKernel
+from rustsim_hpc.modeling.model import Reduction, RowKernel
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.model import DeviceFunction
+from rustsim_hpc.modeling.model import DeviceFunction
 
 _REFUSED = (
     ast.For, ast.While, ast.Try, ast.Raise, ast.Assert, ast.With, ast.Subscript, ast.Lambda, ast.Starred,

@@ -15,9 +15,9 @@ from rustsim_hpc.errors import KernelError
 from rustsim_hpc.kernels.compiling import checking, compile_row_function, load_generated, one_compiler
 from rustsim_hpc.kernels.diagnose import explain
 from rustsim_hpc.kernels.stage_source import FIXED, Argument, StageWriter, op_name
-from rustsim_hpc.program import KernelStage
-from rustsim_hpc.schema import Schema
-from rustsim_hpc.source_identity import function_identity
+from rustsim_hpc.modeling.program import KernelStage
+from rustsim_hpc.modeling.source_identity import function_identity
+from rustsim_hpc.state.schema import Schema
 
 
 @dataclass

@@ -19,9 +19,9 @@ from rustsim_hpc.kernels.compiling import STAGE_OPTIONS
 from rustsim_hpc.kernels.draws import ready_draws
 from rustsim_hpc.kernels.simple import is_simple
 from rustsim_hpc.kernels.streaming import BLOCK
-from rustsim_hpc.model import DeviceFunction, Reduction, RowKernel
-from rustsim_hpc.program import Binding, KernelOp, KernelStage, ReduceOp
-from rustsim_hpc.schema import Schema
+from rustsim_hpc.modeling.model import DeviceFunction, Reduction, RowKernel
+from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
+from rustsim_hpc.state.schema import Schema
 
 KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 1, 2
 """Codes in the first field of a stage's status (0: all is well)."""

@@ -7,14 +7,14 @@ from itertools import groupby
 from pathlib import Path
 
 from rustsim_hpc.errors import ExecutorError, InvalidConfig, MissingEndpoint, RemoteError, Worker
-from rustsim_hpc.partition import PartitionExecutionBackend
+from rustsim_hpc.executors.work import Task, Work
 from rustsim_hpc.remote.addresses import Address, parse_endpoint
 from rustsim_hpc.remote.keys import ClientKeys, read_client_keys
 from rustsim_hpc.remote.link import Patience
 from rustsim_hpc.remote.session import RemoteSession
 from rustsim_hpc.remote.share import Share
 from rustsim_hpc.remote.sockets import library
-from rustsim_hpc.work import Task, Work
+from rustsim_hpc.state.partition import PartitionExecutionBackend
 
 
 class RemotePartitionExecutor:

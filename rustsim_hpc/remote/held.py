@@ -12,9 +12,11 @@ from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.threads import ThreadedSession
 from rustsim_hpc.executors.wire import value_names
-from rustsim_hpc.fingerprint import digest_column, fnv1a_bytes
-from rustsim_hpc.program import Segment
-from rustsim_hpc.reductions import reset_states
+from rustsim_hpc.executors.work import Frame as StepFrame
+from rustsim_hpc.executors.work import PhaseFailure, Work
+from rustsim_hpc.modeling.program import Segment
+from rustsim_hpc.modeling.reductions import reset_states
+from rustsim_hpc.proof.fingerprint import digest_column, fnv1a_bytes
 from rustsim_hpc.remote.installed import NotHere
 from rustsim_hpc.remote.messages import (
     Frame,
@@ -25,8 +27,6 @@ from rustsim_hpc.remote.messages import (
     clipped_trace,
     packed,
 )
-from rustsim_hpc.work import Frame as StepFrame
-from rustsim_hpc.work import PhaseFailure, Work
 
 Array = np.ndarray[Any, Any]
 Reply = tuple[str, dict[str, Any], list[Frame]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.program import ColumnCall, Item, KernelOp
-from rustsim_hpc.source_identity import function_identity
-from rustsim_hpc.work import Work
+from rustsim_hpc.executors.work import Work
+from rustsim_hpc.modeling.program import ColumnCall, Item, KernelOp
+from rustsim_hpc.modeling.source_identity import function_identity
 
 
 def work_identity(work: Work) -> str:

@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc.bound_model import BoundModel
 from rustsim_hpc.errors import RustsimError
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.model import Model, Phase
-from rustsim_hpc.model_source import ModelReference, load_model
-from rustsim_hpc.params import Params
-from rustsim_hpc.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
-from rustsim_hpc.program import Program, plan_program
-from rustsim_hpc.reductions import state_shapes
+from rustsim_hpc.executors.work import Task, Work
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model import Model, Phase
+from rustsim_hpc.modeling.model_source import ModelReference, load_model
+from rustsim_hpc.modeling.params import Params
+from rustsim_hpc.modeling.program import Program, plan_program
+from rustsim_hpc.modeling.reductions import state_shapes
 from rustsim_hpc.remote.identity import work_identity
 from rustsim_hpc.remote.messages import unpacked_params
+from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.state.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
 from rustsim_hpc.version import __version__
-from rustsim_hpc.work import Task, Work
 
 _KEPT = 4
 _SHORT = 12

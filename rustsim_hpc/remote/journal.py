@@ -13,9 +13,9 @@ from typing import Any
 
 from rustsim_hpc.errors import ExecutorError, Worker
 from rustsim_hpc.executors.inline import LocalSession
-from rustsim_hpc.program import Segment
-from rustsim_hpc.reductions import reset_states
-from rustsim_hpc.work import Frame, Work
+from rustsim_hpc.executors.work import Frame, Work
+from rustsim_hpc.modeling.program import Segment
+from rustsim_hpc.modeling.reductions import reset_states
 
 
 @dataclass(frozen=True)

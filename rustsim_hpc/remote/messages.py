@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.schema import DTYPES
+from rustsim_hpc.state.schema import DTYPES
 
 VERSION = 1
 MAGIC = b"rustsim-hpc remote "

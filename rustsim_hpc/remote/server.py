@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rustsim_hpc.environment import cpu_model, libm
 from rustsim_hpc.errors import RustsimError, message_of
 from rustsim_hpc.remote.held import HeldPartitions, Reply
 from rustsim_hpc.remote.installed import InstalledModels, NotHere
@@ -24,6 +23,7 @@ from rustsim_hpc.remote.messages import (
     read_message,
 )
 from rustsim_hpc.remote.sockets import Peer, WorkerSocket
+from rustsim_hpc.run_folder.environment import cpu_model, libm
 
 _TICK_SECONDS = 0.25
 _PEERS_TOLD = 1_000

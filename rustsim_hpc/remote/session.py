@@ -10,8 +10,9 @@ import numpy as np
 
 from rustsim_hpc.errors import ExecutorError, Worker
 from rustsim_hpc.executors.base import OBSERVE
-from rustsim_hpc.fingerprint import fnv1a_bytes
-from rustsim_hpc.reductions import new_board
+from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.reductions import new_board
+from rustsim_hpc.proof.fingerprint import fnv1a_bytes
 from rustsim_hpc.remote.journal import Journal, StepMade, make_again
 from rustsim_hpc.remote.keys import ClientKeys
 from rustsim_hpc.remote.link import Link, LinkError, Patience, Talk, converse
@@ -28,7 +29,6 @@ from rustsim_hpc.remote.talks import (
     run_talk,
     value_fields,
 )
-from rustsim_hpc.work import Frame, PhaseFailure, Work
 
 Array = np.ndarray[Any, Any]
 
@@ -38,9 +38,9 @@ _JOURNAL_BYTES = 64 << 20
 class RemoteSession:
     """A rank's partitions on remote workers; the columns here lag behind, and are brought up on demand.
 
-    While workers hold the state, this session keeps it (see :class:`~rustsim_hpc.memory.Keeper`). A worker is
-    told of a commit by the side that the next request calls the current one. Of a worker that is lost, the
-    rows are made again here, from the state that was here last and the values of the steps since.
+    While workers hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`). A
+    worker is told of a commit by the side that the next request calls the current one. Of a worker that is
+    lost, the rows are made again here, from the state that was here last and the values of the steps since.
 
     Args:
         work: the bound program.

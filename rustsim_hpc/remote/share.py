@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rustsim_hpc.environment import cpu_model, libm
 from rustsim_hpc.errors import ExecutorError, Worker
-from rustsim_hpc.model_source import ModelReference
+from rustsim_hpc.executors.work import PhaseFailure, Task, Work
+from rustsim_hpc.modeling.model_source import ModelReference
 from rustsim_hpc.remote.addresses import Address
 from rustsim_hpc.remote.link import Link, LinkError
-from rustsim_hpc.work import PhaseFailure, Task, Work
+from rustsim_hpc.run_folder.environment import cpu_model, libm
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import KernelError
-from rustsim_hpc.fingerprint import digest_column
+from rustsim_hpc.executors.work import Board, PhaseFailure, Task, Work
+from rustsim_hpc.proof.fingerprint import digest_column
 from rustsim_hpc.remote.identity import work_identity
 from rustsim_hpc.remote.link import Link, LinkError, Talk
 from rustsim_hpc.remote.messages import (
@@ -21,9 +22,8 @@ from rustsim_hpc.remote.messages import (
     packed,
     packed_params,
 )
-from rustsim_hpc.schema import DTYPES
+from rustsim_hpc.state.schema import DTYPES
 from rustsim_hpc.version import __version__
-from rustsim_hpc.work import Board, PhaseFailure, Task, Work
 
 Array = np.ndarray[Any, Any]
 

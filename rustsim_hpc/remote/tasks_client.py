@@ -11,23 +11,23 @@ from typing import Any, Self
 
 import numpy as np
 
-from rustsim_hpc.bound_model import BoundModel
-from rustsim_hpc.checkpoint import PartitionCheckpoint
-from rustsim_hpc.columns import DeviceSoaCheckpoint
+from rustsim_hpc.control.checkpoint import PartitionCheckpoint
 from rustsim_hpc.errors import ModelError, Phase, RemoteError, RustsimError, Worker
 from rustsim_hpc.executors.base import PartitionExecutablePhase, PartitionTask, PartitionTaskResult
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.model import ColumnPhase
-from rustsim_hpc.model_source import load_model
-from rustsim_hpc.params import Params
-from rustsim_hpc.partition import PartitionExecutionContext, PartitionPhaseReport
-from rustsim_hpc.program import plan_program
+from rustsim_hpc.executors.work import Board, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model import ColumnPhase
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.modeling.params import Params
+from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.random import key_of
 from rustsim_hpc.remote.addresses import parse_endpoint
 from rustsim_hpc.remote.executor import client_keys
 from rustsim_hpc.remote.link import Link, LinkError, Patience, Refused, Talk, converse
 from rustsim_hpc.remote.talks import Opening, Reports, fetch_talk, load_talk, open_talk, run_talk
-from rustsim_hpc.work import Board, PhaseFailure, Task, Work
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint
+from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.state.partition import PartitionExecutionContext, PartitionPhaseReport
 
 Array = np.ndarray[Any, Any]
 

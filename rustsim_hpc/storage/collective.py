@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.proof.fingerprint import StateView
+from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.hdf5 import (
     ALIGNED_FROM,
     LIBVER,
@@ -19,7 +20,6 @@ from rustsim_hpc.storage.hdf5 import (
     write_root,
 )
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
-from rustsim_hpc.team import Team
 
 # MPI-IO counts in 32 bits in places.
 _PIECE_BYTES = 256 << 20

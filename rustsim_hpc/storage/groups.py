@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.header import StorageOptions
-from rustsim_hpc.team import Team
 
 
 @dataclass(frozen=True)

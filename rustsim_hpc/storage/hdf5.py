@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.fingerprint import StateView, digest_column
-from rustsim_hpc.schema import Column
+from rustsim_hpc.proof.fingerprint import StateView, digest_column
+from rustsim_hpc.state.schema import Column
 from rustsim_hpc.storage.header import (
     FORMAT_NAME,
     FORMAT_VERSION,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import JobError, nearest
-from rustsim_hpc.fingerprint import ReplayFingerprint
-from rustsim_hpc.schema import Column, Schema
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+from rustsim_hpc.state.schema import Column, Schema
 
 FORMAT_NAME = "rustsim-hpc checkpoint"
 FORMAT_VERSION = 1

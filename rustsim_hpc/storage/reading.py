@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.fingerprint import (
+from rustsim_hpc.proof.fingerprint import (
     StateView,
     digest_sums,
     digest_value,
@@ -21,11 +20,12 @@ from rustsim_hpc.fingerprint import (
     fnv1a_ids,
     fnv1a_names,
 )
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.storage.folder import list_checkpoints, manifest_of, move_aside, step_of
 from rustsim_hpc.storage.hdf5 import read_file
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.proof import FileProof, Manifest, check_blocks
-from rustsim_hpc.team import SoloTeam, Team
 
 T = TypeVar("T")
 _PIECE_ROWS = 1 << 20

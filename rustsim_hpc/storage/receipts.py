@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.fingerprint import digest_value
+from rustsim_hpc.proof.fingerprint import digest_value
 from rustsim_hpc.storage.hdf5 import Segment, datasets
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.proof import FileProof, file_errors

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
-from rustsim_hpc.fingerprint import StateView
+from rustsim_hpc.proof.fingerprint import StateView
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.collective import check_supported
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writing import Attempt, Phases
-from rustsim_hpc.team import Team
 
 
 def write_checkpoint(

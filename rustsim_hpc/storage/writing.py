@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rustsim_hpc.agreement import agree
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
-from rustsim_hpc.fingerprint import StateView, digest_sums
+from rustsim_hpc.proof.fingerprint import StateView, digest_sums
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
 from rustsim_hpc.storage.groups import groups_of
@@ -52,7 +53,6 @@ from rustsim_hpc.storage.proof import (
     render_manifest,
 )
 from rustsim_hpc.storage.receipts import Receipt, check_room, checked
-from rustsim_hpc.team import Team
 
 Phases = Generator[Callable[[], Any], "list[Any] | None", None]
 

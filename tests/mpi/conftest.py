@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rustsim_hpc.team import MpiTeam, Team, open_team
+from rustsim_hpc.ranks.team import MpiTeam, Team, open_team
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

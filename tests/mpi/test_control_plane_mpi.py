@@ -13,10 +13,11 @@ import pytest
 from rank_planes import AGENTS, STEPS, RankPlane, alone
 
 import rustsim_hpc as rs
-from rustsim_hpc import backing, errors
-from rustsim_hpc.agreement import on_all
-from rustsim_hpc.memory import ColumnMemory
-from rustsim_hpc.team import Team
+from rustsim_hpc import errors
+from rustsim_hpc.ranks.agreement import on_all
+from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.state import backing
+from rustsim_hpc.state.memory import ColumnMemory
 
 pytestmark = pytest.mark.mpi
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from cuda_planes import Devices, needs_compiler
 
-from rustsim_hpc import device
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job import Override, RunOptions, read_job
-from rustsim_hpc.launch import run_job
-from rustsim_hpc.team import SoloTeam, Team
+from rustsim_hpc.job.launch import run_job
+from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.ranks.team import SoloTeam, Team
+from rustsim_hpc.state import device
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "random_walk.toml"
 pytestmark = needs_compiler

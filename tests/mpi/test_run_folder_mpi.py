@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rustsim_hpc.errors import RunFolderError
-from rustsim_hpc.lock import FolderLock, is_locked
-from rustsim_hpc.run_folder import RunFolder
-from rustsim_hpc.run_record import RunFacts, read_record
-from rustsim_hpc.team import Team
+from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.run_folder.folder import RunFolder
+from rustsim_hpc.run_folder.lock import FolderLock, is_locked
+from rustsim_hpc.run_folder.record import RunFacts, read_record
 
 pytestmark = pytest.mark.mpi
 FACTS = RunFacts(job="flock", seed=1, agents=10, steps=5)

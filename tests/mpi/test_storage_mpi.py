@@ -13,6 +13,7 @@ from storage_cases import ALL, bounds, cut, header_of, same_bits, state
 from storage_cases import layout as options_of
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.storage import (
     CheckpointWriter,
     checkpoint_path,
@@ -23,7 +24,6 @@ from rustsim_hpc.storage import (
     write_checkpoint,
 )
 from rustsim_hpc.storage.collective import has_parallel_hdf5
-from rustsim_hpc.team import SoloTeam, Team
 
 pytestmark = pytest.mark.mpi
 LAYOUTS = ["sharded", "node", "single"]

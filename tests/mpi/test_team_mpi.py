@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rustsim_hpc.errors import CheckpointFileError, LauncherError, TeamError
-from rustsim_hpc.team import Team, agree, agree_hash, detect_launcher, open_team
+from rustsim_hpc.ranks.team import Team, agree, agree_hash, detect_launcher, open_team
 
 pytestmark = pytest.mark.mpi
 

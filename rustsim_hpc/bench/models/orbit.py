@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.model import Model, row_kernel
-from rustsim_hpc.params import Param
-from rustsim_hpc.schema import Column
+from rustsim_hpc.modeling.model import Model, row_kernel
+from rustsim_hpc.modeling.params import Param
+from rustsim_hpc.state.schema import Column
 
 DT, K, KEEP, WIDTH = np.float32(0.1), np.float32(0.01), np.float32(0.99), np.float32(40.0)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.model import Model, reduction
-from rustsim_hpc.schema import Column
+from rustsim_hpc.modeling.model import Model, reduction
+from rustsim_hpc.state.schema import Column
 
 BINS = 1024
 

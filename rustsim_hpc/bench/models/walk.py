@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc import random
-from rustsim_hpc.model import Model, function, row_kernel
-from rustsim_hpc.params import Param
-from rustsim_hpc.schema import Column
+from rustsim_hpc.modeling.model import Model, function, row_kernel
+from rustsim_hpc.modeling.params import Param
+from rustsim_hpc.state.schema import Column
 
 REACH, WIDTH = np.float32(0.25), np.float32(10.0)
 

@@ -1,0 +1,203 @@
+"""What the commands share: the session of one start, options that are keys of the job file, and `--set`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rustsim_hpc.job.options import OPTION_KEYS
+
+if TYPE_CHECKING:
+    from rustsim_hpc.job.spec import Override
+    from rustsim_hpc.ranks.team import Team
+
+T = TypeVar("T")
+Command = Callable[..., Any]
+
+
+class Session:
+    """One start of the command line: its ranks, and who of them speaks.
+
+    debug: errors come with a traceback.
+    """
+
+    def __init__(self) -> None:
+        self.debug = False
+        self._team: Team | None = None
+
+    @cached_property
+    def speaks(self) -> bool:
+        """Whether this process prints: rank 0, found out from the launcher's environment alone."""
+        from rustsim_hpc.errors import LauncherError
+        from rustsim_hpc.ranks.launcher import detect_launcher
+
+        try:
+            launcher = detect_launcher(os.environ)
+        except LauncherError:
+            return True
+        return launcher is None or launcher.rank == 0
+
+    def say(self, *texts: str) -> None:
+        """Print lines on rank 0; a reader who has gone (`| head`) has seen enough."""
+        if not self.speaks:
+            return
+        try:
+            for text in texts:
+                click.echo(text)
+        except BrokenPipeError:
+            # Python's own flush at exit must not meet the broken pipe again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    @property
+    def team(self) -> Team:
+        """The ranks of this start, opened when first asked for.
+
+        Raises:
+            LauncherError: MPI and the launcher do not agree.
+        """
+        if self._team is None:
+            from rustsim_hpc.ranks.team import open_team
+
+            self._team = open_team()
+        return self._team
+
+    @property
+    def lost(self) -> bool:
+        """Whether other ranks may be gone, or wait for this one for ever."""
+        return self._team is not None and self._team.broken
+
+    @property
+    def alone_among_ranks(self) -> bool:
+        """Whether other ranks may be waiting for this one."""
+        return self._team is not None and self._team.size > 1
+
+    def on_all(self, make: Callable[[], T]) -> T:
+        """Return `make()`, which every rank calls; if it raises on one, the same error is raised on all.
+
+        Raises:
+            RustsimError: what `make` raised on the first rank where it did.
+        """
+        from rustsim_hpc.ranks.agreement import on_all
+
+        return on_all(self.team, make)
+
+    def leave_alone(self, code: int, message: str) -> None:
+        """End all ranks: this one has met something that the others know nothing of."""
+        if self._team is not None and self._team.size > 1:
+            self._team.abort(code, f"rank {self._team.rank}: {message}")
+
+    def stand_by_the_outcome(self) -> None:
+        """Ignore signals from here on if there are other ranks: this one's exit code is decided.
+
+        A launcher that ends all ranks as soon as one has left with a code, as `srun --kill-on-bad-exit` does,
+        would change 75 of a rank that is just leaving into that of a killed one.
+        """
+        if self.alone_among_ranks:
+            from rustsim_hpc.job.signals import SIGNALS
+
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+
+def debug_option(command: Command) -> Command:
+    """Add `--debug`, which the session keeps."""
+
+    def keep(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        context.ensure_object(Session).debug = value
+
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=keep,
+        help="Show the traceback of an error.",
+    )(command)
+
+
+_FLAG: dict[str, Any] = {"is_flag": True, "default": False}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "--agents": {"type": int, "metavar": "N", "help": "Number of agents (rows)."},
+    "--steps": {"type": int, "metavar": "N", "help": "Step to reach."},
+    "--seed": {"type": int, "metavar": "S", "help": "Seed of all random numbers."},
+    "--executor": {
+        "type": click.Choice(["inline", "threads", "processes", "remote"]),
+        "help": "What runs a rank's partitions. Ranks come from mpirun or srun.",
+    },
+    "--workers": {"type": int, "metavar": "N", "help": "Threads or worker processes of a rank."},
+    "--partitions": {"type": int, "metavar": "P", "help": "Partitions of the rows, over all ranks."},
+    "--guard": {
+        "type": click.Choice(["rollback", "torn"]),
+        "help": "After a failed step: the state before it, or (less memory) one that needs a restore.",
+    },
+    "--backend": {"type": click.Choice(["auto", "cpu", "cuda"]), "help": "Where partitions run."},
+    "--endpoint": {
+        "multiple": True,
+        "metavar": "ENDPOINT",
+        "help": "A worker of the remote executor, tcp://HOST:PORT; may be given more than once.",
+    },
+    "--keys": {
+        "type": click.Path(file_okay=False),
+        "metavar": "DIR",
+        "help": "Keys for workers beyond the loopback (rustsim-hpc worker --make-keys).",
+    },
+    "--check": {**_FLAG, "help": "Compile with bounds checks; refuse NaN where it becomes an integer."},
+    "--time-limit": {
+        "metavar": "TIME",
+        "help": 'Save a checkpoint and stop after this time: "90s", "1h30m".',
+    },
+    "--record": {**_FLAG, "help": "Write each step's fingerprint to replay.jsonl."},
+    "--verify": {
+        "type": click.Path(dir_okay=False),
+        "metavar": "LOG",
+        "help": "Check each step against a recorded replay.jsonl; stop at the first difference.",
+    },
+    "--fingerprint": {"type": click.Choice(["digest", "fnv1a"]), "help": "Scheme of the fingerprints."},
+    "--checkpoint-every": {"type": int, "metavar": "K", "help": "Steps between checkpoints; 0: at the end."},
+    "--out": {
+        "type": click.Path(file_okay=False),
+        "metavar": "DIR",
+        "help": "The run's folder (default: runs/JOB-TIME).",
+    },
+    "--force": {**_FLAG, "help": "Use a folder that is not empty."},
+    "--dry-run": {**_FLAG, "help": "Print the resolved job and its plan; run nothing."},
+    "--no-progress": {**_FLAG, "help": "No progress bar (there is none without a terminal)."},
+    "--profile": {**_FLAG, "help": "End with a table of where the time went."},
+    "--json": {**_FLAG, "help": "End standard output with one line of JSON."},
+}
+
+
+def job_options(*names: str) -> Callable[[Command], Command]:
+    """Add options that set keys of the job file, in this order."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = click.option(name, **_SETTINGS[name])(command)
+        return command
+
+    return add
+
+
+def overrides(given: Mapping[str, Any], sets: tuple[str, ...] = ()) -> list[Override]:
+    """Return what the command line sets over the job file, from click's values and the texts of `--set`.
+
+    Raises:
+        JobError: a `--set` that is not TABLE.KEY=VALUE.
+    """
+    from rustsim_hpc.job.spec import Override
+
+    made = [Override.parse(text) for text in sets]
+    for option, (table, key) in OPTION_KEYS.items():
+        value = given.get(option.removeprefix("--").replace("-", "_"))
+        if value is None or value is False or value == ():
+            continue
+        if option == "--record":
+            value = "record"
+        made.append(Override(table, key, list(value) if isinstance(value, tuple) else value, option))
+    return made

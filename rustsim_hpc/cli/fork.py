@@ -1,0 +1,49 @@
+"""`rustsim-hpc fork`: a new run from an old state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
+from rustsim_hpc.cli.run import finish, read_folder_job
+
+_EXAMPLES = """\b
+Examples:
+  rustsim-hpc fork runs/first --at 60 --set params.beta=0.3 --out runs/milder
+  rustsim-hpc fork runs/first --set run.seed=2 --steps 365 --out runs/second-seed
+  rustsim-hpc inspect runs/milder        shows where it comes from
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--at", type=int, metavar="STEP", help="Start from the checkpoint of this step (default: the newest)."
+)
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Change a key of the job, for example params.beta=0.3. May be given more than once.",
+)
+@job_options(
+    "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys",
+    "--check", "--time-limit", "--record", "--fingerprint", "--checkpoint-every", "--out", "--force",
+    "--no-progress", "--json",
+)  # fmt: skip
+@debug_option
+@click.pass_obj
+def fork(session: Session, /, folder: Path, at: int | None, sets: tuple[str, ...], **given: Any) -> int:
+    """Run a new job from a checkpoint of the run in DIR, with changes, into a folder of its own.
+
+    The new run's record says where it comes from (parent, step, fingerprint, changes). The state's columns
+    and the number of agents must stay; parameters, seed, steps and the model's phases may change.
+    """
+    spec, options = read_folder_job(session, folder, overrides(given, sets))
+    from rustsim_hpc.job.launch import fork_run
+
+    return finish(session, options, fork_run(folder, spec, options, session.team, at=at))

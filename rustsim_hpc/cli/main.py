@@ -1,0 +1,118 @@
+"""The command `rustsim-hpc`: its group, and the one place where errors become messages and exit codes.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import click
+
+from rustsim_hpc.cli.bench import bench
+from rustsim_hpc.cli.common import Session
+from rustsim_hpc.cli.compare import diff, verify
+from rustsim_hpc.cli.fork import fork
+from rustsim_hpc.cli.look import doctor, inspect, plan
+from rustsim_hpc.cli.run import resume, run
+from rustsim_hpc.cli.slurm import collect, slurm
+from rustsim_hpc.cli.worker import worker
+from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.version import __version__
+
+EXIT_FAILED: Final = 3
+EXIT_INTERRUPTED: Final = 130
+
+_EPILOG: Final = """\b
+Examples:
+  rustsim-hpc run jobs/us_flights.toml
+  rustsim-hpc run jobs/us_flights.toml --agents 100000 --executor threads --workers 2
+  mpirun -n 4 rustsim-hpc run jobs/us_flights.toml --record --checkpoint-every 30
+  rustsim-hpc resume runs/us_flights-20260301-120000
+  rustsim-hpc plan jobs/us_flights.toml --ranks 1024
+
+\b
+Exit codes:
+  0   done
+  2   usage, job file, model or configuration; a log that cannot be read
+  3   a phase, check, worker, rank, executor or output failed
+  4   replay diverged
+  5   checkpoint or restore
+  75  stopped by a signal or time limit after saving a checkpoint: run `resume`
+"""
+
+
+@click.group(
+    epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="rustsim-hpc")
+def cli() -> None:
+    """Run agent-based models whose every step can be proved.
+
+    A job is a TOML file that names a model, its parameters and how it is run. The same job gives the same
+    bits in one process, on threads, in worker processes and, started by mpirun or srun, on any number of
+    ranks.
+    """
+
+
+for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm, bench, doctor, worker):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (`sys.argv` where no arguments are given) and exit with its code."""
+    session = Session()
+    code = _run(session, None if arguments is None else list(arguments))
+    session.stand_by_the_outcome()
+    sys.exit(code)
+
+
+def _run(session: Session, arguments: list[str] | None) -> int:
+    """Run one command; return its exit code, everything that went wrong told on standard error."""
+    try:
+        code = cli.main(args=arguments, prog_name="rustsim-hpc", standalone_mode=False, obj=session)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        if session.speaks:
+            error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        session.leave_alone(EXIT_INTERRUPTED, "interrupted")
+        return EXIT_INTERRUPTED
+    except RustsimError as error:
+        if session.speaks or session.lost:
+            _tell(error, session.debug)
+        if session.lost:
+            session.leave_alone(error.exit_code, str(error))
+        return error.exit_code
+    except SystemExit:
+        # click's answer to a broken pipe. `Session.say` deals with a reader who has gone, so it is another.
+        return _unexpected(session, BrokenPipeError("a pipe between processes broke"))
+    except Exception as error:  # noqa: BLE001 (the last place: whatever it is, it ends with a message and a code)
+        return _unexpected(session, error)
+    return code if isinstance(code, int) else 0
+
+
+def _unexpected(session: Session, error: Exception) -> int:
+    """Tell an error that nobody expected, on whichever rank; end the others, which do not know of it."""
+    message = f"{type(error).__name__}: {error}"
+    if session.debug:
+        traceback.print_exception(error)
+    elif session.speaks or session.alone_among_ranks:
+        click.echo(f"Error: {message}\nhint: --debug shows where", err=True)
+    session.leave_alone(EXIT_FAILED, message)
+    return EXIT_FAILED
+
+
+def _tell(error: RustsimError, debug: bool) -> None:
+    """Print an error: its line, then what else is known; ranks that say the same are one."""
+    if debug:
+        traceback.print_exception(error)
+    text = str(error)
+    repeated = f"also failed: {text}"
+    details = [line for line in error.details().splitlines() if line != repeated]
+    click.echo("\n".join([f"Error: {text}", *details]), err=True)

@@ -1,0 +1,120 @@
+"""`rustsim-hpc run` and `resume`: read the job, hand it to the engine, print how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
+
+if TYPE_CHECKING:
+    from rustsim_hpc.job.spec import JobSpec, Override, RunOptions
+    from rustsim_hpc.job.summary import RunSummary
+
+_RUN_EXAMPLES = """\b
+Examples:
+  rustsim-hpc run jobs/us_flights.toml
+  rustsim-hpc run jobs/us_flights.toml --executor threads --workers 2
+  rustsim-hpc run jobs/us_flights.toml --agents 100000 --set params.beta=0.4
+  rustsim-hpc run jobs/us_flights.toml --record --checkpoint-every 30 --out runs/first
+  rustsim-hpc run jobs/us_flights.toml --verify runs/first/replay.jsonl
+  mpirun -n 4 rustsim-hpc run jobs/us_flights.toml
+  rustsim-hpc run jobs/us_flights.toml --executor remote --endpoint tcp://hostA:5555 --keys keys
+  rustsim-hpc run jobs/us_flights.toml --dry-run
+
+Every option is also a key of the job file: see docs/job_file.md.
+"""
+
+_RESUME_EXAMPLES = """\b
+Examples:
+  rustsim-hpc resume runs/first
+  rustsim-hpc resume runs/first --steps 365
+  rustsim-hpc resume runs/first --at 60
+  mpirun -n 2 rustsim-hpc resume runs/first
+"""
+
+
+@click.command(epilog=_RUN_EXAMPLES)
+@click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
+@job_options("--agents", "--steps", "--seed")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Set a key of the job file, for example params.beta=0.3. May be given more than once.",
+)
+@job_options(
+    "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys", "--check",
+    "--time-limit", "--record", "--verify", "--fingerprint", "--checkpoint-every", "--out", "--force",
+    "--dry-run", "--no-progress", "--profile", "--json",
+)  # fmt: skip
+@debug_option
+@click.pass_obj
+def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> int:
+    """Run the job of a TOML file.
+
+    Under mpirun or srun the ranks share the work. The run's folder keeps the job as resolved, the outputs,
+    checkpoints and the replay log. Ctrl-C stops after the current step with a checkpoint; `resume` goes on.
+    """
+    from rustsim_hpc.job.spec import read_job
+
+    spec, options = session.on_all(lambda: read_job(job, overrides(given, sets), debug=session.debug))
+    if options.dry_run:
+        from rustsim_hpc.job.launch import plan_job
+
+        text = session.on_all(lambda: f"{spec.to_toml()}\n{plan_job(spec, session.team.size).text()}")
+        session.say(text)
+        return 0
+    from rustsim_hpc.job.launch import run_job
+
+    return finish(session, options, run_job(spec, options, session.team))
+
+
+@click.command(epilog=_RESUME_EXAMPLES)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--at", type=int, metavar="STEP", help="Go on from the checkpoint of this step, not from the newest one."
+)
+@job_options(
+    "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys",
+    "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
+)  # fmt: skip
+@debug_option
+@click.pass_obj
+def resume(session: Session, /, folder: Path, at: int | None, **given: Any) -> int:
+    """Go on with the run in DIR from its newest proven checkpoint.
+
+    The run ends with the same bits as if it had never stopped, on any number of ranks and partitions.
+    Without any checkpoint it starts at step 0; a finished run prints its summary.
+    """
+    spec, options = read_folder_job(session, folder, overrides(given))
+    from rustsim_hpc.job.launch import resume_run
+
+    return finish(session, options, resume_run(folder, spec, options, session.team, at=at))
+
+
+def read_folder_job(session: Session, folder: Path, changes: list[Override]) -> tuple[JobSpec, RunOptions]:
+    """Read the job that a run's folder keeps, with what the command line sets over it, on all ranks.
+
+    Raises:
+        RunFolderError: it is not the folder of a run.
+        JobError: a change cannot be right.
+    """
+    from rustsim_hpc.errors import RunFolderError
+    from rustsim_hpc.job.spec import read_job
+
+    def read() -> tuple[JobSpec, RunOptions]:
+        if not (folder / "job.toml").is_file():
+            raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
+        return read_job(folder / "job.toml", changes, debug=session.debug)
+
+    return session.on_all(read)
+
+
+def finish(session: Session, options: RunOptions, summary: RunSummary) -> int:
+    """Print how a run ended, and return the exit code."""
+    session.say(summary.text(), *([summary.to_json()] if options.json else []))
+    return summary.exit_code

@@ -1,0 +1,105 @@
+"""`rustsim-hpc worker`: serve partitions of runs on other machines, and make the keys for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from rustsim_hpc.cli.common import Session, debug_option
+
+_GIB = 2**30
+_MOST_GIB = 2**30
+
+
+def _half_of_the_memory() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / _GIB, 1)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  rustsim-hpc worker --bind tcp://127.0.0.1:5555 --model jobs/us_flights.py\n"
+    "  rustsim-hpc worker --make-keys keys\n"
+    "  rustsim-hpc worker --bind tcp://*:5555 --model jobs/us_flights.py --keys keys\n"
+)
+@click.option(
+    "--bind", "endpoint", metavar="ENDPOINT", help="Where to listen: tcp://HOST:PORT; * for any free port."
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODULE",
+    help="A model to serve, as in a job; may be repeated.",
+)
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keys to encrypt and to know clients by; needed beyond the loopback.",
+)
+@click.option(
+    "--make-keys",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Make keys for workers and for a client, and end.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Threads that run a client's partitions.",
+)
+@click.option(
+    "--memory", type=float, metavar="GIB", help="Memory for columns (default: half of the machine's)."
+)
+@click.option("--once", is_flag=True, help="End when the first clients have ended.")
+@debug_option
+@click.pass_obj
+def worker(
+    session: Session,
+    endpoint: str | None,
+    models: tuple[str, ...],
+    keys: Path | None,
+    make_keys: Path | None,
+    threads: int,
+    memory: float | None,
+    once: bool,
+) -> None:
+    """Serve partitions to control planes elsewhere, until a signal.
+
+    Phases are those of the models that are named here; nobody can send others. docs/remote.md says how a run
+    uses workers, and what the keys are good for.
+    """
+    if make_keys is not None:
+        from rustsim_hpc.remote.keys import make_keys as make
+
+        session.say(*(str(path) for path in make(make_keys)))
+        return
+    if endpoint is None or not models:
+        raise click.UsageError("a worker needs --bind and --model, or --make-keys alone")
+    memory = _half_of_the_memory() if memory is None else memory
+    if not 0 < memory < _MOST_GIB:  # nor nan
+        raise click.BadParameter(f"{memory:g} is no number of GiB above 0", param_hint="--memory")
+    from rustsim_hpc.job.signals import StopRequests
+    from rustsim_hpc.remote.installed import InstalledModels
+    from rustsim_hpc.remote.keys import read_worker_keys
+    from rustsim_hpc.remote.server import WorkerLimits, WorkerServer
+
+    found = None if keys is None else read_worker_keys(keys)
+    limits = WorkerLimits(int(memory * _GIB), threads=threads)
+    installed = InstalledModels(models)
+    server = WorkerServer(endpoint, found, installed, limits, _tell)
+    try:
+        with StopRequests() as stops:
+            how = "encrypted" if found is not None else "plain, for this machine alone"
+            session.say(f"worker at {server.endpoint} ({how}), models: {installed}")
+            server.serve(lambda: stops.stop_requested() is not None, once=once)
+    finally:
+        server.close()
+
+
+def _tell(line: str) -> None:
+    click.echo(f"worker: {line}", err=True)

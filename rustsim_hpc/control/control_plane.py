@@ -1,0 +1,476 @@
+"""The control plane around a columnar runtime: replay, checkpoints, metrics, partitions, typed failures.
+
+It runs on every rank of a team in the same way and knows the ranks only through the team.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+from rustsim_hpc.control.assembly import assemble_partitions, checkpoint_store, new_store, require_value
+from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
+from rustsim_hpc.control.config import ControlPlaneConfig, validate_config, validate_plan
+from rustsim_hpc.control.failures import StepKind, plane_error
+from rustsim_hpc.control.metrics import EngineMetrics, Meter
+from rustsim_hpc.control.reports import ControlledStep as ControlledStep  # noqa: PLC0414
+from rustsim_hpc.control.reports import PartitionedStep as PartitionedStep  # noqa: PLC0414
+from rustsim_hpc.control.reports import PhaseReports, StepSpent
+from rustsim_hpc.control.runtime import ColumnarRuntime, closure_phase
+from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
+from rustsim_hpc.control.stepping import Executor, Stepping
+from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
+from rustsim_hpc.executors.inline import InlinePartitionExecutor
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model import ColumnPhase, Phase
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+from rustsim_hpc.proof.replay import ReplayRecorder
+from rustsim_hpc.proof.state_proof import StateProof
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.state.columns import DeviceSoaStore
+from rustsim_hpc.state.partition import PartitionAssignment, PartitionPlan
+
+_INLINE = InlinePartitionExecutor()
+T = TypeVar("T")
+
+
+class EngineControlPlane:
+    """Production surface around a :class:`~rustsim_hpc.control.runtime.ColumnarRuntime`.
+
+    Args:
+        runtime: the engine; its phases are what :meth:`step` runs.
+        config: how to run; the defaults if None.
+
+    Raises:
+        EngineControlPlaneError: the configuration does not fit (``InvalidConfig``, ``PlanError``,
+            ``MissingPartitionWorker``).
+    """
+
+    def __init__(self, runtime: ColumnarRuntime, config: ControlPlaneConfig | None = None) -> None:
+        if not isinstance(runtime, ColumnarRuntime):
+            raise InvalidConfig(f"a control plane needs a ColumnarRuntime, got {type(runtime).__name__}")
+        self._runtime = runtime
+        self._config = ControlPlaneConfig() if config is None else config
+        self._team = runtime.team
+        validate_config(self._config, runtime.device_store().total_rows)
+        self._partition_phases: list[ColumnPhase] = []
+        self._executor_phases: list[Phase] = []
+        self._meter = Meter()
+        most = min(int(self._config.max_retained_checkpoints), sys.maxsize)
+        self._retained: deque[EngineCheckpoint] = deque(maxlen=most)
+        self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
+        self._proof = StateProof(runtime.device_store(), self._team, self._config.fingerprint)
+        self._stepping = Stepping(runtime, self._config, self._replay, self._proof)
+        self._late_error: CheckpointWriteFailed | None = None
+
+    @classmethod
+    def new(cls, runtime: ColumnarRuntime) -> EngineControlPlane:
+        """Build a plane with the default configuration."""
+        return cls(runtime)
+
+    @classmethod
+    def with_config(cls, runtime: ColumnarRuntime, config: ControlPlaneConfig) -> EngineControlPlane:
+        """Build a plane with a configuration (see the class)."""
+        return cls(runtime, config)
+
+    # -- what it holds -------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> ColumnarRuntime:
+        """The wrapped runtime."""
+        return self._runtime
+
+    def runtime_mut(self) -> ColumnarRuntime:
+        """Return the wrapped runtime, to be changed: sums remembered of its state are forgotten."""
+        self._stepping.take_back()
+        self._proof.forget()
+        return self._runtime
+
+    @property
+    def config(self) -> ControlPlaneConfig:
+        """The active configuration."""
+        return self._config
+
+    @property
+    def partition_plan(self) -> PartitionPlan:
+        """The active partition plan."""
+        return self._config.partition_plan
+
+    @property
+    def partition_phase_count(self) -> int:
+        """Number of partition phases, those for executors included."""
+        return len(self._partition_phases) + len(self._executor_phases)
+
+    def metrics(self) -> EngineMetrics:
+        """Return a snapshot of the cumulative metrics."""
+        store = self._runtime.device_store()
+        self._meter.refresh(
+            current_step=self._runtime.step_index,
+            agent_count=store.total_rows,
+            resident_bytes=store.resident_bytes,
+            partition_count=self._config.partition_plan.partition_count,
+            phases=(self._runtime.phase_count, len(self._partition_phases), len(self._executor_phases)),
+        )
+        return self._meter.snapshot()
+
+    def checkpoints(self) -> tuple[EngineCheckpoint, ...]:
+        """Return the retained checkpoints, oldest first."""
+        return tuple(self._retained)
+
+    def latest_checkpoint(self) -> EngineCheckpoint | None:
+        """Return the newest retained checkpoint, or None."""
+        return self._retained[-1] if self._retained else None
+
+    def recorded_replay(self) -> tuple[ReplayFingerprint, ...]:
+        """Return the fingerprints recorded (or verified) so far, in step order."""
+        return self._replay.recorded
+
+    # -- phases --------------------------------------------------------------------------------------
+
+    def add_partition_cpu_phase(self, name: str, function: Any) -> None:
+        """Add a phase ``fn(context, columns, rows)`` that :meth:`step_partitions` runs on each partition."""
+        self._stepping.drop(StepKind.PARTITION)
+        self._partition_phases.append(closure_phase(name, function))
+
+    def add_partition_executor_phase(self, name: str, function: Any) -> None:
+        """Add a phase for :meth:`step_partitions_with_executor`; it may run on several threads at once."""
+        self._stepping.drop(StepKind.EXECUTOR)
+        self._executor_phases.append(closure_phase(name, function))
+
+    def add_model(self, model: BoundModel, *, checked: bool = False, tile_rows: int = 0) -> None:
+        """Make a bound model's phases the executor phases; its checks are made after every step.
+
+        Args:
+            model: the model; the runtime's store must have its columns.
+            checked: compile with bounds checks, and refuse NaN where it becomes an integer.
+            tile_rows: rows of a tile (a power of two of at least 4096), 0 to size it from the cache.
+
+        Raises:
+            InvalidConfig: there are executor phases already, or the state has other columns than the model.
+        """
+        self._stepping.drop(StepKind.EXECUTOR)
+        if self._executor_phases:
+            raise InvalidConfig("a model's phases cannot be added to other executor phases")
+        if model.schema != self._runtime.schema:
+            raise InvalidConfig("the runtime's store does not have the model's columns")
+        self._executor_phases = list(model.phases)
+        self._stepping.model = model
+        self._stepping.compile_options = {"checked": checked, "tile_rows": tile_rows}
+
+    def stepper(self, executor: Executor) -> Stepper:
+        """Return what steps the executor phases through an executor, bound to the state as it lies now."""
+        self._stepping.ready()
+        base = self._phase_base(StepKind.EXECUTOR)
+        return self._stepping.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
+
+    def fingerprint(self) -> ReplayFingerprint:
+        """Return the fingerprint of the current state under the configured scheme."""
+        return self._proof.of_current(self._runtime.step_index)
+
+    def column_values(self) -> Mapping[str, int]:
+        """Return the digest of each column ("ids" for the ids) as last computed; nothing under "fnv1a"."""
+        return self._proof.column_values()
+
+    def count_checkpoint(self) -> int:
+        """Count a checkpoint that goes to a file, and return its sequence number."""
+        return self._meter.checkpoint_created()
+
+    def forget_recorded(self) -> None:
+        """Drop the recorded fingerprints from memory, once they are in a log; verification goes on."""
+        self._replay.forget()
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Results of reductions and derived values of the last step, by name."""
+        return self._stepping.values
+
+    def observe(self, executor: Executor) -> None:
+        """Make the reductions of checks and outputs from the current state, into :attr:`values`.
+
+        Raises:
+            EngineControlPlaneError: a reduction or a worker failed; the same on every rank.
+        """
+        values, step = dict(self._stepping.values), self._runtime.step_index
+        stepper = self.stepper(executor)
+        try:
+            stepper.observe(step, values, committed=True)
+        except StepFailed as failed:
+            base = self._phase_base(StepKind.EXECUTOR)
+            raise plane_error(StepKind.EXECUTOR, failed, step, base) from None
+        self._stepping.values = values
+
+    # -- stepping ------------------------------------------------------------------------------------
+
+    def step(self) -> ControlledStep:
+        """Run the runtime phases once over all rows, completely or not at all.
+
+        Raises:
+            EngineControlPlaneError: a phase failed, a fingerprint did not verify, or an earlier automatic
+                checkpoint could not be made.
+        """
+        self._begin()
+        start = time.perf_counter_ns()
+        stepper = self._runtime.stepper(two_sided=self._config.guard.two_sided)
+        report, fingerprint = self._stepping.step(StepKind.RUNTIME, stepper, 0)
+        timing = self._runtime.timing(stepper, report, start)
+        self._count(StepKind.RUNTIME, stepper, report, timing.total_us, captured=fingerprint is not None)
+        return ControlledStep(timing, fingerprint, self._checkpoint_if_due())
+
+    def step_partitions(self) -> PartitionedStep:
+        """Run the partition phases on each partition, one after the other in this thread.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`; also when there are no partition phases.
+        """
+        if not self._partition_phases:
+            raise InvalidConfig("at least one partition phase must be registered")
+        return self._step_partitioned(StepKind.PARTITION, self._partition_phases, _INLINE)
+
+    def step_partitions_with_executor(self, executor: Executor) -> PartitionedStep:
+        """Run the executor phases on each partition through an executor.
+
+        An executor of this package works in place where the columns live; any other gets tasks whose
+        payloads are copies, and its results are checked against the request.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`; also when there are no executor phases.
+        """
+        if not self._executor_phases:
+            raise InvalidConfig("at least one executor partition phase must be registered")
+        return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor)
+
+    def step_fused(self, executor: Executor, steps: int) -> PartitionedStep:
+        """Make up to ``steps`` steps through an executor as one: on each tile of rows before the next tile.
+
+        Made are as many as have nothing due between them (a fingerprint, a check, an observation, a
+        checkpoint) and as the model allows: row kernels alone, one step following another without a look at
+        the rest of the world. The bits are those of single steps. A failure undoes them all, so that a whole
+        step stands; the error names the first of them. :attr:`runtime` says how far it came; the result's
+        reports and times are sums over the steps.
+
+        Raises:
+            EngineControlPlaneError: as :meth:`step`.
+        """
+        if not self._executor_phases:
+            raise InvalidConfig("at least one executor partition phase must be registered")
+        repeatable = self.stepper(executor).work.program.repeatable
+        count = self._stepping.steps_between(steps) if repeatable else 1
+        policy, before = self._config.checkpoint_policy, self._runtime.step_index
+        count = next((k for k in range(1, count) if policy.is_due(before + k)), count)
+        return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor, count)
+
+    def run(self, steps: int) -> list[ControlledStep]:
+        """Make ``steps`` steps; an error carries the results of those before it as ``results``."""
+        return self._collect(self.iter_steps(steps))
+
+    def run_partitions(self, steps: int) -> list[PartitionedStep]:
+        """Make ``steps`` partition steps (see :meth:`run`)."""
+        return self._collect(self.iter_partition_steps(steps))
+
+    def run_partitions_with_executor(self, steps: int, executor: Executor) -> list[PartitionedStep]:
+        """Make ``steps`` partition steps through an executor (see :meth:`run`)."""
+        return self._collect(self.iter_partition_steps(steps, executor))
+
+    def iter_steps(self, steps: int) -> Iterator[ControlledStep]:
+        """Make ``steps`` steps, yielding each result and keeping none."""
+        for _ in range(steps):
+            yield self.step()
+
+    def iter_partition_steps(self, steps: int, executor: Executor | None = None) -> Iterator[PartitionedStep]:
+        """Make ``steps`` partition steps, yielding each result and keeping none."""
+        for _ in range(steps):
+            yield self.step_partitions() if executor is None else self.step_partitions_with_executor(executor)
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def checkpoint(self, label: str | None = None) -> EngineCheckpoint:
+        """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it.
+
+        Raises:
+            CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
+            TornState: there is no whole state.
+        """
+        self._stepping.ready()
+        if not (label is None or isinstance(label, str)):
+            raise InvalidConfig(f"the label of a checkpoint must be text, got {label!r}")
+        self._runtime.sync_to_host()
+        step, store = self._runtime.step_index, self._runtime.device_store()
+        state = self._on_all_ranks(store.checkpoint, f"step {step}")
+        fingerprint = self._proof.of_current(step, afresh=True)
+        sequence = self._meter.checkpoint_created()
+        made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
+        self._retained.append(made)
+        return made
+
+    def restore(self, checkpoint: EngineCheckpoint) -> None:
+        """Replace the state by a checkpoint's, once it has proved itself; phases and counters stay.
+
+        Raises:
+            RestoreError: it does not prove itself, or is of another schema; nothing has changed.
+            PlanError: its population does not fit the partition plan; nothing has changed.
+        """
+
+        def prepare() -> DeviceSoaStore:
+            store = checkpoint_store(checkpoint, self._runtime.device_store(), alone=self._team.size == 1)
+            validate_plan(self._config.partition_plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        stated = checkpoint.fingerprint
+        proof = StateProof(store, self._team, stated.scheme)
+        require_value(stated, proof.of_current(stated.step_index).value)
+        self._stepping.replace(store, stated.step_index)
+
+    def partition_checkpoints(self) -> list[PartitionCheckpoint]:
+        """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
+
+        Raises:
+            PlanError: the plan does not fit the population.
+            TornState: there is no whole state.
+        """
+        self._stepping.ready()
+        self._runtime.sync_to_host()
+        store, step = self._runtime.device_store(), self._runtime.step_index
+        validate_plan(self._config.partition_plan, store.total_rows)
+        made = []
+        for task in self._stepping.tasks():
+            state = store.checkpoint(task.start, task.stop)
+            fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
+            made.append(PartitionCheckpoint(task.assignment, step, fingerprint, state.resident_bytes, state))
+        return made
+
+    def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
+        """Replace the state by partition checkpoints put together, once all have proved themselves.
+
+        Under a team each rank brings its own partitions.
+
+        Raises:
+            PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
+            RestoreError: they are of another schema; nothing has changed.
+            PlanError: their population does not fit the plan; nothing has changed.
+        """
+        plan, current, alone = self._config.partition_plan, self._runtime.device_store(), self._team.size == 1
+        given = list(partitions)
+
+        def expected(stop: int) -> Sequence[PartitionAssignment]:
+            if alone:
+                return plan.materialized_assignments(stop)
+            return [task.assignment for task in self._stepping.tasks()]
+
+        def prepare() -> DeviceSoaStore:
+            store = new_store(assemble_partitions(given, expected, current.row_offset), current, alone=alone)
+            validate_plan(plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        step = int(given[0].step_index) if given else self._runtime.step_index
+        steps = set(self._team.allgather(step))
+        if len(steps) > 1:
+            raise PartitionCheckpointError(f"the ranks' partitions are of different steps: {sorted(steps)}")
+        self._stepping.replace(store, step)
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _step_partitioned(
+        self, kind: StepKind, phases: Sequence[Phase], executor: Executor, repeat: int = 1
+    ) -> PartitionedStep:
+        self._begin()
+        start = time.perf_counter_ns()
+        base = self._phase_base(kind)
+        stepper = self._stepping.stepper(kind, executor, phases, base)
+        before = self._runtime.step_index
+        report, fingerprint = self._stepping.step(kind, stepper, base, repeat)
+        total_us = (time.perf_counter_ns() - start) // 1000
+        self._count(kind, stepper, report, total_us, repeat, captured=fingerprint is not None)
+        work = stepper.work
+        reports = PhaseReports(work.tasks, work.program.model_phases, base, report.times)
+        checkpoint = self._checkpoint_if_due()
+        spent = StepSpent(report.executor_ns, report.meeting_ns, report.checks_ns, report.proof_ns)
+        return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us, spent)
+
+    def _phase_base(self, kind: StepKind) -> int:
+        bases = (0, self._runtime.phase_count, self._runtime.phase_count + len(self._partition_phases))
+        return bases[kind]
+
+    def _count(
+        self,
+        kind: StepKind,
+        stepper: Stepper,
+        report: StepReport,
+        total_us: int,
+        steps: int = 1,
+        *,
+        captured: bool,
+    ) -> None:
+        """Count a committed step (or several at once): each phase once a partition."""
+        work = stepper.work
+        rows = work.memory.rows
+        names = work.program.model_phases
+        self._meter.step_completed(total_us, kind, names, report.times, rows=rows, steps=steps)
+        if captured:
+            self._meter.fingerprint_captured()
+
+    def _checkpoint_if_due(self) -> EngineCheckpoint | None:
+        """Make the automatic checkpoint of this step; a failure is kept for the next step's start."""
+        if not self._config.checkpoint_policy.is_due(self._runtime.step_index):
+            return None
+        try:
+            return self.checkpoint()
+        except CheckpointWriteFailed as error:
+            self._late_error = error
+        except Exception as error:  # noqa: BLE001 (the step stands, whatever it was)
+            step = self._runtime.step_index
+            self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
+            self._late_error.__cause__ = error
+        return None
+
+    def _begin(self) -> None:
+        """Refuse a step where there cannot be one, and raise what the last automatic checkpoint could not."""
+        self._stepping.ready()
+        if self._late_error is not None:
+            late, self._late_error = self._late_error, None
+            raise late
+
+    def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
+        """Return ``make()``; if it fails on one rank, all of them raise.
+
+        ``checkpoint`` names what is being saved: then a lack of memory is a CheckpointWriteFailed.
+        """
+        failure: Exception | None = None
+        made: list[T] = []
+        try:
+            made.append(make())
+        except Exception as error:  # noqa: BLE001 (told to all ranks)
+            failure = error
+            if checkpoint:
+                step = self._runtime.step_index
+                failure = CheckpointWriteFailed(f"{checkpoint}: {message_of(error)}", step=step)
+                failure.__cause__ = error
+        agree(self._team, failure)
+        return made[0]
+
+    def _collect(self, steps: Iterator[T]) -> list[T]:
+        done: list[T] = []
+        try:
+            for step in steps:
+                done.append(step)  # noqa: PERF402 (what was done must survive the error)
+        except BaseException as error:
+            error.results = tuple(done)  # type: ignore[attr-defined]
+            raise
+        return done
+
+    def close(self) -> None:
+        """Release what executors hold (threads, processes); the plane stays usable."""
+        for kind in StepKind:
+            self._stepping.drop(kind)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

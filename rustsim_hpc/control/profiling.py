@@ -1,0 +1,234 @@
+"""Where a run's time goes: phases, meetings of the ranks, proof, records, checkpoints; and the table of it.
+
+Nothing here reads a clock: a step brings what it has spent, and the job's loop says the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from rustsim_hpc.control.reports import PartitionedStep
+from rustsim_hpc.modeling.program import ColumnCall, KernelOp, Program
+from rustsim_hpc.ranks.team import Team
+
+SPANS = {
+    "executor": "phases, as the rank waits for them",
+    "ranks": "meetings of the ranks, reductions",
+    "checks": "checks, values for outputs",
+    "proof": "fingerprint, verification",
+    "log": "replay log",
+    "outputs": "outputs, metrics",
+    "checkpoints": "checkpoints: pauses of the loop",
+}
+"""Parts of the step loop, one after the other, and what they are."""
+_PROOF = ("proof", "log")
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """What the step loop of one rank went into, in seconds.
+
+    Attributes:
+        rank, host: whose.
+        loop: of the whole loop.
+        compiling: of compilation and loading of kernels within it, which no span has.
+        spans: of each of :data:`SPANS`.
+        phases: of each phase, added up over partitions: more than the loop where there are workers.
+        tile_proof: of digests made beside the phases, while a tile was in cache; added up in the same way.
+        rows: of the rank.
+    """
+
+    rank: int
+    host: str
+    loop: float
+    compiling: float
+    spans: Mapping[str, float]
+    phases: Mapping[str, float]
+    tile_proof: float
+    rows: int
+
+    @property
+    def busy(self) -> float:
+        """Seconds in phases and their digests, over all partitions."""
+        return sum(self.phases.values()) + self.tile_proof
+
+    @property
+    def proof(self) -> float:
+        """Seconds of the loop that went into proof: of digests in tiles, their share of the executor's."""
+        in_tiles = self.spans["executor"] * self.tile_proof / self.busy if self.busy else 0.0
+        return sum(self.spans[name] for name in _PROOF) + in_tiles
+
+
+class Profiler:
+    """Adds up what one rank's steps have spent.
+
+    Args:
+        program: the program whose phases are told apart.
+        team: the ranks.
+        rows: of this rank.
+        compile_seconds: spent on compiling before the loop.
+    """
+
+    def __init__(self, program: Program, team: Team, rows: int, compile_seconds: float) -> None:
+        self._compile_seconds = self._compiled_before = compile_seconds
+        self._names = program.model_phases
+        self._team, self._rows = team, rows
+        self._times = np.zeros(0, np.int64)
+        self._spans = dict.fromkeys(SPANS, 0)
+
+    def add(
+        self, step: PartitionedStep, compile_seconds: float, log_ns: int, outputs_ns: int, checkpoint_ns: int
+    ) -> None:
+        """Add a step, and what the loop did after it, in nanoseconds.
+
+        ``compile_seconds``: spent on compiling so far; what is new is not the step's.
+        """
+        times = step.phases.total_ns()
+        self._times = times if self._times.size == 0 else self._times + times
+        for name, value in zip(SPANS, (*step.spent, log_ns, outputs_ns, checkpoint_ns), strict=True):
+            self._spans[name] += value
+        compiling = int(1e9 * (compile_seconds - self._compile_seconds))
+        if compiling:  # in phases, or where a reduction or fingerprint was made for the first time
+            self._compile_seconds = compile_seconds
+            for name in ("executor", "ranks", "proof"):
+                taken = min(compiling, self._spans[name])
+                self._spans[name] -= taken
+                compiling -= taken
+
+    def gather(self, loop: float) -> tuple[RankProfile, ...]:
+        """Return the profiles of all ranks, on each of them. Collective. ``loop``: seconds on this one."""
+        seconds = [int(value) / 1e9 for value in self._times]
+        count = len(self._names)
+        mine = RankProfile(
+            rank=self._team.rank,
+            host=self._team.host,
+            loop=loop,
+            compiling=self._compile_seconds - self._compiled_before,
+            spans={name: value / 1e9 for name, value in self._spans.items()},
+            phases=dict(zip(self._names, seconds[:count], strict=False)),
+            tile_proof=sum(seconds[count:]),
+            rows=self._rows,
+        )
+        return tuple(self._team.allgather(mine))
+
+
+@dataclass(frozen=True)
+class RunProfile:
+    """The profile of a run: of its ranks, and the bytes that its phases move.
+
+    Attributes:
+        ranks: one entry a rank.
+        steps: of this process.
+        row_bytes: bytes of columns that a phase reads and writes a row and step; None where it does not say.
+    """
+
+    ranks: tuple[RankProfile, ...]
+    steps: int
+    row_bytes: Mapping[str, int | None]
+
+    @property
+    def loop(self) -> float:
+        """Seconds of the loop, the mean over ranks (which end it together)."""
+        return sum(rank.loop for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def compiling(self) -> float:
+        """Seconds of compilation, the mean over ranks."""
+        return sum(rank.compiling for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def proof_share(self) -> float:
+        """Share of the ranks' loops, compilation apart, that went into proof."""
+        stepping = sum(rank.loop - rank.compiling for rank in self.ranks)
+        return sum(rank.proof for rank in self.ranks) / stepping if stepping > 0 else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """How many times as long as the mean rank the slowest one was busy in phases."""
+        busy = [rank.busy for rank in self.ranks]
+        return max(busy) * len(busy) / sum(busy) if sum(busy) else 1.0
+
+    def span(self, name: str) -> float:
+        """Return the seconds of one of :data:`SPANS`, the mean over ranks."""
+        return sum(rank.spans[name] for rank in self.ranks) / len(self.ranks)
+
+    def phase_rows(self) -> list[tuple[str, float, float | None]]:
+        """Return (phase, seconds, bytes a second), seconds added up over partitions and ranks."""
+        made = []
+        for name in self.ranks[0].phases:
+            seconds = sum(rank.phases.get(name, 0.0) for rank in self.ranks)
+            width = self.row_bytes.get(name)
+            moved = None if width is None else width * self.steps * sum(rank.rows for rank in self.ranks)
+            made.append((name, seconds, moved / seconds if moved and seconds else None))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile in JSON's types."""
+        return {
+            "loop_seconds": self.loop,
+            "compile_seconds": self.compiling,
+            "proof_share": self.proof_share,
+            "imbalance": self.imbalance,
+            "row_bytes": dict(self.row_bytes),
+            "ranks": [asdict(rank) for rank in self.ranks],
+        }
+
+    def text(self) -> str:
+        """Return the profile as a table."""
+        busy = sum(rank.busy for rank in self.ranks) or 1.0
+        lines = ["profile", f"  {'phase':24}{'seconds':>10}{'share':>8}{'GB/s':>8}"]
+        for name, seconds, speed in self.phase_rows():
+            moved = "" if speed is None else f"{speed / 1e9:.1f}"
+            lines.append(f"  {name:24}{seconds:10.3f}{seconds / busy:8.1%}{moved:>8}".rstrip())
+        tile_proof = sum(rank.tile_proof for rank in self.ranks)
+        if tile_proof:
+            lines.append(f"  {'digests of tiles':24}{tile_proof:10.3f}{tile_proof / busy:8.1%}")
+        lines.append(f"  {'the loop':40}{'seconds':>10}{'share':>8}")
+        parts = [(meaning, self.span(name)) for name, meaning in SPANS.items()]
+        parts.append(("compilation", self.compiling))
+        rest = self.loop - sum(seconds for _, seconds in parts)
+        parts.append(("the loop itself", max(0.0, rest)))
+        lines += [f"  {meaning:40}{seconds:10.3f}{self._share(seconds):8.1%}" for meaning, seconds in parts]
+        if len(self.ranks) > 1:
+            lines += self._rank_lines()
+        lines.append(f"  {self.proof_share:.1%} of the time went into proof")
+        return "\n".join(lines)
+
+    def _share(self, seconds: float) -> float:
+        return seconds / self.loop if self.loop else 0.0
+
+    def _rank_lines(self) -> list[str]:
+        lines = [f"  {'rank':24}{'busy s':>10}{'meets s':>10}"]
+        lines += [
+            f"  {f'{rank.rank} on {rank.host}':24}{rank.busy:10.3f}{rank.spans['ranks']:10.3f}"
+            for rank in self.ranks
+        ]
+        return [*lines, f"  the slowest rank is busy {self.imbalance:.2f} x as long as the mean"]
+
+    @classmethod
+    def of(cls, ranks: Sequence[RankProfile], steps: int, program: Program) -> Self:
+        """Return the profile of a run of a program's phases."""
+        return cls(tuple(ranks), steps, row_bytes(program))
+
+
+def row_bytes(program: Program) -> dict[str, int | None]:
+    """Return the bytes of columns that each phase reads and writes a row; of a column phase nobody knows."""
+    widths = [np.dtype(column.dtype).itemsize for column in program.schema.columns]
+    made: dict[str, int | None] = {}
+    for segment in program.segments:
+        for item in segment.items:
+            if isinstance(item, ColumnCall):
+                made[program.phase_names[item.phase]] = None
+                continue
+            for op in item.ops:
+                reads = op.reads if isinstance(op, KernelOp) else (*op.reads, *op.key_reads)
+                read = {binding.index for binding in reads if binding.source == "column"}
+                moved = sum(widths[column] for column in read)
+                if isinstance(op, KernelOp):
+                    moved += sum(widths[column] for column, _ in op.writes)
+                made[program.phase_names[op.phase]] = moved
+    return made

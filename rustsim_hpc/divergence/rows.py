@@ -1,0 +1,82 @@
+"""The rows in which two runs differ: in states that are made present, or in checkpoints that they left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rustsim_hpc.divergence.replica import Bench, checkpoint_rows
+from rustsim_hpc.divergence.report import DivergenceReport, TableRow
+from rustsim_hpc.divergence.row_search import Rows, RowsNow, differing_rows, ids_of
+from rustsim_hpc.divergence.side import RunSide
+from rustsim_hpc.errors import RustsimError, TeamError
+from rustsim_hpc.ranks.team import Team
+
+RowsOf = Callable[[RunSide], Rows]
+"""Makes the rows of a side present; what it returned for the other side need not be valid any more."""
+
+
+def find_rows(
+    report: DivergenceReport, where: str, rows_of: RowsOf, columns: tuple[str, ...], team: Team
+) -> bool:
+    """Bisect the rows of columns, and put what differs into the report. Collective.
+
+    where: what the report says of the states. Returns whether any row differs.
+    """
+    left, right = report.left, report.right
+
+    def of(side: RunSide) -> RowsNow:
+        return lambda: rows_of(side)
+
+    found = [differing_rows(name, left.agents, of(left), of(right), team) for name in columns]
+    report.rows = tuple(one for one in found if one is not None)
+    if not report.rows:
+        return False
+    report.rows_from = where
+    numbers = sorted({row for one in report.rows for row, _, _ in one.first})
+    ids = dict(zip(numbers, ids_of(rows_of(left), numbers, team), strict=True))
+    lines = [TableRow(row, ids[row], one.column, a, b) for one in report.rows for row, a, b in one.first]
+    order = {name: place for place, name in enumerate(columns)}
+    report.table = tuple(sorted(lines, key=lambda line: (line.row, order[line.column])))
+    return True
+
+
+def rows_from_checkpoints(
+    report: DivergenceReport, step: int, bench: Bench, team: Team, *, can_run: bool
+) -> None:
+    """Find rows in the nearest checkpoint at or after a step. Collective.
+
+    The other side is its own checkpoint of that step or, where can_run says that it may be, it run again.
+    """
+    sides = (report.left, report.right)
+    for at in sorted({at for side in sides for at, _ in side.checkpoints if at >= step}):
+        stored = [dict(side.checkpoints).get(at) for side in sides]
+        if None in stored and not can_run:
+            continue
+        try:
+            made = [_rows(side, at, path, bench, team) for side, path in zip(sides, stored, strict=True)]
+            names = _common(made[0].columns, made[1].columns)
+            by_side = {id(side): rows for side, rows in zip(sides, made, strict=True)}
+            where = f"the state of step {at:,}"
+            if not find_rows(report, where, _given(by_side), names, team):
+                report.notes.append(f"the states of step {at:,} do not differ any more")
+        except TeamError:
+            raise
+        except RustsimError as error:
+            report.notes.append(f"rows of step {at:,}: {error}")
+            continue
+        return
+    report.notes.append("there is no later checkpoint that could tell the rows")
+
+
+def _given(by_side: Mapping[int, Rows]) -> RowsOf:
+    return lambda side: by_side[id(side)]
+
+
+def _rows(side: RunSide, step: int, path: Path | None, bench: Bench, team: Team) -> Rows:
+    return bench.rows(side, step) if path is None else checkpoint_rows(path, team)
+
+
+def _common(left: Mapping[str, object], right: Mapping[str, object]) -> tuple[str, ...]:
+    kinds = [{name: getattr(column, "dtype", None) for name, column in one.items()} for one in (left, right)]
+    return tuple(name for name, dtype in kinds[0].items() if kinds[1].get(name) == dtype)

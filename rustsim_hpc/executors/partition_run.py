@@ -1,0 +1,333 @@
+"""Run one partition's share of a segment, wherever its rows live: this thread, a pool's, a worker process.
+
+The one place where user code of a phase is called. It raises nothing: a failure is returned as data, so that
+every executor reports it in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rustsim_hpc.compile_clock import CLOCK
+from rustsim_hpc.errors import KernelError, message_of
+from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
+from rustsim_hpc.proof.fingerprint import digest_column, digest_keys
+from rustsim_hpc.random import MAX_STEP, RowRandom
+from rustsim_hpc.state.backing import staggered_empty
+from rustsim_hpc.state.partition import PartitionExecutionContext
+from rustsim_hpc.state.phase_columns import PhaseColumns
+from rustsim_hpc.state.schema import DTYPES
+
+if TYPE_CHECKING:
+    from rustsim_hpc.kernels.stage import StageFunction
+    from rustsim_hpc.kernels.stage_source import Argument
+
+_NO_IDS = np.zeros(0, np.uint64)
+_WHOLE_ROWS = 1 << 20
+"""Rows of a tile of a stage that is one loop: nothing is gained from looking at few rows at a time."""
+
+_PHASE_ROWS = 131072
+"""Rows that row-local column phases get at a time: few enough for the cache, enough to call Python for."""
+
+
+class StageCache:
+    """The compiled stages of a program, shared by the partitions of one process."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._stages: dict[int, StageFunction] = {}
+        self._lock = threading.Lock()
+
+    def get(self, stage: KernelStage) -> StageFunction:
+        """Return the function of a stage, generated at the first call."""
+        with self.loading():
+            if id(stage) not in self._stages:
+                from rustsim_hpc.kernels.stage import build_stage
+
+                schema, default_ids = self._work.memory.schema, self._work.ids is None
+                self._stages[id(stage)] = build_stage(
+                    stage, schema, default_ids=default_ids, checked=self._work.checked
+                )
+            return self._stages[id(stage)]
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Let one thread at a time compile or load what partitions share; the clock counts it."""
+        with self._lock, CLOCK.counting():
+            yield
+
+
+class _Call:
+    """A stage's function and its arguments, for columns that stand on certain sides."""
+
+    __slots__ = ("call", "changing", "compiled", "function", "rows", "values")
+
+    def __init__(
+        self, function: StageFunction, values: list[Any], changing: list[tuple[int, str]], rows: int
+    ) -> None:
+        self.function = function
+        self.call = function.function
+        self.values = values
+        self.changing = changing
+        self.rows = rows
+        self.compiled: set[tuple[Any, ...]] = set()
+
+
+class PartitionRun:
+    """Runs segments of a program on one partition.
+
+    Args:
+        work: the bound program.
+        task: the partition.
+        board, place: where it reports: row ``place`` of the board.
+        stages: compiled stages of this process.
+    """
+
+    def __init__(self, work: Work, task: Task, board: Board, place: int, stages: StageCache) -> None:
+        self.work = work
+        self.task = task
+        self._board = board
+        self._place = place
+        self._stages = stages
+        self._calls: dict[tuple[int, bytes], _Call] = {}
+        self._groups: dict[int, list[KernelStage | list[ColumnCall]]] = {}
+        self._seen: dict[tuple[int, bytes], list[Any]] = {}
+        self._phase = 0
+        self._reported: Any = None
+        self._status = memoryview(b"")
+        self._streams = work.streams(task)
+
+    def run(self, segment: Segment, frame: Frame) -> PhaseFailure | None:
+        """Run one segment's items in order; return what failed, or None."""
+        if self._board.status is not self._reported:  # the board has moved since
+            self._reported = self._board.status
+            self._status = self._reported[self._place].data  # item by item, faster than the array
+        status = self._status
+        status[0] = 0
+        try:
+            for item in self._groups.get(id(segment)) or self._grouped(segment):
+                if isinstance(item, KernelStage):
+                    self._phase = item.ops[0].phase
+                    self._run_stage(item, frame, status)
+                else:
+                    self._run_column_phases(item, frame, status)
+        except Exception as error:  # noqa: BLE001 (whatever a phase raises becomes a typed failure)
+            return self._failure(error, "phase")
+        except BaseException as error:  # noqa: BLE001 (SystemExit: a worker would have died of it)
+            return self._failure(error, "worker")
+        return None
+
+    # -- column phases -------------------------------------------------------------------------------
+
+    def _grouped(self, segment: Segment) -> list[KernelStage | list[ColumnCall]]:
+        """Return a segment's items, those column phases together that can share a visit of some rows."""
+        if id(segment) not in self._groups:
+            groups: list[KernelStage | list[ColumnCall]] = []
+            for item in segment.items:
+                last = groups[-1] if groups else None
+                if isinstance(item, KernelStage):
+                    groups.append(item)
+                elif isinstance(last, list) and _row_local(last[-1]) and _row_local(item):
+                    last.append(item)
+                else:
+                    groups.append([item])
+            self._groups[id(segment)] = groups
+        return self._groups[id(segment)]
+
+    def _run_column_phases(self, calls: list[ColumnCall], frame: Frame, status: Any) -> None:
+        """Run column phases on all rows of the partition, or row-local ones on some after the others."""
+        start, stop = self.task.start, self.task.stop
+        at_once = (self.work.tile_rows or _PHASE_ROWS) if _row_local(calls[0]) else max(stop - start, 1)
+        for first in range(start, max(stop, start + 1), at_once):
+            last = min(first + at_once, stop)
+            for call in calls:
+                self._phase = status[1] = call.phase
+                self._run_column_phase(call, frame, first, last)
+
+    def _run_column_phase(self, call: ColumnCall, frame: Frame, start: int, stop: int) -> None:
+        began = time.perf_counter_ns()
+        memory, rows = self.work.memory, slice(start, stop)
+        for column in call.fill:
+            np.copyto(memory.other(column)[rows], memory.current(column)[rows])
+        arrays = [array[rows] for array in self._columns(call)]
+        columns = PhaseColumns(memory.schema, arrays, call.writable)
+        try:
+            call.column_phase.fn(self._context(call, frame, start, stop), columns, stop - start)
+            columns.verify_unchanged_shape(stop - start)
+        finally:
+            columns.seal()
+        times, ended = self._board.times[self._place], time.perf_counter_ns()
+        times[call.phase] += ended - began
+        if frame.want_digest and call.digests:
+            digests = self._board.digests[self._place]
+            for column, _ in call.digests:
+                value = digest_column(arrays[column], self.work.first_row + start, column + 1)
+                digests[column : column + 1] += np.uint64(value)
+            times[-1] += time.perf_counter_ns() - ended
+
+    def _columns(self, call: ColumnCall) -> list[Any]:
+        """Return the columns that a phase sees, all rows of the rank."""
+        memory = self.work.memory
+        key = call.phase, memory.sides()
+        if key not in self._seen:
+            self._seen[key] = [
+                memory.other(column) if side else memory.current(column)
+                for column, side in enumerate(call.sides)
+            ]
+        return self._seen[key]
+
+    def _context(self, call: ColumnCall, frame: Frame, start: int, stop: int) -> PartitionExecutionContext:
+        work, assignment = self.work, self.task.assignment
+        row_start = work.first_row + start
+        ids = row_start if work.ids is None else work.ids[start:stop]
+        key = work.stream_key(call.column_phase.stream)
+        in_reach = frame.step_index <= MAX_STEP
+        return PartitionExecutionContext(
+            partition_id=assignment.partition_id,
+            row_start=row_start,
+            row_end=row_start + stop - start,
+            worker=assignment.worker,
+            backend=self.task.backend,
+            step_index=frame.step_index,
+            params=work.params,
+            reductions=MappingProxyType(frame.values),
+            random=RowRandom(key, ids, stop - start, frame.step_index) if in_reach else None,
+        )
+
+    # -- stages --------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
+        key = (id(stage), self.work.memory.sides())
+        found = self._calls.get(key)
+        if found is None:
+            function = self._stages.get(stage)
+            rows = self.work.tile if self.work.tile_rows or not function.one_loop else _WHOLE_ROWS
+            found = self._calls[key] = _Call(function, *self._arguments(function), rows)
+        values, again = found.values, frame.repeat
+        values[3] = self.work.tile if again > 1 or frame.want_digest else found.rows
+        values[4] = frame.want_digest
+        values[8] = frame.step_index
+        values[10] = again
+        values[11] = self._streams and again == 1
+        kinds: tuple[Any, ...] = ()
+        for position, name in found.changing:
+            value = values[position] = frame.values[name]
+            kinds = (*kinds, value.dtype, value.ndim)  # a derived value may change its type
+        if kinds not in found.compiled:
+            self._compile(found, kinds)
+        if frame.step_index + again - 1 > MAX_STEP and found.function.draws:
+            raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
+        status[1] = stage.ops[0].phase
+        try:
+            found.call(*values)
+        finally:
+            self._phase = status[1]
+        if status[0]:
+            self._phase = status[2]
+            raise ValueError(status_text(self.work, frame.step_index, status))
+
+    def _compile(self, found: _Call, kinds: tuple[Any, ...]) -> None:
+        with self._stages.loading():
+            dtypes = found.function.compile_for(found.values)
+        for slot, dtype in dtypes.items():
+            self._board.codes[self._place, slot] = DTYPES.index(dtype)
+        found.compiled.add(kinds)
+
+    def _arguments(self, function: StageFunction) -> tuple[list[Any], list[tuple[int, str]]]:
+        """Return a stage's arguments and the positions of those that change from step to step."""
+        work, board, place = self.work, self._board, self._place
+        status = board.status[place]
+        ids = _NO_IDS if work.ids is None else work.ids
+        values: list[Any] = [
+            self.task.start, self.task.stop, work.first_row, work.tile, False, status,
+            board.times[place], board.digests[place], 0, ids, 1, False,
+        ]  # fmt: skip
+        dynamic = []
+        for argument in function.arguments:
+            if argument.source == "value":
+                dynamic.append((len(values), argument.key))
+                values.append(None)
+            else:
+                values.append(self._fixed_argument(argument))
+        return values, dynamic
+
+    def _fixed_argument(self, argument: Argument) -> Any:
+        work, key = self.work, argument.key
+        match argument.source:
+            case "column":
+                column, side = key
+                return work.memory.other(column) if side else work.memory.current(column)
+            case "param":
+                return work.params[key]
+            case "table":
+                return work.tables[key]
+            case "key":
+                return np.uint64(work.stream_key(key))
+            case "state":
+                return self._board.states[key][self._place]
+            case "bins":
+                return work.bins[key]
+            case "bits":
+                return np.empty(work.tile, np.uint64)
+            case "scratch":
+                dtype = np.dtype(work.memory.schema.columns[key].dtype)
+                return staggered_empty(work.tile * dtype.itemsize, key).view(dtype)
+            case "fill_bits":
+                from rustsim_hpc.kernels.philox_tile import fill_bits_address
+
+                with self._stages.loading():
+                    return np.uint64(fill_bits_address(key))
+            case "digest":
+                from rustsim_hpc.kernels.digest_call import digest_address
+
+                with self._stages.loading():
+                    return np.uint64(digest_address(key))
+            case "digest_keys":
+                return digest_keys(key + 1, np.dtype(work.memory.schema.columns[key].dtype).itemsize)
+        raise AssertionError(argument.source)
+
+    # -- failures ------------------------------------------------------------------------------------
+
+    def _failure(self, error: BaseException, kind: str) -> PhaseFailure:
+        assignment = self.task.assignment
+        message = PANICKED if kind == "worker" else message_of(error)
+        return PhaseFailure(
+            partition=assignment.partition_id,
+            worker=assignment.worker,
+            phase_index=self._phase,
+            phase=self.work.program.phase_names[self._phase],
+            message=message,
+            kind=kind,
+            trace="".join(traceback.format_exception(error)),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            error=error if isinstance(error, KernelError) else None,
+        )
+
+
+def _row_local(call: ColumnCall) -> bool:
+    return call.column_phase.row_local
+
+
+def status_text(work: Work, step: int, status: Any) -> str:
+    """Return in words what a stage's status says has failed."""
+    from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE
+
+    phase, row, value = int(status[2]), int(status[3]), int(status[4])
+    name = work.program.phase_names[phase]
+    if int(status[0]) == KEY_OUT_OF_RANGE:
+        slot = next(i for i, r in enumerate(work.program.reductions) if r.name == name)
+        return f"key {value} of row {row} is outside [0, {work.bins[slot]}) in step {step}"
+    column = work.program.schema.columns[value]
+    return f'the value of row {row} for column "{column.name}" does not fit {column.dtype} in step {step}'

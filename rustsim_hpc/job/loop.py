@@ -1,0 +1,376 @@
+"""One session of a job: the step loop, and everything that has to happen beside it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.control.profiling import Profiler, RunProfile
+from rustsim_hpc.control.stepper import Stepper
+from rustsim_hpc.control.stepping import Executor
+from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError
+from rustsim_hpc.job.progress import Progress
+from rustsim_hpc.job.records import JobRecords
+from rustsim_hpc.job.signals import StopRequests
+from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.job.watchdog import Watchdog
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.proof.fingerprint import StateView
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.run_folder.crash import write_crash_bundle
+from rustsim_hpc.run_folder.folder import RunFolder
+from rustsim_hpc.storage.folder import step_of
+from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.writer import CheckpointWriter
+
+# A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
+# alone says: whether a checkpoint may be made by the clock, whether it has met a failure that the others do
+# not know of, and how many steps to make together next.
+_STOP, _WRITTEN, _TIME_IS_UP, _TROUBLE, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41, 1 << 42
+_FIELD = (1 << 20) - 1
+
+
+@dataclass
+class LoopResult:
+    """How the loop ended.
+
+    steps: made. seconds: without compilation. stopped: why it ended early, or None. profile: if asked for.
+    """
+
+    steps: int
+    seconds: float
+    stopped: str | None
+    profile: RunProfile | None = None
+
+
+class JobRun:
+    """Runs a job's steps on this rank, in concert with the team.
+
+    Args:
+        spec: the job as resolved.
+        model: the bound model.
+        plane: the plane, its state initialised or restored.
+        executor: runs this rank's partitions.
+        folder: the run's folder, held.
+        team: the ranks.
+        stop: requests to stop, from before the run began.
+        resumed_from: the restored step, or None.
+        last_sequence: number of the last checkpoint of the sessions before.
+        forked: the state comes from another run's checkpoint, so this one saves it first.
+        progress: show a bar if this is a terminal.
+        profile: find out where the time goes.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        model: BoundModel,
+        plane: EngineControlPlane,
+        executor: Executor,
+        folder: RunFolder,
+        team: Team,
+        stop: StopRequests,
+        *,
+        resumed_from: int | None,
+        last_sequence: int = 0,
+        forked: bool,
+        progress: bool,
+        profile: bool = False,
+    ) -> None:
+        self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
+        self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
+        self._stop = stop
+        self._stepper: Stepper | None = None
+        self._first = team.rank == 0
+        self._bar = Progress(
+            spec.run.name,
+            done=plane.runtime.step_index,
+            total=spec.run.steps,
+            agents=model.agents,
+            wanted=progress and self._first,
+        )
+        self.records = JobRecords(spec, model, plane, folder, team, resumed_from)
+        options = spec.checkpoint
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            team,
+            storage_options(spec),
+            asynchronous=options.asynchronous,
+        )
+        self._sequence = last_sequence
+        self._last_checkpoint_step = resumed_from
+        self._last_checkpoint_time = time.monotonic()
+        self._opened = False
+        # Whether the records have everything of the state that the plane has.
+        self._recorded = True
+        self._seconds_a_step = 1.0
+        self._profile = profile
+
+    # -- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> LoopResult:
+        """Make the steps that are left.
+
+        ::
+
+            open outputs, replay log, metrics
+            while there are steps to make and nobody asked to stop:
+                one step of the plane
+                its fingerprint to the log, due outputs, a due checkpoint
+            a last checkpoint; close everything
+
+        Raises:
+            RustsimError: whatever ended the run, the same on every rank; a crash bundle is in the folder.
+        """
+        watchdog = self._watchdog()
+        with self._bar, watchdog, self._bundle_on_failure():
+            self._on_first(self.records.open)
+            self._opened = True
+            self.records.first_state(self.executor)
+            if self.forked:
+                self._checkpoint("fork")
+            result = self._loop(watchdog)
+            watchdog.beat("end", self.plane.runtime.step_index)
+            self._last_checkpoint("end" if result.stopped is None else f"stopped: {result.stopped}")
+            if result.stopped is not None:
+                self._check_saved()
+            self._on_first(lambda: self.records.close(result.profile))
+            return result
+
+    def _watchdog(self) -> Watchdog:
+        table, team = self.spec.run, self.team
+        watchdog = Watchdog(table.watchdog_seconds, rank=team.rank, host=team.host, folder=self.folder.path)
+        watchdog.waiting = lambda: team.waiting
+        watchdog.phase = self._phases_begun
+        watchdog.show_more = self._show_workers
+        return watchdog
+
+    def _phases_begun(self) -> str:
+        """Return which phases this rank's partitions have begun last."""
+        if self._stepper is None:
+            return ""
+        names = self._stepper.work.program.phase_names
+        return ", ".join(dict.fromkeys(names[k] for k in self._stepper.session.board.status[:, 1]))
+
+    def _show_workers(self) -> None:
+        show = getattr(getattr(self._stepper, "session", None), "show_stacks", None)
+        if show is not None:
+            show()
+
+    def _loop(self, watchdog: Watchdog) -> LoopResult:
+        plane, target, stop = self.plane, self.spec.run.steps, self._stop
+        begun = plane.runtime.step_index
+        self._stepper = stepper = plane.stepper(self.executor)
+        compiled_before = stepper.session.compile_seconds
+        profiler = self._profiler(stepper)
+        start = time.perf_counter()
+        stopped: str | None = None
+        together = 1
+        self._bar.start()
+        while plane.runtime.step_index < target and stopped is None:
+            watchdog.beat("step", plane.runtime.step_index)
+            stepper.meeting.vote = self._vote()
+            before, began = plane.runtime.step_index, time.perf_counter()
+            most = min(together, self._steps_to_checkpoint(), target - before)
+            step = plane.step_fused(self.executor, most)
+            self._recorded = False
+            votes, made = stepper.meeting.votes, plane.runtime.step_index - before
+            self._seconds_a_step = (time.perf_counter() - began) / made
+            together = max(1, votes // _TOGETHER)
+            if votes & _TROUBLE:
+                agree(self.team, self.records.trouble)
+            stepped = time.perf_counter_ns()
+            self.records.after_step(step.fingerprint)
+            self._recorded = True
+            recorded = time.perf_counter_ns()
+            self._checkpoint_if_due(votes)
+            if profiler is not None:
+                log = self.records.log_ns
+                pause = time.perf_counter_ns() - recorded
+                profiler.add(step, stepper.session.compile_seconds, log, recorded - stepped - log, pause)
+            self._bar.advance(made)
+            if votes & _FIELD:
+                reason = stop.stop_requested()
+                stopped = reason.text if reason is not None else "another rank was asked to stop"
+        # Ranks wait for the one that compiles.
+        compiled = max(self.team.allgather(stepper.session.compile_seconds - compiled_before))
+        loop, made = time.perf_counter() - start, plane.runtime.step_index - begun
+        profile = None
+        if profiler is not None:
+            profile = RunProfile.of(profiler.gather(loop), made, stepper.work.program)
+        return LoopResult(made, max(0.0, loop - compiled), stopped, profile)
+
+    def _profiler(self, stepper: Stepper) -> Profiler | None:
+        if not self._profile:
+            return None
+        rows = self.plane.runtime.device_store().agent_count
+        return Profiler(stepper.work.program, self.team, rows, stepper.session.compile_seconds)
+
+    def _vote(self) -> int:
+        vote = _STOP if self._stop.stop_requested() is not None else 0
+        if self.writer.busy and self.writer.done_here:
+            vote += _WRITTEN
+        waited = time.monotonic() - self._last_checkpoint_time
+        if self._first:
+            vote += _TIME_IS_UP if waited >= self.spec.checkpoint.min_seconds else 0
+            vote += _TROUBLE if self.records.trouble is not None else 0
+            # Few enough steps at once that a signal is heard within a second.
+            vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
+        return vote
+
+    def _steps_to_checkpoint(self) -> int:
+        every = self.spec.checkpoint.every
+        return every - self.plane.runtime.step_index % every if every else self.spec.run.fuse_steps
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def _checkpoint_if_due(self, votes: int) -> None:
+        if self.writer.busy:
+            # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
+            alone, written = self.team.size == 1, votes >> 20 & _FIELD
+            everybody_done = self.writer.done_here if alone else written == self.team.size
+            self._published(lambda: self.writer.poll(everybody_done))
+        step, every = self.plane.runtime.step_index, self.spec.checkpoint.every
+        if every and step % every == 0 and votes & _TIME_IS_UP:
+            self._checkpoint()
+
+    def _checkpoint(self, label: str | None = None) -> None:
+        """Begin a checkpoint of the current state (or write it, where that is not asynchronous)."""
+        self._sequence += 1
+        self.plane.count_checkpoint()
+        plane, store = self.plane, self.plane.runtime.device_store()
+        step = plane.runtime.step_index
+        self._on_first(self.records.flush)
+        view = StateView(
+            step_index=step,
+            rows=store.total_rows,
+            names=store.column_names,
+            ids=None if store.default_ids else store.ids,
+            columns=store.columns,
+            row_offset=store.row_offset,
+            local_rows=store.agent_count,
+        )
+        header = CheckpointHeader(
+            step_index=step,
+            rows=store.total_rows,
+            schema=store.schema,
+            fingerprint=plane.fingerprint(),
+            sequence=self._sequence,
+            label=label,
+            seed=self.spec.run.seed,
+            parameters=self.model.params.plain(),
+            plan={"partitions": plane.partition_plan.partition_count, "ranks": self.team.size},
+            model={"module": self.spec.model.module, "identity": self.model.identity()},
+            default_ids=store.default_ids,
+        )
+        self._published(lambda: self.writer.submit(header, view))
+        self._last_checkpoint_step = step
+        self._last_checkpoint_time = time.monotonic()
+
+    def _last_checkpoint(self, label: str) -> None:
+        """Write a checkpoint of the current state, unless there is one; its label says why."""
+        self._published(self.writer.finish)
+        # No step waits for this one, so it needs no copy of the state.
+        self.writer.asynchronous = False
+        if self._last_checkpoint_step != self.plane.runtime.step_index:
+            self._checkpoint(label)
+            self._published(self.writer.finish)
+
+    def _check_saved(self) -> None:
+        """Check that the state is in a file: a run that is asked to stop says that it was saved.
+
+        Raises:
+            CheckpointWriteFailed: it is not, whatever ``on_error`` says.
+        """
+        step = self.plane.runtime.step_index
+        saved = step_of(self.writer.paths[-1]) if self.writer.paths else self.resumed_from
+        if saved != step:
+            raise CheckpointWriteFailed(
+                f"the run was stopped at step {step}, and that step could not be saved",
+                step=step,
+                hint="make room, then resume: it goes on from the checkpoint before"
+                if saved is not None
+                else "make room, then resume: it begins anew",
+            )
+
+    def _published(self, action: Any) -> None:
+        """Run a step of the writer; what becomes of its failures is for ``on_error`` to say."""
+        try:
+            action()
+        except CheckpointFileError as error:
+            if self.spec.checkpoint.on_error == "stop":
+                raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
+            self._warn(f"warning: {error}")
+
+    # -- beginning and end ---------------------------------------------------------------------------
+
+    def _on_first(self, action: Any) -> None:
+        """Run something on rank 0; its failure is everybody's."""
+        failure: Exception | None = None
+        if self._first:
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 (told to all ranks below)
+                failure = error
+        agree(self.team, failure)
+
+    @contextmanager
+    def _bundle_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            write_crash_bundle(
+                self.folder.path,
+                rank=self.team.rank,
+                host=self.team.host,
+                error=error,
+                step=self.plane.runtime.step_index,
+                fingerprints=self.records.fingerprints,
+            )
+            self._save_what_is_whole(error)
+            raise
+
+    def _save_what_is_whole(self, error: Exception) -> None:
+        """Close outputs and, where every rank still has the last complete step, save a checkpoint of it.
+
+        Not of one that the outputs or the log lack: a run that went on from there would lack it, too.
+        """
+        alone = self.team.size == 1
+        agreed = alone or (isinstance(error, RustsimError) and not self.team.broken)
+        whole = self.spec.run.guard == "rollback" and agreed and not isinstance(error, CheckpointWriteFailed)
+        try:
+            if whole and self._opened:
+                self._last_checkpoint("failure") if self._recorded else self.writer.finish()
+        except Exception as second:  # noqa: BLE001 (the first error matters more)
+            self._warn(f"warning: no checkpoint of the last complete step: {second}")
+        if self._first and self._opened:
+            with suppress(Exception):
+                self.records.close()
+
+    def _warn(self, text: str) -> None:
+        if self._first:
+            sys.stderr.write(f"{text}\n")
+
+
+def storage_options(spec: JobSpec) -> StorageOptions:
+    """Return how a job's checkpoints are stored."""
+    table = spec.checkpoint
+    compression: dict[str, str] = {}
+    if table.compression != "none":
+        compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
+    return StorageOptions(
+        table.layout,
+        compression,
+        chunk_rows=table.chunk_rows,
+        alignment=table.alignment,
+        keep=table.keep,
+        keep_every=table.keep_every,
+        hints=table.hints,
+        shards=table.shards,
+    )

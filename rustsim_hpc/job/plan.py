@@ -1,0 +1,192 @@
+"""What each rank of a run will hold: rows, memory and checkpoint bytes, computed and not tried out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.state.schema import Schema
+
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Ranks first to last (both included) that hold the same; bytes are those of one of them.
+
+    state_bytes: the columns. undo_bytes: second buffers of columns that a step overwrites.
+    checkpoint_bytes: what it writes to a checkpoint (ids and columns).
+    """
+
+    first: int
+    last: int
+    partitions: int
+    rows: int
+    state_bytes: int
+    undo_bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A job over `ranks` ranks. step_bytes: what a rank brings to the collectives of one step."""
+
+    job: str
+    agents: int
+    ranks: int
+    partitions: int
+    executor: str
+    workers: int
+    guard: str
+    row_bytes: int
+    undo_row_bytes: int
+    step_bytes: int
+    shares: tuple[RankShare, ...]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a whole checkpoint, its headers apart."""
+        return self.agents * (self.row_bytes + _ID_BYTES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan in JSON's types."""
+        return {**asdict(self), "checkpoint_bytes": self.checkpoint_bytes}
+
+    def text(self) -> str:
+        """Return the plan as a table for a reader."""
+        head = ("ranks", "partitions", "rows", "state", "undo", "checkpoint")
+        rows = [
+            (
+                f"{share.first}" if share.first == share.last else f"{share.first}-{share.last}",
+                f"{share.partitions:,}",
+                f"{share.rows:,}",
+                size(share.state_bytes),
+                size(share.undo_bytes),
+                size(share.checkpoint_bytes),
+            )
+            for share in self.shares
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        table = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (head, *rows)
+        ]
+        return "\n".join(
+            [
+                f"job           {self.job}, {self.agents:,} rows, guard {self.guard}",
+                f"cut           {self.ranks:,} ranks, {self.partitions:,} partitions in all",
+                f"executor      {self.executor}, {self.workers} workers a rank",
+                f"a row         {self.row_bytes} bytes, and {self.undo_row_bytes} to undo a step",
+                f"a checkpoint  {size(self.checkpoint_bytes)}",
+                f"a step        {size(self.step_bytes)} from each rank to the others",
+                "",
+                *table,
+            ]
+        )
+
+
+def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes: int, ranks: int) -> RunPlan:
+    """Return what each of `ranks` ranks will hold.
+
+    swapped: indices of the columns that have a second buffer. step_bytes: what a rank brings to the
+    collectives of one step (results of reductions, the digest, the status).
+    """
+    sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
+    row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
+    partitions = partition_count(spec, ranks)
+    shares = []
+    for rank in range(ranks):
+        part = rank_part(spec.run.agents, partitions, ranks, rank)
+        rows = part.row_stop - part.row_start
+        shares.append(
+            RankShare(
+                first=rank,
+                last=rank,
+                partitions=part.stop - part.start,
+                rows=rows,
+                state_bytes=rows * row_bytes,
+                undo_bytes=rows * undo_bytes,
+                checkpoint_bytes=rows * (row_bytes + _ID_BYTES),
+            )
+        )
+    return RunPlan(
+        job=spec.run.name,
+        agents=spec.run.agents,
+        ranks=ranks,
+        partitions=partitions,
+        executor="cuda" if spec.run.backend == "cuda" else spec.run.executor,
+        workers=worker_count(spec, ranks=ranks),
+        guard=spec.run.guard,
+        row_bytes=row_bytes,
+        undo_row_bytes=undo_bytes,
+        step_bytes=step_bytes,
+        shares=tuple(_joined(shares)),
+    )
+
+
+def worker_count(spec: JobSpec, cores: int | None = None, ranks: int = 1) -> int:
+    """Return the workers of a rank: what the job says, else one inline and otherwise one a core.
+
+    cores: this rank's share; all that this process may use if None. Of remote workers, the most that any of
+    ``ranks`` ranks speaks to.
+    """
+    if spec.run.executor == "inline" or spec.run.backend == "cuda":  # a rank has one device
+        return 1
+    if spec.run.executor == "remote":
+        return max(1, -(-len(spec.remote.endpoints) // ranks))
+    return spec.run.workers or cores or len(os.sched_getaffinity(0))
+
+
+def partition_count(spec: JobSpec, ranks: int, workers: int | None = None) -> int:
+    """Return the partitions of a job: one per worker of every rank, or per endpoint, unless the job says.
+
+    workers: of a rank, where `worker_count` is known already.
+
+    There are at least as many as ranks and at most as many as rows; without any row there is one, empty.
+    """
+    remote = len(spec.remote.endpoints) if spec.run.executor == "remote" else 0
+    wanted = max(spec.run.partitions or remote or (workers or worker_count(spec)) * ranks, ranks)
+    return min(wanted, max(spec.run.agents, 1))
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """One rank's partitions [start, stop) and their rows [row_start, row_stop)."""
+
+    start: int
+    stop: int
+    row_start: int
+    row_stop: int
+
+
+def rank_part(rows: int, partitions: int, ranks: int, rank: int) -> RankPart:
+    """Return a rank's contiguous run of the partitions of `PartitionPlan.row_ranges(rows, partitions)`.
+
+    Ranks differ by one partition at most, partitions by one row.
+    """
+    each, left = divmod(rows, partitions)
+    start, stop = partitions * rank // ranks, partitions * (rank + 1) // ranks
+    return RankPart(start, stop, start * each + min(start, left), stop * each + min(stop, left))
+
+
+def _joined(shares: list[RankShare]) -> Iterator[RankShare]:
+    """Join neighbouring ranks that hold the same."""
+    for _, equal in groupby(shares, key=lambda share: (share.partitions, share.rows)):
+        members = list(equal)
+        yield RankShare(**{**asdict(members[0]), "last": members[-1].last})
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the unit that fits: 5.2 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,193 @@
+"""A job made ready on this rank: model bound, ranks compared, cut decided; nothing allocated yet."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rustsim_hpc.control.stepping import Executor
+from rustsim_hpc.executors.cuda import CudaPartitionExecutor
+from rustsim_hpc.executors.inline import InlinePartitionExecutor
+from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+from rustsim_hpc.job.backend import Backend, choose_backend
+from rustsim_hpc.job.loop import storage_options
+from rustsim_hpc.job.plan import RankPart, partition_count, rank_part, worker_count
+from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.model_source import load_model
+from rustsim_hpc.modeling.program import plan_program
+from rustsim_hpc.proof.replay import ReplayMode
+from rustsim_hpc.proof.replay_log import read_replay_log
+from rustsim_hpc.ranks.agreement import agree_hash, on_all
+from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.run_folder.environment import versions
+from rustsim_hpc.run_folder.record import RunFacts
+from rustsim_hpc.state import device
+from rustsim_hpc.state.backing import Kind
+from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker
+from rustsim_hpc.storage.collective import check_supported
+
+if TYPE_CHECKING:
+    from rustsim_hpc.remote.executor import RemotePartitionExecutor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job on this rank, checked as far as it can be without allocating or writing anything."""
+
+    spec: JobSpec
+    model: BoundModel
+    workers: int
+    partitions: int
+    part: RankPart
+    team: Team
+    backend: Backend
+
+    @property
+    def kind(self) -> Kind:
+        """Where the columns live."""
+        wanted = self.spec.run.memory
+        if wanted in ("heap", "shared"):
+            return wanted
+        if self.backend.name == "cuda":
+            return "heap"  # a mirror of the device's, for this rank alone
+        return "shared" if self.team.size > 1 or self.spec.run.executor == "processes" else "heap"
+
+    @property
+    def executor(self) -> str:
+        """Name of what runs the partitions."""
+        return "cuda" if self.backend.name == "cuda" else self.spec.run.executor
+
+
+def bind(spec: JobSpec) -> BoundModel:
+    """Load a job's model and bind it.
+
+    Raises:
+        ModelError: it cannot be right.
+    """
+    model, reference = load_model(spec.model.module)
+    return BoundModel(model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference)
+
+
+def prepare(spec: JobSpec, team: Team) -> Prepared:
+    """Bind the model on every rank, check what can be checked, and compare the ranks."""
+
+    def bind_here() -> BoundModel:
+        model = bind(spec)
+        plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
+        if spec.run.executor == "remote":
+            _remote_executor(spec).require(spec.remote.endpoints)
+        return model
+
+    agree_hash(team, "set of package versions", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    agree_hash(team, "job file", spec.sha256())
+    model = on_all(team, bind_here)
+    agree_hash(team, "model source", model.identity())
+    check_supported(storage_options(spec), team)
+    model.share_tables(team)
+    backend = choose_backend(spec, model, team)
+    workers = 1 if backend.name == "cuda" else worker_count(spec, _share_of_cores(team), team.size)
+    partitions = partition_count(spec, team.size, workers)
+    part = rank_part(spec.run.agents, partitions, team.size, team.rank)
+    return Prepared(spec, model, workers, partitions, part, team, backend)
+
+
+def _share_of_cores(team: Team) -> int:
+    """Return the cores that each rank of rank 0's machine has, the same number on every rank.
+
+    A launcher that binds ranks to cores gives each its own; without that all may use the same ones.
+    """
+    mine = (team.host, frozenset(os.sched_getaffinity(0)))
+    everyone = team.allgather(mine)
+    here = [cores for host, cores in everyone if host == everyone[0][0]]
+    return max(1, len(frozenset().union(*here)) // len(here))
+
+
+def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts:
+    """Return what a run's record says of the job."""
+    spec, model = prepared.spec, prepared.model
+    return RunFacts(
+        job=spec.run.name,
+        seed=spec.run.seed,
+        agents=spec.run.agents,
+        steps=spec.run.steps,
+        params=model.params.plain(),
+        model=spec.model.module,
+        model_hash=model.identity(),
+        executor=prepared.executor,
+        workers=prepared.workers,
+        partitions=prepared.partitions,
+        fingerprint_scheme=spec.replay.fingerprint,
+        command=tuple(sys.argv),
+        lineage=lineage,
+    )
+
+
+def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
+    """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
+    executor, workers = prepared.executor, prepared.workers
+    if executor == "cuda":
+        return CudaPartitionExecutor(device.CupyDevice, fma=prepared.spec.run.fma)
+    if executor == "threads":
+        return LocalThreadedPartitionExecutor(workers)
+    if executor == "processes":
+        from rustsim_hpc.executors.processes import ProcessPartitionExecutor
+
+        return ProcessPartitionExecutor(workers, inherit_fds=inherit)
+    if executor == "remote":
+        return _remote_executor(prepared.spec)
+    return InlinePartitionExecutor()
+
+
+def _remote_executor(spec: JobSpec) -> RemotePartitionExecutor:
+    from rustsim_hpc.remote.executor import RemotePartitionExecutor
+
+    table = spec.remote
+    return RemotePartitionExecutor(
+        table.keys,
+        connect_seconds=table.connect_seconds,
+        answer_seconds=table.answer_seconds,
+        retries=table.retries,
+        keep_steps=table.keep_steps,
+    )
+
+
+def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:
+    """Return the partitions of all ranks, and the workers that they lie with where those are not this CPU.
+
+    Partitions are dealt out to the endpoints in order, so each rank speaks to a few that follow one another.
+    On devices, those of a rank are all on its own.
+    """
+    spec, count = prepared.spec, prepared.partitions
+    plan = PartitionPlan.row_ranges(spec.run.agents, count)
+    if ordinals := prepared.backend.ordinals:
+        workers = tuple(PartitionWorker.cuda_device(f"gpu-{k}", number) for k, number in enumerate(ordinals))
+        parts = [rank_part(spec.run.agents, count, len(ordinals), rank) for rank in range(len(ordinals))]
+        owners = [
+            worker.label
+            for worker, part in zip(workers, parts, strict=True)
+            for _ in range(part.start, part.stop)
+        ]
+        return plan.with_workers(owners), workers
+    if spec.run.executor != "remote":
+        return plan, ()
+    endpoints = spec.remote.endpoints
+    workers = tuple(PartitionWorker.external(f"remote-{k}", name) for k, name in enumerate(endpoints))
+    owners = [workers[place * len(workers) // count].label for place in range(count)]
+    return plan.with_workers(owners), workers
+
+
+def replay_mode(prepared: Prepared) -> ReplayMode:
+    """Return what the job does with fingerprints. Collective.
+
+    Raises:
+        ReplayLogError: the log to verify against cannot be read.
+    """
+    table = prepared.spec.replay
+    if table.verify is None:
+        return ReplayMode.record(table.interval) if table.mode == "record" else ReplayMode.off()
+    log = on_all(prepared.team, lambda: read_replay_log(Path(table.verify or "")))
+    return ReplayMode.verify(log.entries, log.header.interval)

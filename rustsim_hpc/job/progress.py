@@ -1,0 +1,103 @@
+"""A progress bar on a terminal, and nothing in a log. Imported only where a run starts."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from tqdm import tqdm
+
+from rustsim_hpc.job.summary import rate
+
+_REFRESH_SECONDS: Final = 0.2
+_FORMAT: Final = (
+    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+    "[{step_rate} steps/s, {agent_rate} agent-steps/s, {remaining} left]"
+)
+
+
+class Progress:
+    """Steps done of those wanted, with steps/s, agent-steps/s and the time left.
+
+    Used in a `with`. It shows itself only where `wanted` and `stream` (standard error) is a terminal;
+    elsewhere `advance` costs one test.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        done: int,
+        total: int,
+        agents: int,
+        wanted: bool = True,
+        stream: IO[str] | None = None,
+    ) -> None:
+        """Prepare a bar at step `done` of `total`; nothing is shown before the `with`."""
+        self._stream = sys.stderr if stream is None else stream
+        self._name, self._done, self._total, self._agents = name, done, total, agents
+        self._shown = wanted and self._stream.isatty()
+        self._bar: _Bar | None = None
+
+    def __enter__(self) -> Self:
+        if self._shown:
+            self._bar = _Bar(
+                desc=self._name,
+                initial=self._done,
+                total=self._total,
+                agents=self._agents,
+                file=self._stream,
+                mininterval=_REFRESH_SECONDS,
+                dynamic_ncols=True,
+                bar_format=_FORMAT,
+                leave=False,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def start(self) -> None:
+        """Begin to count time: what came before, such as compiling, does not belong to the rate."""
+        if self._bar is not None:
+            self._bar.set_description_str(self._name)
+            self._bar.unpause()
+
+    def advance(self, steps: int = 1) -> None:
+        """Count `steps` more; redraws at most five times a second."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def note(self, text: str) -> None:
+        """Say on the bar's line what is going on before the first step: "compiling 5 kernels"."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"{self._name}: {text}")
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """tqdm's bar with the rate in words, and without its monitor thread and lock between processes."""
+
+    monitor_interval = 0
+
+    def __init__(self, *, agents: int, **options: Any) -> None:
+        self._agents = agents
+        super().__init__(**options)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts: dict[str, Any] = super().format_dict
+        steps = facts["rate"]
+        if steps is None and facts["elapsed"] > 0:
+            steps = (facts["n"] - facts["initial"]) / facts["elapsed"]
+        facts["step_rate"] = rate(steps or 0.0)
+        facts["agent_rate"] = rate((steps or 0.0) * self._agents)
+        return facts
+
+
+_Bar.set_lock(threading.RLock())

@@ -1,0 +1,112 @@
+"""States that come from checkpoints: whose they must be, and where a fork comes from."""
+
+from __future__ import annotations
+
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.job.prepared import Prepared
+from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.proof.fingerprint import hex64
+from rustsim_hpc.run_folder.environment import differences
+from rustsim_hpc.run_folder.folder import RunFolder
+from rustsim_hpc.run_folder.reader import open_run
+from rustsim_hpc.state.columns import DeviceSoaStore
+from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.storage.folder import list_checkpoints, move_aside, step_of
+from rustsim_hpc.storage.header import CheckpointHeader
+from rustsim_hpc.storage.reading import LoadedCheckpoint, read_header
+
+
+def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
+    """Return this rank's rows of a checkpoint that is this run's.
+
+    Raises:
+        CheckpointFileError: it is of another model, population, seed or parameters.
+    """
+    spec, model = prepared.spec, prepared.model
+    for what, theirs, ours in (
+        ("seed", header.seed, spec.run.seed),
+        ("parameters", dict(header.parameters), model.params.plain()),
+        ("model source", header.model.get("identity"), model.identity()),
+    ):
+        if theirs != ours:
+            raise CheckpointFileError(
+                f"the checkpoint of step {header.step_index} is of another run: {what} {theirs}, here {ours}",
+                damaged=False,
+                hint="use `rustsim-hpc fork` to go on with something changed",
+            )
+    return forked_rows(prepared, header)
+
+
+def forked_rows(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
+    """Return this rank's rows of a checkpoint of the same columns and population.
+
+    Raises:
+        CheckpointFileError: it has others.
+    """
+    step, spec = header.step_index, prepared.spec
+    if header.schema != prepared.model.schema:
+        text = f"the checkpoint of step {step} has other columns than the model"
+        raise CheckpointFileError(text, damaged=False)
+    if header.rows != spec.run.agents:
+        text = f"the checkpoint of step {step} has {header.rows} agents, the job {spec.run.agents}"
+        raise CheckpointFileError(text, damaged=False)
+    return prepared.part.row_start, prepared.part.row_stop
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Move checkpoints after a step aside: the run that goes on from it makes them anew."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            move_aside(path, f"the run was resumed from step {step}")
+
+
+def last_sequence(folder: Path) -> int:
+    """Return the highest sequence number of a run's checkpoints, 0 where there is none: numbers go on."""
+    found = 0
+    for path in list_checkpoints(folder):
+        with suppress(CheckpointFileError):
+            found = max(found, read_header(path).sequence)
+    return found
+
+
+def machine_differences(folder: RunFolder) -> list[str]:
+    """Return how the machines of this session differ from those of the one before, on rank 0."""
+    sessions = folder.record.get("sessions", [])
+    return differences(sessions[-2]["hosts"], sessions[-1]["hosts"]) if len(sessions) > 1 else []
+
+
+def lineage_of(parent: Path, spec: JobSpec, loaded: LoadedCheckpoint) -> dict[str, Any]:
+    """Return where a fork comes from and what was changed."""
+    run = open_run(parent)
+    before, after = _flat(run.job), _flat(tomllib.loads(spec.to_toml()))
+    changes = {
+        k: [before.get(k), after.get(k)] for k in sorted({*before, *after}) if before.get(k) != after.get(k)
+    }
+    return {
+        "parent": str(parent.absolute()),
+        "run_id": run.record.get("run_id"),
+        "step": loaded.header.step_index,
+        "fingerprint": hex64(loaded.header.fingerprint.value),
+        "changes": changes,
+    }
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    return {f"{table}.{key}": value for table, keys in job.items() for key, value in keys.items()}
+
+
+def restored_store(prepared: Prepared, loaded: LoadedCheckpoint) -> DeviceSoaStore:
+    """Return a store of this rank's rows of a checkpoint."""
+    view, part = loaded.rows, prepared.part
+    rows = part.row_stop - part.row_start
+    memory = ColumnMemory(prepared.model.schema, rows, prepared.kind, with_ids=view.ids is not None)
+    for column, values in enumerate(view.columns):
+        memory.current(column)[:] = values
+    if view.ids is not None and memory.ids is not None:
+        memory.ids[:] = view.ids
+    return DeviceSoaStore(memory, row_offset=part.row_start, total_rows=prepared.spec.run.agents)

@@ -1,0 +1,145 @@
+"""A thread that ends a process which is stuck in a phase or a collective.
+
+A compiled loop or a waiting MPI call cannot be interrupted from Python, so there is no way back: the stacks
+of all threads go to standard error, a crash bundle into the run's folder, and the process leaves with exit
+code 3. Its launcher then ends the other ranks.
+
+The thread needs Python's global lock. Code that loops in C and never gives it back stops the watchdog too;
+for that case Python's own C-level watchdog is armed behind it, with a longer limit. It prints the stacks as
+well, but writes no bundle, can only leave with exit code 1, and does not know how long a process was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rustsim_hpc.run_folder.crash import write_crash_bundle
+
+EXIT_CODE = 3
+PATIENCE = 5.0
+"""Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
+
+_STDERR = 2
+
+
+class Watchdog:
+    """Watches one rank while its ``with`` block lasts; the step loop calls `beat`.
+
+    Time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
+
+    Attributes:
+        waiting: says whether the rank waits for others. It then holds still a little longer, so that the one
+            that is stuck is heard: the first to leave ends them all.
+        phase: says which phase runs, where that is known better than by the last beat.
+        show_more: prints the stacks of other processes of this rank, its workers, to standard error.
+    """
+
+    def __init__(
+        self,
+        limit: float | None,
+        *,
+        rank: int = 0,
+        host: str | None = None,
+        folder: Path | None = None,
+        backstop: bool = True,
+    ) -> None:
+        """Prepare; without a ``limit`` (None or 0; seconds between two beats) nothing is watched.
+
+        ``folder``: the run's folder, for the crash bundle. ``backstop``: arm Python's C-level watchdog, too;
+        a process has only one.
+        """
+        self.limit = limit or 0.0
+        self.rank = rank
+        self.host = host
+        self.folder = folder
+        self.waiting: Callable[[], bool] = lambda: False
+        self.phase: Callable[[], str] = lambda: ""
+        self.show_more: Callable[[], None] = lambda: None
+        self._backstop = backstop
+        self._beat: tuple[str, int] = ("start", 0)
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self.limit > 0:
+            self._done.clear()
+            self._thread = threading.Thread(target=self._watch, name="rustsim-watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def beat(self, phase: str, step: int) -> None:
+        """Say that the process moves: it now begins ``phase`` of ``step``. Costs well under a microsecond."""
+        # A new tuple each time, so that the thread sees a beat of equal content by its identity.
+        self._beat = (phase, step)
+
+    def _watch(self) -> None:
+        poll, patience = min(1.0, self.limit / 10), min(PATIENCE, self.limit)
+        seen, quiet, before = self._beat, 0.0, time.monotonic()
+        try:
+            while not self._done.wait(poll):
+                now = time.monotonic()
+                # A longer gap than a poll is time in which this thread, and so the process, did not run.
+                quiet += min(now - before, 2 * poll)
+                before = now
+                if self._beat is not seen:
+                    seen, quiet = self._beat, 0.0
+                elif quiet >= self.limit and (quiet >= self.limit + patience or not self.waiting()):
+                    self._expire(*seen)
+                if self._backstop:
+                    faulthandler.dump_traceback_later(2 * self.limit + 30, exit=True, file=_STDERR)
+        finally:
+            if self._backstop:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _expire(self, phase: str, step: int) -> None:
+        where = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+        if self.waiting():
+            phase = "waiting for other ranks"
+        else:
+            with contextlib.suppress(Exception):  # asked from another thread, at any moment
+                phase = self.phase() or phase
+        line = (
+            f"watchdog: {where} has not moved for {self.limit:g} s: phase {phase}, step {step}; ending it\n"
+        )
+        os.write(_STDERR, line.encode())
+        faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        with contextlib.suppress(Exception):
+            self.show_more()
+        try:
+            if self.folder is not None:
+                write_crash_bundle(
+                    self.folder,
+                    rank=self.rank,
+                    host=self.host,
+                    phase=phase,
+                    step=step,
+                    stacks=_stacks(),
+                    more={"reason": line.strip()},
+                )
+        finally:
+            os._exit(EXIT_CODE)
+
+
+def _stacks() -> str:
+    with contextlib.suppress(OSError), tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read()
+    return ""

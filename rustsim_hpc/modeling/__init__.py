@@ -1,0 +1,1 @@
+"""What a user writes of a model, and the program that it becomes."""

@@ -1,0 +1,136 @@
+"""What the arguments of row functions and derived values can be bound to, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.modeling.model import RESERVED, ColumnPhase, Derive, Phase, RowKernel
+from rustsim_hpc.modeling.signatures import where
+
+Source = Literal["column", "param", "table", "value", "step", "row", "id", "rng"]
+
+_ROW_SOURCES: dict[str, Source] = {"step": "step", "row": "row", "id": "id", "rng": "rng"}
+
+
+@dataclass
+class Names:
+    """The names of one program.
+
+    Attributes:
+        columns, params, tables: names of each kind.
+        texts: parameters that are text, which kernels cannot take.
+        made: every value that some phase makes, with the phase's name.
+        ready: those of them that are made by now.
+
+    Raises:
+        ModelError: one name could mean two things.
+    """
+
+    columns: tuple[str, ...]
+    params: tuple[str, ...]
+    texts: tuple[str, ...]
+    tables: tuple[str, ...]
+    made: dict[str, str]
+    ready: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = dict.fromkeys(RESERVED, "a name that the engine binds")
+        groups = (
+            ("a column", self.columns),
+            ("a parameter", (*self.params, *self.texts)),
+            ("a table", self.tables),
+            ("a result", tuple(self.made)),
+        )
+        for what, names in groups:
+            for name in names:
+                if name in owner:
+                    raise ModelError(
+                        f'"{name}" is both {owner[name]} and {what}: give one of them another name'
+                    )
+                owner[name] = what
+
+    def source(self, phase: Phase, name: str, fn: Callable[..., Any]) -> Source:
+        """Return what an argument of a row function is bound to.
+
+        Raises:
+            ModelError: nothing of that name, or nothing yet, or text.
+        """
+        if name in self.columns:
+            return "column"
+        if name in _ROW_SOURCES:
+            return _ROW_SOURCES[name]
+        if name in self.params:
+            return "param"
+        if name in self.tables:
+            return "table"
+        if name in self.ready:
+            return "value"
+        if name in self.texts:
+            raise ModelError(
+                f'{phase.name} ({where(fn)}) takes the parameter "{name}", which is text: '
+                "row functions take numbers",
+                phase=phase.name,
+            )
+        raise self._unknown(
+            phase, name, fn, (*self.params, *self.tables, *self.columns, *RESERVED), "a column, "
+        )
+
+    def check_derivable(self, phase: Derive, pending: set[str]) -> None:
+        """Check that a derived value can have its arguments; ``pending`` results will be there by then.
+
+        Raises:
+            ModelError: nothing of that name, or nothing yet.
+        """
+        known = (*self.params, *self.texts, *self.tables, "step")
+        for name in phase.arguments:
+            if name not in known and name not in self.ready and name not in pending:
+                raise self._unknown(phase, name, phase.fn, known, "")
+
+    def column(self, phase: Phase, name: str) -> int:
+        """Return the index of a column that a phase writes.
+
+        Raises:
+            ModelError: there is none of that name.
+        """
+        if name not in self.columns:
+            raise ModelError(
+                f'{phase.name} ({where(phase.fn)}) writes "{name}", which is not a column'
+                f"{nearest(name, self.columns)}",
+                phase=phase.name,
+            )
+        return self.columns.index(name)
+
+    def _unknown(
+        self, phase: Phase, name: str, fn: Callable[..., Any], known: Sequence[str], also: str
+    ) -> ModelError:
+        if name in self.made:
+            return ModelError(
+                f'{phase.name} ({where(fn)}) reads "{name}" before phase {self.made[name]} makes it',
+                phase=phase.name,
+                hint=f"move phase {self.made[name]} before {phase.name}",
+            )
+        return ModelError(
+            f'{phase.name} ({where(fn)}) takes an argument "{name}" that is not {also}a parameter, a table '
+            f"or an earlier result{nearest(name, (*known, *self.made))}",
+            phase=phase.name,
+        )
+
+
+def made_names(phases: Sequence[Phase]) -> dict[str, str]:
+    """Return every value that phases make, with the name of the phase that makes it.
+
+    Raises:
+        ModelError: two phases make a value of one name.
+    """
+    made: dict[str, str] = {}
+    for phase in phases:
+        if isinstance(phase, RowKernel | ColumnPhase):
+            continue
+        for name in phase.names if isinstance(phase, Derive) else (phase.name,):
+            if name in made:
+                raise ModelError(f'two phases, {made[name]} and {phase.name}, make a value named "{name}"')
+            made[name] = phase.name
+    return made

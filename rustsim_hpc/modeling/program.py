@@ -1,0 +1,372 @@
+"""From a list of phases to a plan of one step: segments, stages, and which buffer each one reads and writes.
+
+A *stage* is a run of row kernels and reductions that can share one visit of each tile of rows. A *segment*
+is what a partition can do without knowing the rest of the world; it ends where a reduction's result or a
+derived value is needed. Everything here is decided once, from names; nothing is compiled or run.
+
+Buffers: under the rollback guard every column has two sides. The first phase of a step that writes a column
+reads the *current* side (0) and fills the *other* (1); later phases of the step read and write the other
+side; committing the step swaps them. Under the torn guard everything happens on the current side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from rustsim_hpc.errors import ModelError
+from rustsim_hpc.modeling.model import Check, ColumnPhase, Derive, Output, Phase, Reduction, RowKernel
+from rustsim_hpc.modeling.names import Names, Source, made_names
+from rustsim_hpc.state.schema import Schema
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where one argument of a row function comes from; ``index`` and ``side`` are a column's."""
+
+    argument: str
+    source: Source
+    index: int = -1
+    side: int = 0
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """One row kernel of a stage; ``writes`` are (column, side)."""
+
+    phase: int
+    kernel: RowKernel
+    reads: tuple[Binding, ...]
+    writes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ReduceOp:
+    """One reduction of a stage; ``slot`` numbers the program's reductions."""
+
+    phase: int
+    reduction: Reduction
+    slot: int
+    reads: tuple[Binding, ...]
+    key_reads: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class KernelStage:
+    """Row kernels and reductions that share one visit of each tile.
+
+    Attributes:
+        ops: what is done with a tile, in order.
+        digests: the columns, with their side, whose last write of the step is in this stage.
+        again: ops of a second step on the same tile, which reads what the first has written; empty where a
+            step cannot follow another without meeting the rest of the world.
+    """
+
+    ops: tuple[KernelOp | ReduceOp, ...]
+    digests: tuple[tuple[int, int], ...] = ()
+    again: tuple[KernelOp, ...] = ()
+
+
+@dataclass(frozen=True)
+class ColumnCall:
+    """One column phase.
+
+    ``sides``: for each column which side it sees. ``fill``: columns that must first be copied from the
+    current side to the other. ``writable``: which it may change.
+    """
+
+    phase: int
+    column_phase: ColumnPhase
+    sides: tuple[int, ...]
+    fill: tuple[int, ...]
+    writable: tuple[bool, ...]
+    digests: tuple[tuple[int, int], ...] = ()
+
+
+Item = KernelStage | ColumnCall
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a partition does between two meetings of the world, and what the meeting then makes.
+
+    Attributes:
+        items: stages and column phases, in order.
+        reductions: slots whose results are complete after this segment.
+        derives: phases (index, Derive) computed from them, in order.
+    """
+
+    items: tuple[Item, ...]
+    reductions: tuple[int, ...] = ()
+    derives: tuple[tuple[int, Derive], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """The plan of one step.
+
+    Attributes:
+        schema: the columns.
+        phase_names: names of the phases in order, observers' reductions after the model's phases.
+        phase_count: number of the model's phases.
+        segments: the step, in order.
+        observe: the segment that makes the reductions of checks and outputs from the new state.
+        reductions: all reductions by slot.
+        written: columns that a step writes.
+        swapped: columns whose sides are swapped on commit (none under the torn guard).
+        final_sides: for each column the side that holds it after the last phase, before the commit.
+        partition_bound: names of column phases that do not promise to be row-local.
+    """
+
+    schema: Schema
+    phase_names: tuple[str, ...]
+    phase_count: int
+    segments: tuple[Segment, ...]
+    observe: Segment | None
+    reductions: tuple[Reduction, ...]
+    written: tuple[int, ...]
+    swapped: tuple[int, ...]
+    final_sides: tuple[int, ...]
+    partition_bound: tuple[str, ...]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether several steps can be made on a tile before the next tile."""
+        first = self.segments[0].items
+        return len(first) == 1 and isinstance(first[0], KernelStage) and bool(first[0].again)
+
+    @cached_property
+    def model_phases(self) -> tuple[str, ...]:
+        """Names of the model's phases, without observers' reductions."""
+        return self.phase_names[: self.phase_count]
+
+
+def plan_program(
+    schema: Schema,
+    phases: Sequence[Phase],
+    *,
+    two_sided: bool,
+    params: Iterable[str] = (),
+    texts: Iterable[str] = (),
+    tables: Iterable[str] = (),
+    checks: Sequence[Check] = (),
+    outputs: Sequence[Output] = (),
+) -> Program:
+    """Plan one step of ``phases`` over ``schema``.
+
+    Args:
+        two_sided: write to the other side (the rollback guard) or in place (torn).
+        params, tables: names that row functions and derived values can bind.
+        texts: parameters that are text, which derived values alone can bind.
+        checks, outputs: whose reductions the observing segment makes.
+
+    Raises:
+        ModelError: an argument or column that does not exist, two things of one name, a value that is
+            read before it is made.
+    """
+    known = Names(schema.names, tuple(params), tuple(texts), tuple(tables), made_names(phases))
+    planner = _Planner(schema, two_sided, known)
+    for phase in phases:
+        planner.add(phase)
+    observers = _observers(checks, outputs)
+    return planner.finish(observers)
+
+
+def _observers(checks: Sequence[Check], outputs: Sequence[Output]) -> tuple[Reduction, ...]:
+    wanted: dict[int, Reduction] = {}
+    for owner in (*checks, *outputs):
+        for reduction in getattr(owner, "reductions", ()):
+            if not isinstance(reduction, Reduction):
+                raise ModelError(f"{owner!r}: {reduction!r} is not a reduction")
+            wanted[id(reduction)] = reduction
+    return tuple(wanted.values())
+
+
+class _Planner:
+    """Walks the phases once, keeping which columns were written and which values exist so far."""
+
+    def __init__(self, schema: Schema, two_sided: bool, known: Names) -> None:
+        self.schema = schema
+        self.two_sided = two_sided
+        self.known = known
+        self.sides = [0] * len(schema.columns)
+        self.written: set[int] = set()
+        self.pending: list[int] = []
+        self.pending_names: set[str] = set()
+        self.names: list[str] = []
+        self.reductions: list[Reduction] = []
+        self.stage: list[KernelOp | ReduceOp] = []
+        self.items: list[Item] = []
+        self.segments: list[Segment] = []
+        self.partition_bound: list[str] = []
+
+    # -- one phase after the other -------------------------------------------------------------------
+
+    def add(self, phase: Phase) -> None:
+        index = len(self.names)
+        self.names.append(phase.name)
+        if isinstance(phase, RowKernel):
+            self._add_kernel(index, phase)
+        elif isinstance(phase, Reduction):
+            self._add_reduction(index, phase)
+        elif isinstance(phase, Derive):
+            self._add_derive(index, phase)
+        else:
+            self._add_column_phase(index, phase)
+
+    def _add_kernel(self, index: int, kernel: RowKernel) -> None:
+        self._meet_if_needed(kernel.arguments)
+        reads = self._bind(kernel, kernel.arguments, kernel.fn)
+        writes = [self.known.column(kernel, name) for name in kernel.writes]
+        for column in writes:
+            self._mark_written(column)
+        self.stage.append(KernelOp(index, kernel, reads, tuple((c, self.sides[c]) for c in writes)))
+
+    def _add_reduction(self, index: int, reduction: Reduction) -> None:
+        self._meet_if_needed((*reduction.arguments, *reduction.key_arguments))
+        slot = len(self.reductions)
+        self.reductions.append(reduction)
+        reads = self._bind(reduction, reduction.arguments, reduction.fn)
+        keyed = self._bind(reduction, reduction.key_arguments, reduction.fn)
+        self.stage.append(ReduceOp(index, reduction, slot, reads, keyed))
+        self.pending.append(slot)
+        self.pending_names.add(reduction.name)
+
+    def _add_derive(self, index: int, derive: Derive) -> None:
+        self.known.check_derivable(derive, self.pending_names)
+        if not self.segments or self.stage or self.items or self.pending:
+            self._close_segment()
+        last = self.segments[-1]
+        self.segments[-1] = replace(last, derives=(*last.derives, (index, derive)))
+        self.known.ready.update(derive.names)
+
+    def _add_column_phase(self, index: int, phase: ColumnPhase) -> None:
+        if self.pending:
+            self._close_segment()
+        self._close_stage()
+        count = len(self.schema.columns)
+        targets = (
+            tuple(range(count))
+            if phase.writes is None
+            else tuple(self.known.column(phase, name) for name in phase.writes)
+        )
+        fill = tuple(c for c in targets if self.two_sided and c not in self.written)
+        for column in targets:
+            self._mark_written(column)
+        writable = tuple(c in targets for c in range(count))
+        self.items.append(ColumnCall(index, phase, tuple(self.sides), fill, writable))
+        if not phase.row_local:
+            self.partition_bound.append(phase.name)
+
+    def finish(self, observers: tuple[Reduction, ...]) -> Program:
+        if self.stage or self.items or self.pending or not self.segments:
+            self._close_segment()
+        phase_count = len(self.names)
+        segments = tuple(self.segments)
+        observe = self._observing_segment(observers)
+        return Program(
+            schema=self.schema,
+            phase_names=tuple(self.names),
+            phase_count=phase_count,
+            segments=_with_repeats(_with_digests(segments, self.written, self.sides), self.sides),
+            observe=observe,
+            reductions=tuple(self.reductions),
+            written=tuple(sorted(self.written)),
+            swapped=tuple(c for c, side in enumerate(self.sides) if side),
+            final_sides=tuple(self.sides),
+            partition_bound=tuple(self.partition_bound),
+        )
+
+    def _observing_segment(self, observers: tuple[Reduction, ...]) -> Segment | None:
+        if not observers:
+            return None
+        self.segments = []
+        for reduction in observers:
+            if reduction.name in self.known.made or reduction.name in self.names:
+                raise ModelError(
+                    f'reduction "{reduction.name}" of a check or output has the name of another phase',
+                    hint='give it a name of its own with name="…"',
+                )
+            self.known.made[reduction.name] = reduction.name
+            self.add(reduction)
+        self._close_segment()
+        if len(self.segments) != 1:
+            raise ModelError("a reduction of a check or output cannot read another one's result")
+        return self.segments[0]
+
+    # -- closing stages and segments -----------------------------------------------------------------
+
+    def _meet_if_needed(self, arguments: tuple[str, ...]) -> None:
+        if self.pending_names.intersection(arguments):
+            self._close_segment()
+
+    def _close_stage(self) -> None:
+        if self.stage:
+            self.items.append(KernelStage(tuple(self.stage)))
+            self.stage = []
+
+    def _close_segment(self) -> None:
+        self._close_stage()
+        self.segments.append(Segment(tuple(self.items), tuple(self.pending)))
+        self.known.ready |= self.pending_names
+        self.items, self.pending, self.pending_names = [], [], set()
+
+    def _mark_written(self, column: int) -> None:
+        self.written.add(column)
+        if self.two_sided:
+            self.sides[column] = 1
+
+    # -- names ---------------------------------------------------------------------------------------
+
+    def _bind(self, phase: Phase, arguments: tuple[str, ...], fn: Callable[..., Any]) -> tuple[Binding, ...]:
+        return tuple(self._bind_one(phase, name, fn) for name in arguments)
+
+    def _bind_one(self, phase: Phase, name: str, fn: Callable[..., Any]) -> Binding:
+        source = self.known.source(phase, name, fn)
+        if source != "column":
+            return Binding(name, source)
+        column = self.schema.index(name)
+        return Binding(name, source, column, self.sides[column])
+
+
+def _with_digests(
+    segments: tuple[Segment, ...], written: set[int], sides: Sequence[int]
+) -> tuple[Segment, ...]:
+    """Give each item the columns whose last write of the step it makes, to be digested while in cache."""
+    left = set(written)
+    done = []
+    for segment in reversed(segments):
+        items: list[Item] = []
+        for item in reversed(segment.items):
+            if isinstance(item, KernelStage):
+                wrote = {c for op in item.ops if isinstance(op, KernelOp) for c, _ in op.writes}
+            else:
+                wrote = {c for c, may in enumerate(item.writable) if may}
+            mine = sorted(wrote & left)
+            left -= wrote
+            items.append(replace(item, digests=tuple((c, sides[c]) for c in mine)))
+        done.append(replace(segment, items=tuple(reversed(items))))
+    return tuple(reversed(done))
+
+
+def _with_repeats(segments: tuple[Segment, ...], sides: Sequence[int]) -> tuple[Segment, ...]:
+    """Let a program that is one stage of row kernels alone make several steps on a tile."""
+    if len(segments) != 1 or len(segments[0].items) != 1 or segments[0].derives:
+        return segments
+    stage = segments[0].items[0]
+    if not isinstance(stage, KernelStage):
+        return segments
+    kernels = [op for op in stage.ops if isinstance(op, KernelOp)]
+    if len(kernels) != len(stage.ops):
+        return segments
+    again = tuple(
+        replace(
+            op,
+            reads=tuple(replace(r, side=sides[r.index]) if r.source == "column" else r for r in op.reads),
+            writes=tuple((column, sides[column]) for column, _ in op.writes),
+        )
+        for op in kernels
+    )
+    return (replace(segments[0], items=(replace(stage, again=again),)),)

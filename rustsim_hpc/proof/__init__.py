@@ -1,0 +1,1 @@
+"""Fingerprints of states, and logs of them that are recorded and verified."""

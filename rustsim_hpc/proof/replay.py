@@ -1,0 +1,202 @@
+"""Record and verify: the stream of fingerprints of a plane, and the stream that it is checked against.
+
+Pure values and decisions; `replay_log` keeps a stream in a file. The order in a step: `is_due`; compute the
+fingerprint of the state that is about to be committed; `check` it, which changes nothing, so that a step that
+does not verify can be undone; `accept` it with the step's commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from rustsim_hpc.errors import InvalidConfig, ReplayDivergence, ReplayExhausted, ReplayStepMismatch
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+
+_NO_COLUMNS: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayEntry(ReplayFingerprint):
+    """A fingerprint with the digest's value of each column, "ids" first; none where they are not known.
+
+    Compares as a fingerprint: the columns only say where two values come from.
+    """
+
+    columns: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The zero-argument form of super() does not find the class that slots=True makes anew.
+        ReplayFingerprint.__post_init__(self)
+        object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ReplayEntry, (self.step_index, self.value, self.scheme, dict(self.columns))
+
+
+def columns_of(fingerprint: ReplayFingerprint) -> Mapping[str, int]:
+    """Return the values per column of an entry; of a bare fingerprint, none."""
+    return fingerprint.columns if isinstance(fingerprint, ReplayEntry) else _NO_COLUMNS
+
+
+def differing_columns(expected: Mapping[str, int], actual: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the names whose values differ, in the order of `expected`; () where either knows no columns.
+
+    A column that only one of them has differs.
+    """
+    if not expected or not actual:
+        return ()
+    names = dict.fromkeys((*expected, *actual))
+    return tuple(name for name in names if expected.get(name) != actual.get(name))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayMode:
+    """What a plane does with fingerprints: `off()`, `record()` or `verify(entries)`.
+
+    kind: which of them. expected: the stream to verify against, in step order. interval: fingerprints are
+    taken after steps whose absolute index is divisible by it.
+    """
+
+    kind: Literal["off", "record", "verify"] = "off"
+    expected: tuple[ReplayFingerprint, ...] = ()
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("off", "record", "verify"):
+            raise InvalidConfig(f"unknown replay mode {self.kind!r}", hint="use off, record or verify")
+        if self.expected and self.kind != "verify":
+            raise InvalidConfig(f"replay mode {self.kind} takes no expected fingerprints")
+        if self.interval < 1:
+            raise InvalidConfig("replay interval must be greater than zero")
+
+    @classmethod
+    def off(cls) -> ReplayMode:
+        """Take no fingerprints."""
+        return cls("off")
+
+    @classmethod
+    def record(cls, interval: int = 1) -> ReplayMode:
+        """Record one fingerprint after every `interval`-th step."""
+        return cls("record", (), interval)
+
+    @classmethod
+    def verify(cls, entries: Iterable[ReplayFingerprint], interval: int = 1) -> ReplayMode:
+        """Compare each step with `entries`, recorded with the same interval, and record it as well."""
+        return cls("verify", tuple(entries), interval)
+
+    def is_due(self, step_index: int) -> bool:
+        """Whether a fingerprint is taken after the step that leads to `step_index`."""
+        return self.kind != "off" and step_index % self.interval == 0
+
+    def require_scheme(self, scheme: str) -> None:
+        """Do nothing if all expected fingerprints are of `scheme`.
+
+        Raises:
+            SchemeMismatch: one is not.
+        """
+        for fingerprint in self.expected:
+            fingerprint.require_scheme(scheme)
+
+
+class VerifyCursor:
+    """A position in an expected stream. Only `advance`, after a commit, and `seek`, on a restore, move it."""
+
+    __slots__ = ("_position", "expected")
+
+    def __init__(self, expected: tuple[ReplayFingerprint, ...], step_index: int) -> None:
+        """Start at the first entry after `step_index`, the state's present step."""
+        self.expected = expected
+        self.seek(step_index)
+
+    @property
+    def position(self) -> int:
+        """Index of the entry that comes next."""
+        return self._position
+
+    def seek(self, step_index: int) -> None:
+        """Go to the first entry after `step_index`; to the end if there is none."""
+        later = (i for i, entry in enumerate(self.expected) if entry.step_index > step_index)
+        self._position = next(later, len(self.expected))
+
+    def advance(self) -> None:
+        """Go to the next entry."""
+        self._position += 1
+
+    def check(self, actual: ReplayFingerprint, columns: Mapping[str, int] = _NO_COLUMNS) -> None:
+        """Compare a fingerprint with the entry that comes next; nothing moves.
+
+        columns: the digest's values per column, for naming those that differ; not needed for a `ReplayEntry`.
+
+        Raises:
+            ReplayExhausted: there is no such entry.
+            ReplayStepMismatch: it is of another step.
+            SchemeMismatch: it is of another scheme.
+            ReplayDivergence: it has another value; names the columns if both streams know them.
+        """
+        if self._position >= len(self.expected):
+            raise ReplayExhausted(actual.step_index)
+        entry = self.expected[self._position]
+        if entry.step_index != actual.step_index:
+            raise ReplayStepMismatch(entry.step_index, actual.step_index)
+        entry.require_scheme(actual.scheme)
+        if entry.value != actual.value:
+            differing = differing_columns(columns_of(entry), columns or columns_of(actual))
+            raise ReplayDivergence(actual.step_index, entry.value, actual.value, differing)
+
+
+class ReplayRecorder:
+    """A plane's replay: what was recorded so far and, when verifying, its place in the expected stream."""
+
+    def __init__(self, mode: ReplayMode, scheme: str, step_index: int) -> None:
+        """Begin at a state's step.
+
+        Raises:
+            SchemeMismatch: the expected stream is not of `scheme`.
+        """
+        mode.require_scheme(scheme)
+        self.mode = mode
+        self._entries: list[ReplayFingerprint] = []
+        self._cursor = VerifyCursor(mode.expected, step_index) if mode.kind == "verify" else None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether fingerprints are taken at all."""
+        return self.mode.kind != "off"
+
+    @property
+    def recorded(self) -> tuple[ReplayFingerprint, ...]:
+        """Fingerprints of committed steps, in step order."""
+        return tuple(self._entries)
+
+    def is_due(self, step_index: int) -> bool:
+        """Whether a fingerprint is taken after the step that leads to `step_index`."""
+        return self.mode.is_due(step_index)
+
+    def check(self, fingerprint: ReplayFingerprint, columns: Mapping[str, int] = _NO_COLUMNS) -> None:
+        """Verify a fingerprint that is not committed yet; changes nothing, and does nothing unless verifying.
+
+        Raises:
+            EngineControlPlaneError: it does not verify, see `VerifyCursor.check`.
+            SchemeMismatch: the expected one is of another scheme.
+        """
+        if self._cursor is not None:
+            self._cursor.check(fingerprint, columns)
+
+    def accept(self, fingerprint: ReplayFingerprint) -> None:
+        """Record the fingerprint of a step that is committed."""
+        self._entries.append(fingerprint)
+        if self._cursor is not None:
+            self._cursor.advance()
+
+    def forget(self) -> None:
+        """Drop what was recorded, which somebody keeps elsewhere; the place in the expected stream stays."""
+        self._entries = []
+
+    def restored(self, step_index: int) -> None:
+        """Follow a restore that the caller asked for: drop what is after its step, verify from there on."""
+        self._entries = [entry for entry in self._entries if entry.step_index <= step_index]
+        if self._cursor is not None:
+            self._cursor.seek(step_index)

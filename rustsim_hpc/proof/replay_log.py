@@ -1,0 +1,275 @@
+"""The recorded stream as a file, `replay.jsonl`: what its lines are, reading it, and comparing two.
+
+::
+
+    {"format": "rustsim-hpc replay", "version": 1, "scheme": "digest", "scheme_version": 1, "job": "flock",
+     "model": "9f86…", "agents": 1000, "seed": 1, "interval": 1, "params": {"dt": 0.5},
+     "columns": [{"name": "x", "dtype": "float32"}, …], "notes": []}
+    {"step": 1, "value": "0x4c5f…", "columns": {"ids": "0x…", "x": "0x…"}}
+    {"step": 2, …
+
+The header is one line, and each entry is one. An entry's `columns` are the digest's values per column
+(docs/fingerprints.md); `fnv1a` has none. A torn last line is what a kill leaves, and is not read. Any other
+line that is not exactly this is an error that names it; an entry of the digest proves itself, since its value
+follows from its columns. `replay_writer` writes logs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rustsim_hpc.errors import ReplayLogError, SchemeMismatch
+from rustsim_hpc.files import whole_lines
+from rustsim_hpc.proof.fingerprint import SCHEMES, digest_value, hex64
+from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode, differing_columns
+from rustsim_hpc.state.schema import DTYPES
+
+FORMAT = "rustsim-hpc replay"
+VERSION = 1
+SCHEME_VERSION = 1
+IDS = "ids"
+
+_HEX64 = re.compile(r"0x[0-9a-f]{16}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayHeader:
+    """What a stream was recorded from.
+
+    scheme: of its fingerprints. job, model: identities, equal for the same job and the same model source.
+    agents: rows of the whole state. seed: of the run. interval: steps from one entry to the next. params: the
+    model's, resolved. columns: (name, dtype name) in schema order. notes: what limits the promise that other
+    runs have the same stream, such as a column phase that looks at a whole partition.
+
+    Raises:
+        ReplayLogError: a column is called "ids", which in a log means the rows' ids.
+    """
+
+    scheme: str
+    job: str
+    model: str
+    agents: int
+    seed: int
+    columns: tuple[tuple[str, str], ...]
+    interval: int = 1
+    params: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if IDS in dict(self.columns):
+            raise ReplayLogError(
+                f'a column named "{IDS}" cannot be recorded: the name stands for the rows\' ids'
+            )
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of an entry's values: "ids", then the columns."""
+        return (IDS, *(name for name, _ in self.columns))
+
+    def line(self) -> bytes:
+        """Return the header as the log's first line."""
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "scheme": self.scheme,
+            "scheme_version": SCHEME_VERSION,
+            "job": self.job,
+            "model": self.model,
+            "agents": self.agents,
+            "seed": self.seed,
+            "interval": self.interval,
+            "params": dict(self.params),
+            "columns": [{"name": name, "dtype": dtype} for name, dtype in self.columns],
+            "notes": list(self.notes),
+        }
+        return json.dumps(facts, ensure_ascii=False).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class ReplayLog:
+    """A log as read: path, header, and the entries of all whole lines, in step order."""
+
+    path: Path
+    header: ReplayHeader
+    entries: tuple[ReplayEntry, ...]
+
+    def verify_mode(self) -> ReplayMode:
+        """Return the replay mode that verifies a run against this log."""
+        return ReplayMode.verify(self.entries, self.header.interval)
+
+
+@dataclass(frozen=True)
+class LogDifference:
+    """Where two logs first differ.
+
+    step_index: after which step. expected, actual: the values; None where a log has no entry for the step.
+    columns: names of the values that differ ("ids" for the ids); () where the logs do not say.
+    """
+
+    step_index: int
+    expected: int | None
+    actual: int | None
+    columns: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        texts = ("no entry" if value is None else hex64(value) for value in (self.expected, self.actual))
+        where = f" (columns that differ: {', '.join(self.columns)})" if self.columns else ""
+        return f"step {self.step_index}: {' against '.join(texts)}{where}"
+
+
+def read_replay_log(path: Path) -> ReplayLog:
+    """Read a log, also while it is being written; a torn last line is left out.
+
+    Raises:
+        ReplayLogError: it cannot be read, or a whole line is not what it has to be; names the line.
+    """
+    try:
+        lines = whole_lines(path)
+        header = _parsed(path, 1, next(lines, None), _header_from)
+        return ReplayLog(path, header, tuple(_entries(path, header, lines)))
+    except OSError as error:
+        raise ReplayLogError(f"cannot read replay log {path}: {error.strerror or error}") from error
+
+
+def compare_logs(expected: ReplayLog, actual: ReplayLog) -> LogDifference | None:
+    """Return where two logs first differ, or None if they agree wherever both intervals have an entry.
+
+    Raises:
+        SchemeMismatch: they are of different schemes.
+    """
+    if expected.header.scheme != actual.header.scheme:
+        raise SchemeMismatch(
+            f"cannot compare a {expected.header.scheme} stream with a {actual.header.scheme} one",
+            hint="record both with the same fingerprint scheme",
+        )
+    streams = [{entry.step_index: entry for entry in log.entries} for log in (expected, actual)]
+    intervals = (expected.header.interval, actual.header.interval)
+    for step in sorted(streams[0].keys() | streams[1].keys()):
+        if any(step % interval for interval in intervals):
+            continue
+        left, right = (stream.get(step) for stream in streams)
+        one, other = (None if entry is None else entry.value for entry in (left, right))
+        if one != other:
+            columns = () if left is None or right is None else differing_columns(left.columns, right.columns)
+            return LogDifference(step, one, other, columns)
+    return None
+
+
+def header_differences(expected: ReplayHeader, actual: ReplayHeader) -> tuple[str, ...]:
+    """Return one line for each thing in which two runs differ before their first step: the likely causes."""
+    found = [
+        f"{name}: {getattr(expected, name)} against {getattr(actual, name)}"
+        for name in ("scheme", "job", "model", "agents", "seed", "interval")
+        if getattr(expected, name) != getattr(actual, name)
+    ]
+    for label, one, other in (
+        ("params.", dict(expected.params), dict(actual.params)),
+        ("column ", dict(expected.columns), dict(actual.columns)),
+    ):
+        for name in dict.fromkeys((*one, *other)):
+            left, right = one.get(name, "absent"), other.get(name, "absent")
+            if left != right or type(left) is not type(right):
+                found.append(f"{label}{name}: {left} against {right}")
+    if dict(expected.columns) == dict(actual.columns) and expected.columns != actual.columns:
+        found.append("columns: the same ones in another order")
+    return tuple(found)
+
+
+def _parsed(path: Path, number: int, line: bytes | None, parse: Any) -> Any:
+    """Return `parse` of a line's JSON object; ValueError and its like become an error that names the line."""
+    try:
+        if line is None:
+            raise ValueError("there is no complete header")
+        facts = json.loads(line.decode())
+        if not isinstance(facts, dict):
+            raise ValueError("not an object")
+        return parse(facts)
+    except (ValueError, RecursionError) as error:
+        raise ReplayLogError(f"replay log {path}, line {number}: {error}") from error
+
+
+def _entries(path: Path, header: ReplayHeader, lines: Iterator[bytes]) -> Iterator[ReplayEntry]:
+    last = -1
+
+    def parse(facts: dict[str, Any]) -> ReplayEntry:
+        entry = _entry_from(facts, header)
+        if entry.step_index <= last:
+            raise ValueError(f"step {entry.step_index} does not come after step {last}")
+        return entry
+
+    for number, line in enumerate(lines, start=2):
+        entry: ReplayEntry = _parsed(path, number, line, parse)
+        last = entry.step_index
+        yield entry
+
+
+def _header_from(facts: dict[str, Any]) -> ReplayHeader:
+    if facts.get("format") != FORMAT:
+        raise ValueError("this is not the header of a replay log")
+    if (version := facts.get("version")) != VERSION:
+        raise ValueError(f"format version {version} is not known; this package reads version {VERSION}")
+    scheme = _fact(facts, "scheme", str)
+    if scheme not in SCHEMES or facts.get("scheme_version") != SCHEME_VERSION:
+        raise ValueError(f"fingerprint scheme {scheme} version {facts.get('scheme_version')} is not known")
+    columns = _fact(facts, "columns", list)
+    if not all(isinstance(c, dict) and c.keys() == {"name", "dtype"} for c in columns):
+        raise ValueError("columns must have a name and a dtype each")
+    header = ReplayHeader(
+        scheme=scheme,
+        job=_fact(facts, "job", str),
+        model=_fact(facts, "model", str),
+        agents=_fact(facts, "agents", int),
+        seed=_fact(facts, "seed", int),
+        interval=_fact(facts, "interval", int),
+        params=_fact(facts, "params", dict),
+        columns=tuple((_fact(c, "name", str), _fact(c, "dtype", str)) for c in columns),
+        notes=tuple(str(note) for note in _fact(facts, "notes", list)),
+    )
+    if not 0 <= header.agents < 1 << 64 or header.interval < 1:
+        raise ValueError("agents must be a 64-bit unsigned integer, and interval at least 1")
+    if unknown := [dtype for _, dtype in header.columns if dtype not in DTYPES]:
+        raise ValueError(f"dtype {unknown[0]} is not known")
+    return header
+
+
+def _entry_from(facts: dict[str, Any], header: ReplayHeader) -> ReplayEntry:
+    if not facts.keys() <= {"step", "value", "columns"}:
+        raise ValueError("an entry has step, value and columns, and nothing else")
+    step = _fact(facts, "step", int)
+    if step % header.interval:
+        raise ValueError(f"step {step} is not in the interval of {header.interval} steps")
+    columns = {name: _hex(value) for name, value in _fact(facts, "columns", dict, {}).items()}
+    entry = ReplayEntry(step, _hex(facts.get("value")), header.scheme, columns)
+    if columns:
+        _require_proof(entry, header)
+    return entry
+
+
+def _require_proof(entry: ReplayEntry, header: ReplayHeader) -> None:
+    """Raise ValueError unless the digest's value follows from the values of the columns."""
+    names = header.value_names
+    if header.scheme != "digest" or entry.columns.keys() != set(names):
+        raise ValueError(f"columns are {', '.join(entry.columns)}, expected {', '.join(names)}")
+    ids, *values = (entry.columns[name] for name in names)
+    dtypes: Sequence[str] = [dtype for _, dtype in header.columns]
+    value = digest_value(entry.step_index, header.agents, names[1:], dtypes, values, ids)
+    if value != entry.value:
+        raise ValueError(f"the value {hex64(entry.value)} does not follow from the columns")
+
+
+def _fact(facts: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    value = facts.get(name, default)
+    if type(value) is not kind:  # bool is an int, and no number here
+        raise ValueError(f"{name} is missing" if value is None else f"{name} is not of type {kind.__name__}")
+    return value
+
+
+def _hex(value: Any) -> int:
+    if not isinstance(value, str) or not _HEX64.fullmatch(value):
+        raise ValueError(f"{value!r} is not 0x and 16 hexadecimal digits")
+    return int(value, 16)

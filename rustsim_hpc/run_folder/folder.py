@@ -1,0 +1,330 @@
+"""A run's folder, from the side of the run that writes it: making or taking it, and its record.
+
+::
+
+    job.toml          the job as resolved; written first, so that a folder with it is a run's
+    run.json          the record: what runs, on what, and how far; replaced as a whole
+    outputs.json      which outputs there are, and the outputs themselves
+    metrics.jsonl     the engine's counters
+    replay.jsonl      the recorded stream
+    divergence.json   what `verify` or `diff` found
+    checkpoints/      step_0000000100.h5 and its proof
+    crash/            what failing ranks left
+    .lock .lock.ranks see `rustsim_hpc.run_folder.lock`
+
+`rustsim_hpc.run_folder.reader` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rustsim_hpc.errors import OutputError, RunFolderError
+from rustsim_hpc.files import TEMPORARY_SUFFIX, fsync_folder, sweep_temporary, write_atomic
+from rustsim_hpc.modeling.outputs import MANIFEST
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.run_folder import crash, metrics_log
+from rustsim_hpc.run_folder.environment import by_host, host_facts
+from rustsim_hpc.run_folder.lock import (
+    OWNER,
+    RANKS,
+    WAIT_SECONDS,
+    FolderLock,
+    holder_text,
+    is_locked,
+    read_holder,
+)
+from rustsim_hpc.run_folder.record import (
+    RECORD,
+    RunFacts,
+    Status,
+    begin_session,
+    new_record,
+    now,
+    read_record,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from rustsim_hpc.ranks.team import Team
+
+JOB = "job.toml"
+REPLAY = "replay.jsonl"
+DIVERGENCE = "divergence.json"
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """A run's folder that this rank holds; `create` and `reopen` are called by all ranks together.
+
+    Attributes:
+        path: the folder.
+        lock: this rank's hold on it; worker processes must inherit ``lock.descriptors``.
+        record: the content of ``run.json``; on rank 0 only, empty elsewhere.
+    """
+
+    def __init__(self, path: Path, lock: FolderLock, record: dict[str, Any]) -> None:
+        self.path = path
+        self.lock = lock
+        self.record = record
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        job_text: str,
+        facts: RunFacts,
+        team: Team,
+        *,
+        force: bool = False,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> Self:
+        """Make the folder of a new run, lock it, and write ``job.toml`` and ``run.json``.
+
+        With ``force`` a folder that is not empty is taken all the same; what an older run left in it is
+        removed, other files stay.
+
+        Raises:
+            RunFolderError: the folder is not empty, in use, or cannot be written; the same on every rank.
+        """
+
+        def begin() -> tuple[FolderLock, dict[str, Any]]:
+            _refuse_if_taken(path, force)
+            ours = bool(read_holder(path))
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock.claim(path, wait_seconds)
+            try:
+                if not force and _entries(path):
+                    raise _not_empty(path)
+                if ours:
+                    _clear(path)
+                sweep_temporary(path)
+                write_atomic(path / JOB, job_text)
+                (path / CHECKPOINTS).mkdir(exist_ok=True)
+            except BaseException:
+                lock.release()
+                raise
+            return lock, new_record()
+
+        return cls._enter(path, facts, team, begin, wait_seconds, None)
+
+    @classmethod
+    def reopen(
+        cls,
+        path: Path,
+        facts: RunFacts,
+        team: Team,
+        *,
+        resumed_from: int | None = None,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> Self:
+        """Take an existing run's folder to go on with it; left-overs of a killed writer are swept.
+
+        Raises:
+            RunFolderError: it is no run's folder, its record is damaged, or it is in use; the same on every
+                rank.
+        """
+
+        def begin() -> tuple[FolderLock, dict[str, Any]]:
+            if not (path / JOB).is_file():
+                raise RunFolderError(f"{path} is not a run's folder: it has no {JOB}")
+            lock = FolderLock.claim(path, wait_seconds)
+            try:
+                sweep_temporary(path)
+                return lock, read_record(path) if (path / RECORD).exists() else new_record()
+            except BaseException:
+                lock.release()
+                raise
+
+        return cls._enter(path, facts, team, begin, wait_seconds, resumed_from)
+
+    @classmethod
+    def _enter(
+        cls,
+        path: Path,
+        facts: RunFacts,
+        team: Team,
+        begin: Callable[[], tuple[FolderLock, dict[str, Any]]],
+        wait_seconds: float,
+        resumed_from: int | None,
+    ) -> Self:
+        """Let rank 0 begin, all others join, and rank 0 write the record; all together, or nobody."""
+        lock: FolderLock | None = None
+        record: dict[str, Any] = {}
+        error: RunFolderError | None = None
+        try:
+            if team.rank == 0:
+                lock, record = begin()
+        except (RunFolderError, OSError) as caught:
+            error = _folder_error(path, caught)
+        agree(team, error)
+        token = team.bcast(lock.token if lock is not None else "")
+        try:
+            if lock is None:
+                lock = FolderLock.join(path, token, wait_seconds)
+        except (RunFolderError, OSError) as caught:
+            error = _folder_error(path, caught)
+        hosts = team.gather(host_facts())
+        if team.rank == 0 and hosts is not None:
+            begin_session(record, facts, by_host(hosts), team.size, resumed_from)
+            try:
+                write_record(path, record)
+            except OSError as caught:
+                error = _folder_error(path, caught)
+        try:
+            agree(team, error)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        assert lock is not None  # noqa: S101 (agree has raised where there is none)
+        return cls(path, lock, record)
+
+    @property
+    def replay_log(self) -> Path:
+        """Where the recorded stream goes."""
+        return self.path / REPLAY
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def update(self, **facts: Any) -> None:
+        """Put facts into the record, on rank 0; elsewhere nothing happens. ``session=`` updates its session.
+
+        Raises:
+            OutputError: the record cannot be written; the file is as before.
+        """
+        if not self.record:
+            return
+        self.record["sessions"][-1].update(facts.pop("session", {}))
+        self.record.update(facts)
+        try:
+            write_record(self.path, self.record)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path / RECORD}: {error.strerror}") from error
+
+    def finish(
+        self,
+        status: Status,
+        *,
+        exit_code: int,
+        step_index: int,
+        fingerprint: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Record how this session of the run ended.
+
+        Raises:
+            OutputError: the record cannot be written.
+        """
+        value = None if fingerprint is None else f"{fingerprint:#018x}"
+        end = {"status": status, "step_index": step_index, "fingerprint": value, "ended": now()}
+        self.update(**end, session={**end, "exit_code": exit_code, "reason": reason})
+
+    def release(self) -> None:
+        """Let go of the folder; the lock lasts while workers that inherited it live."""
+        self.lock.release()
+
+
+def fresh_folder(job: str, parent: Path = Path("runs")) -> Path:
+    """Make and return a new empty folder PARENT/JOB-TIME, for a run that was not given one. On rank 0.
+
+    Raises:
+        RunFolderError: it cannot be made.
+    """
+    stem = f"{job}-{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            path = parent / (stem if number == 1 else f"{stem}-{number}")
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise _folder_error(parent / stem, error) from error
+    raise RunFolderError(f"there are too many folders like {parent / stem}")
+
+
+def _entries(path: Path) -> list[str]:
+    """Return the names in a folder, but for our locks, and what a start that was killed had not finished."""
+    names = {entry.name for entry in path.iterdir()} - {OWNER, RANKS}
+    return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
+
+
+def _not_empty(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"the folder {path} is not empty",
+        hint="give another one with --out, take it with --force, or go on with its run: "
+        f"rustsim-hpc resume {path}",
+    )
+
+
+def _refuse_if_taken(path: Path, force: bool) -> None:
+    """Refuse what can be refused without touching anything."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is not a folder")
+    if not _entries(path):
+        return
+    if not force:
+        if is_locked(path):
+            raise RunFolderError(
+                f"the folder {path} is in use by {holder_text(path)}", hint="give another one with --out"
+            )
+        raise _not_empty(path)
+    if not read_holder(path):
+        foreign = [name for name in _entries(path) if name in _RESERVED]
+        if foreign:
+            raise RunFolderError(
+                f"{path} is no run's folder, but has {foreign[0]}", hint="give another one with --out"
+            )
+
+
+_RESERVED = (JOB, RECORD, MANIFEST, REPLAY, metrics_log.FILE, CHECKPOINTS, crash.FOLDER)
+
+
+def _clear(path: Path) -> None:
+    """Remove what an older run left; the record last: a kill in between leaves it for the next try."""
+    (path / JOB).unlink(missing_ok=True)
+    sweep_temporary(path)
+    for file in _outputs_of(path):
+        target = path / file
+        target.unlink(missing_ok=True)
+        target.with_name(f".{target.name}.journal").unlink(missing_ok=True)
+    for name in (CHECKPOINTS, crash.FOLDER):
+        # The folder itself may be a link to a larger disk.
+        for entry in (path / name).iterdir() if (path / name).is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    for name in (MANIFEST, REPLAY, DIVERGENCE, metrics_log.FILE, RECORD):
+        (path / name).unlink(missing_ok=True)
+    fsync_folder(path)
+
+
+def _outputs_of(path: Path) -> Iterable[str]:
+    try:
+        entries = json.loads((path / MANIFEST).read_bytes())["outputs"]
+        files = [str(entry["file"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [file for file in files if not Path(file).is_absolute() and ".." not in Path(file).parts]
+
+
+def _folder_error(path: Path, error: Exception) -> RunFolderError:
+    if isinstance(error, RunFolderError):
+        return error
+    text = getattr(error, "strerror", None) or str(error)
+    wrapped = RunFolderError(f"cannot use the folder {path}: {text}", hint="give another one with --out")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,76 @@
+"""Drawing a run's pictures: the only door to matplotlib, through figures of their own and the Agg backend."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rustsim_hpc.errors import OutputError
+from rustsim_hpc.files import write_atomic
+from rustsim_hpc.modeling.outputs import Picture
+
+HINT = "pip install 'rustsim-hpc[plot]'"
+
+
+@dataclass(frozen=True)
+class PictureReport:
+    """What became of a run's pictures: the files drawn, and (file, reason) of those skipped."""
+
+    drawn: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> PictureReport:
+    """Draw all pictures of a finished run.
+
+    Without matplotlib they are skipped, with one line on standard error: the run's results do not depend on
+    them, and they can be drawn later.
+
+    Raises:
+        OutputError: a picture's function failed or its file cannot be written; the others are drawn, and
+            further failures are attached.
+    """
+    if not pictures:
+        return PictureReport()
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        reason = f"no matplotlib ({error})"
+        names = ", ".join(picture.file for picture in pictures)
+        sys.stderr.write(f"pictures skipped: {names}: {reason}; hint: {HINT}\n")
+        return PictureReport(skipped=tuple((picture.file, reason) for picture in pictures))
+    failures: list[OutputError] = []
+    drawn: list[str] = []
+    for picture in pictures:
+        try:
+            _draw(picture, folder, run)
+            drawn.append(picture.file)
+        except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
+            failure = OutputError(
+                f'picture "{picture.file}": {type(error).__name__}: {error}',
+                hint="the run's other results are whole",
+            )
+            failure.__cause__ = error
+            failures.append(failure)
+    if failures:
+        raise failures[0].add_facts(others=tuple(failures[1:]))
+    return PictureReport(drawn=tuple(drawn))
+
+
+def _draw(picture: Picture, folder: Path, run: Any) -> None:
+    # Not pyplot: it keeps every figure, and picks a backend for a screen that a cluster does not have.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=picture.size, dpi=picture.dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    picture.draw(figure, run)
+    image = io.BytesIO()
+    figure.savefig(image, format=Path(picture.file).suffix[1:], dpi=picture.dpi)
+    path = folder / picture.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, image.getvalue())

@@ -1,0 +1,126 @@
+"""A run's record, ``run.json``: what runs, on what, how far it came, and every session that worked on it.
+
+::
+
+    format, version, run_id
+    job, seed, agents, steps, params, model, model_hash, executor, workers, partitions,
+    fingerprint_scheme, command                        the newest session's job
+    ranks, versions, hosts, cpu_models, libm           the newest session's machines
+    lineage                                            null, or parent, run_id, step, fingerprint, changes
+    status ("running" | "done" | "stopped" | "failed"), step_index, fingerprint, started, ended
+    sessions                                           one entry a process (team) that ran or resumed it
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rustsim_hpc.errors import RunFolderError
+from rustsim_hpc.files import write_atomic
+from rustsim_hpc.run_folder.environment import versions
+
+RECORD = "run.json"
+FORMAT = "rustsim-hpc run"
+VERSION = 1
+
+Status = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run's record says of the job; the machine's side is found out by the folder itself.
+
+    Attributes:
+        job: the job's name.
+        seed, agents, steps: as resolved; ``steps`` is the step to reach.
+        params: the model's parameters by name, as plain numbers, truth values and strings.
+        model: name of the model's module, or its path.
+        model_hash: hex digest of the model's source.
+        executor, workers, partitions, fingerprint_scheme: how it runs.
+        command: the command line.
+        lineage: for a fork: parent (folder), run_id, step, fingerprint, changes; else None.
+    """
+
+    job: str
+    seed: int
+    agents: int
+    steps: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    model_hash: str = ""
+    executor: str = "inline"
+    workers: int = 1
+    partitions: int = 1
+    fingerprint_scheme: str = "digest"
+    command: tuple[str, ...] = ()
+    lineage: Mapping[str, Any] | None = None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a run's ``run.json``.
+
+    Raises:
+        RunFolderError: it is not there, damaged, or of another version.
+    """
+    try:
+        record = json.loads((path / RECORD).read_bytes())
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path / RECORD}: {error.strerror}") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path / RECORD} is damaged: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunFolderError(f"{path / RECORD} is not the record of a run")
+    if record.get("version") != VERSION:
+        raise RunFolderError(f"{path / RECORD} has version {record.get('version')}, expected {VERSION}")
+    return record
+
+
+def new_record() -> dict[str, Any]:
+    """Return the record of a run that has not begun."""
+    return {"format": FORMAT, "version": VERSION, "run_id": secrets.token_hex(8), "sessions": []}
+
+
+def begin_session(
+    record: dict[str, Any],
+    facts: RunFacts,
+    hosts: list[dict[str, Any]],
+    ranks: int,
+    resumed_from: int | None,
+) -> None:
+    """Update the record for a process that begins, or goes on with, the run."""
+    known = asdict(facts)
+    lineage = known.pop("lineage") or record.get("lineage")
+    machine = {
+        "ranks": ranks,
+        "versions": versions(),
+        "hosts": hosts,
+        "cpu_models": sorted({host["cpu"] for host in hosts}),
+        "libm": sorted({" ".join(host["libm"].values()) for host in hosts}),
+    }
+    time = now()
+    record.update(known | machine | {"lineage": lineage, "status": "running", "ended": None})
+    record.setdefault("started", time)
+    how = {name: known[name] for name in ("executor", "workers", "partitions", "command")}
+    record["sessions"].append(
+        {"started": time, "resumed_from": resumed_from, "status": "running", **how, **machine}
+    )
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace the ``run.json`` of the folder ``path``.
+
+    Raises:
+        OSError: it cannot be written; the file is as before.
+    """
+    write_atomic(path / RECORD, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def now() -> str:
+    """Return the time as an ISO 8601 text in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

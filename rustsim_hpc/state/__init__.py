@@ -1,0 +1,1 @@
+"""Columns and rows: what a state is, where it lies, how it is cut."""

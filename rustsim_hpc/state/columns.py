@@ -1,0 +1,397 @@
+"""The state: the live store of a rank's columns, and the copy of it that a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rustsim_hpc.errors import DeviceSoaRestoreError, InvalidConfig, PartitionCheckpointError
+from rustsim_hpc.state.backing import Kind
+from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.state.schema import DTYPES as DTYPES  # noqa: PLC0414
+from rustsim_hpc.state.schema import Column as Column  # noqa: PLC0414
+from rustsim_hpc.state.schema import Schema
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Array = np.ndarray[Any, Any]
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Return whether two 1-D arrays have one dtype, one length and the same raw bits."""
+    if one is other:
+        return True
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    raw = np.dtype(f"u{one.dtype.itemsize}") if one.dtype.name in DTYPES else one.dtype
+    return bool(np.array_equal(one.view(raw), other.view(raw)))
+
+
+def _id_range(start: int, rows: int) -> Array:
+    # An arange of uint64 refuses bounds above 2**63, a sum does not.
+    return np.arange(rows, dtype=np.uint64) + np.uint64(start)
+
+
+class _Ids:
+    """The `ids` of a checkpoint: the stored ones, or default ones made when asked for."""
+
+    def __get__(self, checkpoint: DeviceSoaCheckpoint | None, owner: type | None = None) -> Array:
+        if checkpoint is None:
+            # So that the dataclass sees a field without a default.
+            raise AttributeError("ids belong to a checkpoint")
+        stored: Array | None = checkpoint.__dict__.get("ids")
+        return _id_range(checkpoint.row_offset, checkpoint.rows) if stored is None else stored
+
+    def __set__(self, checkpoint: DeviceSoaCheckpoint, value: Any) -> None:
+        checkpoint.__dict__["ids"] = value
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class DeviceSoaCheckpoint:
+    """The values of a range of rows at one moment.
+
+    It may be built by hand, from lists too (their dtypes are the schema's, or else NumPy's). Arrays are kept
+    as given, not copied, and not checked before `DeviceSoaStore.from_checkpoint`. Two checkpoints are equal
+    when names, schemas, dtypes, ids and all values agree bit by bit: a NaN equals the same NaN, -0.0 is not
+    0.0.
+
+    Args:
+        ids: uint64 (rows,); None for the default ids row_offset, row_offset + 1, ..., which take no memory.
+        columns: 1-D arrays (rows,), in column order.
+        column_names: their names.
+        schema: their schema; None for one of the names and dtypes alone.
+        row_offset: global row of the first row.
+        rows: number of rows, needed where there are neither ids nor columns to tell it.
+
+    Raises:
+        DeviceSoaRestoreError: a list that cannot become an array, or columns that cannot have a schema.
+    """
+
+    columns: tuple[Array, ...]
+    column_names: tuple[str, ...]
+    schema: Schema
+    row_offset: int
+    rows: int
+    ids: _Ids = _Ids()
+
+    def __init__(
+        self,
+        ids: Any,
+        columns: Sequence[Any],
+        column_names: Sequence[str],
+        schema: Schema | None = None,
+        *,
+        row_offset: int = 0,
+        rows: int | None = None,
+    ) -> None:
+        fits = schema is not None and len(schema) == len(columns)
+        wanted = schema.dtypes if schema is not None and fits else (None,) * len(columns)
+        try:
+            arrays = tuple(_as_array(column, dtype) for column, dtype in zip(columns, wanted, strict=True))
+            if ids is not None and not isinstance(ids, np.ndarray):
+                ids = _as_ids(ids)
+            if schema is None:
+                schema = Schema.plain(column_names, [array.dtype for array in arrays])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DeviceSoaRestoreError(str(error)) from error
+        first = next((array for array in (ids, *arrays) if array is not None), None)
+        if rows is None or ids is not None:
+            rows = 0 if first is None or first.ndim == 0 else len(first)
+        facts = {"columns": arrays, "column_names": tuple(column_names), "schema": schema}
+        self.__dict__.update(facts, row_offset=row_offset, rows=rows)
+        if ids is not None:
+            self.__dict__["ids"] = ids
+
+    @property
+    def default_ids(self) -> bool:
+        """Whether ids are the default ones, and not stored."""
+        return "ids" not in self.__dict__
+
+    @property
+    def agent_count(self) -> int:
+        """Number of rows."""
+        return self.rows
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns."""
+        return len(self.columns)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the stored ids and columns."""
+        return sum(column.nbytes for column in self.columns) + (0 if self.default_ids else 8 * self.rows)
+
+    def column(self, index: int) -> Array:
+        """Return one column by position."""
+        return self.columns[index]
+
+    def slice_rows(self, start: int, stop: int) -> DeviceSoaCheckpoint:
+        """Return a copy of rows [start, stop).
+
+        Raises:
+            PartitionCheckpointError: not a range of these rows.
+        """
+        if not 0 <= start <= stop <= self.rows:
+            raise PartitionCheckpointError(f"invalid checkpoint slice {start}..{stop} for {self.rows} rows")
+        return DeviceSoaCheckpoint(
+            None if self.default_ids else self.ids[start:stop].copy(),
+            [column[start:stop].copy() for column in self.columns],
+            self.column_names,
+            self.schema,
+            row_offset=self.row_offset + start,
+            rows=stop - start,
+        )
+
+    def same_ids(self, other: DeviceSoaCheckpoint) -> bool:
+        """Return whether two checkpoints have the same ids, stored or default."""
+        if self.default_ids and other.default_ids:
+            return self.rows == other.rows and (self.rows == 0 or self.row_offset == other.row_offset)
+        return same_bits(self.ids, other.ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeviceSoaCheckpoint):
+            return NotImplemented
+        return (
+            self.column_names == other.column_names
+            and self.schema == other.schema
+            and self.rows == other.rows
+            and len(self.columns) == len(other.columns)
+            and self.same_ids(other)
+            and all(same_bits(one, two) for one, two in zip(self.columns, other.columns, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"DeviceSoaCheckpoint({self.rows} rows, columns {', '.join(self.column_names) or 'none'})"
+
+
+class DeviceSoaStore:
+    """The live columns of one rank, over a `ColumnMemory`.
+
+    Args:
+        memory: where the columns and the stored ids, if any, are.
+        row_offset: global row of local row 0; default ids start there.
+        total_rows: rows of the whole population, all ranks together; by default it ends with this store.
+    """
+
+    def __init__(self, memory: ColumnMemory, *, row_offset: int = 0, total_rows: int | None = None) -> None:
+        self.memory = memory
+        self.row_offset = row_offset
+        self.total_rows = row_offset + memory.rows if total_rows is None else total_rows
+        row_end = row_offset + memory.rows
+        if row_offset < 0 or self.total_rows < row_end:
+            raise InvalidConfig(f"rows {row_offset}..{row_end} are not in a population of {self.total_rows}")
+
+    @classmethod
+    def from_columns(
+        cls,
+        ids: Any = None,
+        columns: Mapping[str, Any] | None = None,
+        *,
+        schema: Schema | None = None,
+        kind: Kind = "heap",
+        row_offset: int = 0,
+        total_rows: int | None = None,
+    ) -> DeviceSoaStore:
+        """Build a store of copies of columns.
+
+        Args:
+            ids: uint64 (rows,) or integers that fit; None for row_offset, row_offset + 1, ...
+            columns: name to 1-D array (rows,) of a dtype in `DTYPES`; the order is kept.
+            schema: units and meanings; names and dtypes must be the columns'.
+            kind: where the memory comes from, see `ColumnMemory`.
+            row_offset: global row of row 0.
+            total_rows: rows of the whole population.
+
+        Raises:
+            InvalidConfig: anything that cannot be a store.
+            ColumnMemoryError: the memory cannot be had.
+        """
+        named = dict(columns or {})
+        if schema is not None and tuple(named) != schema.names:
+            raise InvalidConfig(f"columns are {tuple(named)}, the schema's are {schema.names}")
+        wanted = schema.dtypes if schema is not None else (None,) * len(named)
+        try:
+            arrays = [_as_array(column, dtype) for column, dtype in zip(named.values(), wanted, strict=True)]
+            schema = Schema.plain(named, [array.dtype for array in arrays]) if schema is None else schema
+            ids = None if ids is None else _as_ids(ids)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidConfig(str(error)) from error
+        labels = [f'column "{name}"' for name in named]
+        first = next((array for array in (ids, *arrays) if array is not None and array.ndim), np.zeros(0))
+        if problem := _misfit(labels, arrays, schema, len(first)):
+            raise InvalidConfig(problem)
+        memory = _filled_memory(schema, len(first), kind, ids, arrays)
+        return cls(memory, row_offset=row_offset, total_rows=total_rows)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: DeviceSoaCheckpoint, *, kind: Kind = "heap", total_rows: int | None = None
+    ) -> DeviceSoaStore:
+        """Build a store of copies of a checkpoint's columns.
+
+        Raises:
+            DeviceSoaRestoreError: names, schema, dtypes, lengths or ids do not fit each other.
+            ColumnMemoryError: the memory cannot be had.
+        """
+        schema, names, arrays = checkpoint.schema, checkpoint.column_names, checkpoint.columns
+        if len(names) != len(arrays):
+            raise DeviceSoaRestoreError(f"checkpoint has {len(arrays)} columns but {len(names)} column names")
+        if names != schema.names:
+            raise DeviceSoaRestoreError(f"column names {names} are not those of the schema, {schema.names}")
+        try:
+            ids = None if checkpoint.default_ids else _as_ids(checkpoint.ids)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DeviceSoaRestoreError(str(error)) from error
+        labels = [f"column {index}" for index in range(len(names))]
+        if problem := _misfit(labels, arrays, schema, checkpoint.agent_count):
+            raise DeviceSoaRestoreError(problem)
+        memory = _filled_memory(schema, checkpoint.rows, kind, ids, arrays)
+        try:
+            return cls(memory, row_offset=checkpoint.row_offset, total_rows=total_rows)
+        except InvalidConfig as error:
+            raise DeviceSoaRestoreError(error.message) from error
+
+    @property
+    def schema(self) -> Schema:
+        """The columns' names, dtypes, units and meanings."""
+        return self.memory.schema
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return self.memory.schema.names
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns."""
+        return len(self.memory.schema)
+
+    @property
+    def agent_count(self) -> int:
+        """Number of rows of this rank."""
+        return self.memory.rows
+
+    @property
+    def default_ids(self) -> bool:
+        """Whether ids are row_offset, row_offset + 1, ... and not stored."""
+        return not self.memory.with_ids
+
+    @property
+    def ids(self) -> Array:
+        """The ids, uint64 (rows,), read-only; default ids are made at each call."""
+        stored = self.memory.ids
+        view = _id_range(self.row_offset, self.memory.rows) if stored is None else stored.view()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def columns(self) -> tuple[Array, ...]:
+        """The live columns, 1-D arrays (rows,); good until the next step swaps them."""
+        return tuple(self.memory.current(index) for index in range(self.num_columns))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the stored ids and columns, second buffers not counted."""
+        return self.memory.rows * (self.schema.row_bytes + (8 if self.memory.with_ids else 0))
+
+    def column(self, index: int) -> Array:
+        """Return one live column by position."""
+        return self.memory.current(range(self.num_columns)[index])
+
+    def checkpoint(self, start: int = 0, stop: int | None = None) -> DeviceSoaCheckpoint:
+        """Return an independent copy of this rank's rows [start, stop), all of them by default."""
+        stored, rows = self.memory.ids, slice(start, self.memory.rows if stop is None else stop)
+        return DeviceSoaCheckpoint(
+            None if stored is None else stored[rows].copy(),
+            [column[rows].copy() for column in self.columns],
+            self.column_names,
+            self.schema,
+            row_offset=self.row_offset + start,
+            rows=rows.stop - start,
+        )
+
+    def move_to(self, kind: Kind) -> None:
+        """Move the columns to memory of another kind; arrays taken from here before are no longer the state.
+
+        Raises:
+            ColumnMemoryError: the memory cannot be had; nothing has changed.
+        """
+        old = self.memory
+        if old.kind != kind:
+            self.memory = _filled_memory(old.schema, old.rows, kind, old.ids, self.columns)
+            old.close()
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.memory.close()
+
+    def __repr__(self) -> str:
+        return f"DeviceSoaStore({self.memory.rows} rows, columns {', '.join(self.column_names) or 'none'})"
+
+
+def _as_array(column: Any, dtype: np.dtype[Any] | None) -> Array:
+    """Return an array as it is, and a list as an array of `dtype` if that loses no kind of value."""
+    if isinstance(column, np.ndarray):
+        return column
+    array = np.asarray(column)
+    if dtype is None or array.dtype == dtype:
+        return array
+    if (
+        array.size
+        and not np.can_cast(array.dtype, dtype, "same_kind")
+        and (array.dtype.kind, dtype.kind) != ("i", "u")
+    ):
+        raise ValueError(f"values of {array.dtype} cannot become a column of {dtype}")
+    # From the list again: NumPy then checks that each integer fits.
+    return np.asarray(column, dtype)
+
+
+def _as_ids(ids: Any) -> Array:
+    """Return ids as uint64 (n,), refusing what is not a row of integers of 64 bits."""
+    if not isinstance(ids, np.ndarray):
+        ids = list(ids)
+        strange = next(
+            (one for one in ids if isinstance(one, bool) or not isinstance(one, int | np.integer)), None
+        )
+        if strange is not None:
+            raise ValueError(f"ids must be integers from 0 to 2^64 - 1, got {strange!r}")
+        if any(not 0 <= one < 2**64 for one in ids):
+            raise ValueError(f"ids must be integers from 0 to 2^64 - 1, got {min(ids)} to {max(ids)}")
+        return np.array(ids, dtype=np.uint64)
+    if ids.ndim != 1:
+        raise ValueError(f"ids have {ids.ndim} dimensions, expected 1")
+    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
+        raise ValueError(f"ids have dtype {ids.dtype.str}, expected uint64")
+    if ids.dtype.kind == "i" and ids.size and ids.min() < 0:
+        raise ValueError(f"ids must not be negative, got {ids.min()}")
+    return ids.astype(np.uint64, copy=False)
+
+
+def _misfit(labels: Sequence[str], arrays: Sequence[Array], schema: Schema, rows: int) -> str:
+    """Return what is wrong with columns for a schema and a number of rows, or ""."""
+    for label, array, dtype in zip(labels, arrays, schema.dtypes, strict=True):
+        if array.ndim != 1:
+            return f"{label} has {array.ndim} dimensions, expected 1"
+        if array.dtype != dtype:
+            found = array.dtype.name if array.dtype.isnative else array.dtype.str
+            return f"{label} has dtype {found}, expected {dtype}"
+        if len(array) != rows:
+            return f"{label} has {len(array)} rows, expected {rows}"
+    return ""
+
+
+def _filled_memory(
+    schema: Schema, rows: int, kind: Kind, ids: Array | None, arrays: Sequence[Array]
+) -> ColumnMemory:
+    memory = ColumnMemory(schema, rows, kind, with_ids=ids is not None)
+    for index, array in enumerate(arrays):
+        np.copyto(memory.current(index), array)
+    if ids is not None and memory.ids is not None:
+        np.copyto(memory.ids, ids)
+    return memory

@@ -1,0 +1,227 @@
+"""Where columns live: heap or shared memory, two buffers a column, and their swap.
+
+A step that can be undone writes a column's other buffer and swaps on commit, so a column has two sides.
+Side 1 is allocated when it is first asked for: a run under the torn guard never pays for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from rustsim_hpc.errors import ColumnMemoryError
+from rustsim_hpc.state.backing import Backing, Buffers, Heap, Kind, Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rustsim_hpc.state.schema import Schema
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """What another process needs to map a shared `ColumnMemory`; picklable.
+
+    fds: file descriptors of the two sides in process `pid`, for `subprocess.Popen(pass_fds=layout.fds)`.
+    """
+
+    schema: Schema
+    rows: int
+    with_ids: bool
+    fds: tuple[int, int]
+    pid: int
+
+
+class Keeper(Protocol):
+    """Who holds a memory's current values while they are elsewhere: workers on other machines, say."""
+
+    def refresh(self) -> None:
+        """Write the current values into the memory's current sides; they stay with the keeper as well."""
+
+    def fnv1a(self, state: int, column: int, *, other: bool) -> int:
+        """Carry a FNV-1a chain on over a column where it is: its current side, or the other one."""
+
+
+def _closed() -> ColumnMemoryError:
+    return ColumnMemoryError("column memory is closed")
+
+
+class ColumnMemory:
+    """The buffers of a population's columns, and which side of each is the current one.
+
+    All arrays are 1-D of `rows` items, 64-byte aligned, and keep their address until `close`. What a side
+    holds before it is first written is undefined. Views that outlive `close` keep their part of the memory
+    alive but are no longer anybody's state. While there is a `keeper`, the current values are with it: they
+    are fetched when they are read here, and cannot be written.
+
+    Args:
+        schema: the columns.
+        rows: rows of this rank.
+        kind: "heap" (private) or "shared" (other processes of the node can map it).
+        with_ids: whether ids are stored (uint64); default ids need no memory.
+
+    Raises:
+        ColumnMemoryError: the memory cannot be had; says how many bytes were asked for.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        rows: int,
+        kind: Kind = "heap",
+        *,
+        with_ids: bool = False,
+        _mapped: tuple[int, int] | None = None,
+        _writable: bool = True,
+    ) -> None:
+        self.schema = schema
+        self.rows = rows
+        self.kind: Kind = kind
+        self.with_ids = with_ids
+        self.keeper: Keeper | None = None
+        self._arrays: dict[int, Array] = {}
+        self._lock = threading.Lock()
+        self._buffers = Buffers(schema, rows, with_ids)
+        self._backing: Backing | None = (
+            Heap(self._buffers) if kind == "heap" else Shared(self._buffers, _mapped, writable=_writable)
+        )
+        # Item by item several times as fast as the array.
+        self._parity: memoryview | None = self._backing.parity.data
+        try:
+            for number in (*range(len(schema)), *([2 * len(schema)] if with_ids else [])):
+                self._array(number)
+        except ColumnMemoryError:
+            self.close()
+            raise
+
+    @classmethod
+    def attach(cls, layout: MemoryLayout) -> ColumnMemory:
+        """Map the memory of a parent process that passed `layout.fds` on, for reading and writing.
+
+        The memory takes the descriptors over and closes them with itself.
+        """
+        return cls(layout.schema, layout.rows, "shared", with_ids=layout.with_ids, _mapped=layout.fds)
+
+    @classmethod
+    def attach_path(cls, layout: MemoryLayout) -> ColumnMemory:
+        """Map the memory of another process of this node and user, read-only.
+
+        Raises:
+            ColumnMemoryError: the process is gone, or may not be looked into.
+        """
+        fds: list[int] = []
+        try:
+            fds.extend(os.open(f"/proc/{layout.pid}/fd/{fd}", os.O_RDONLY) for fd in layout.fds)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            raise ColumnMemoryError(f"cannot open the memory of process {layout.pid}: {error}") from error
+        return cls(
+            layout.schema,
+            layout.rows,
+            "shared",
+            with_ids=layout.with_ids,
+            _mapped=(fds[0], fds[1]),
+            _writable=False,
+        )
+
+    def handles(self) -> MemoryLayout:
+        """Return what another process needs to map this memory.
+
+        Raises:
+            ColumnMemoryError: the memory is private, or closed.
+        """
+        backing = self._open()
+        if not isinstance(backing, Shared):
+            raise ColumnMemoryError("heap memory cannot be mapped by another process")
+        return MemoryLayout(self.schema, self.rows, self.with_ids, backing.fds, os.getpid())
+
+    def _open(self) -> Backing:
+        if self._backing is None:
+            raise _closed()
+        return self._backing
+
+    def _array(self, number: int) -> Array:
+        found = self._arrays.get(number)
+        if found is None:
+            with self._lock:
+                raw = self._open().buffer(number)
+                found = self._arrays.setdefault(number, raw.view(self._buffers.dtypes[number]))
+        return found
+
+    @property
+    def ids(self) -> Array | None:
+        """The stored ids, uint64 (rows,), or None for default ids."""
+        return self._array(2 * len(self.schema)) if self.with_ids else None
+
+    @property
+    def parity(self) -> Array:
+        """Which side of each column is current: uint8 (columns,), shared by all who mapped the memory."""
+        return self._open().parity
+
+    def sides(self) -> bytes:
+        """Return which side of each column is current, as a key of what depends on it."""
+        return b"" if self._parity is None else self._parity.tobytes()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the buffers that this process has asked for so far."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def array(self, column: int, side: int) -> Array:
+        """Return one side of a column, allocated now if it is asked for the first time.
+
+        Raises:
+            ColumnMemoryError: the memory cannot be had.
+        """
+        columns = len(self.schema)
+        if not (0 <= column < columns and side in (0, 1)):
+            raise IndexError(f"no side {side} of column {column} among {columns} columns")
+        return self._array(side * columns + column)
+
+    def current(self, column: int) -> Array:
+        """Return the side of a column that holds the state; read-only while that is with a keeper."""
+        if self.keeper is not None:
+            self.keeper.refresh()
+            view = self.array(column, int(self.parity[column])).view()
+            view.flags.writeable = False
+            return view
+        return self.array(column, int(self.parity[column]))
+
+    def other(self, column: int) -> Array:
+        """Return the side of a column that the next step may write."""
+        return self.array(column, 1 - int(self.parity[column]))
+
+    def take_back(self, user: object = None) -> None:
+        """Make the state this memory's own again, unless ``user`` is who keeps it."""
+        if self.keeper is not None and self.keeper is not user:
+            self.keeper.refresh()
+            self.keeper = None
+
+    def swap(self, columns: Iterable[int]) -> None:
+        """Make the other side of these columns the current one."""
+        parity = self._parity
+        if parity is None:
+            raise _closed()
+        for column in columns:
+            parity[column] ^= 1
+
+    def close(self) -> None:
+        """Let go of the memory; a second call does nothing."""
+        backing, self._backing = self._backing, None
+        self._parity = None
+        self._arrays.clear()
+        if backing is not None:
+            backing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
