@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.plan import RunPlan, size
-from rustsim_hpc.job.spec import JobSpec
 
 Kind = Literal["cpu", "gpu", "requeue", "ensemble"]
 

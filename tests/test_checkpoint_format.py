@@ -12,7 +12,7 @@ from storage_cases import SMALL, bounds, cut, header_of, state
 from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
-from rustsim_hpc.job.spec import CheckpointTable
+from rustsim_hpc.job.keys import CheckpointTable
 from rustsim_hpc.storage import FORMAT_NAME, FORMAT_VERSION, StorageOptions, write_checkpoint
 from rustsim_hpc.storage.proof import BLOCK_BYTES
 

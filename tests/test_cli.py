@@ -20,8 +20,9 @@ from rustsim_hpc.errors import (
     ReplayDivergence,
     RustsimError,
 )
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.options import OPTION_KEYS
-from rustsim_hpc.job.spec import JobSpec, RunOptions
+from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.state.partition import PartitionId
 

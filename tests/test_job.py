@@ -10,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job.spec import (
-    CommandTable,
-    JobSpec,
-    Override,
-    RunOptions,
-    job_tables,
-    parse_duration,
-    read_job,
-    resolve_job,
-)
+from rustsim_hpc.job.keys import CommandTable, JobSpec, job_tables, parse_duration
+from rustsim_hpc.job.spec import Override, RunOptions, read_job, resolve_job
 
 MINIMAL = """\
 [model]

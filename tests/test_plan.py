@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.plan import partition_count, plan_run, rank_part, size, worker_count
-from rustsim_hpc.job.spec import JobSpec, resolve_job
+from rustsim_hpc.job.spec import resolve_job
 from rustsim_hpc.state.partition import PartitionPlan
 from rustsim_hpc.state.schema import Column, Schema
 

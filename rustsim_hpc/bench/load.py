@@ -11,8 +11,8 @@ from rustsim_hpc.bench.kept import kept
 from rustsim_hpc.bench.measure import Section, figure
 from rustsim_hpc.bench.report import Report
 from rustsim_hpc.errors import JobError
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prediction import Load, Machine
-from rustsim_hpc.job.spec import JobSpec
 from rustsim_hpc.modeling.reductions import meeting_bytes
 
 _SAMPLE_ROWS = 1_000_000

@@ -12,7 +12,7 @@ from rustsim_hpc.cli.common import Session, debug_option, overrides
 from rustsim_hpc.job.prediction import ASSUMPTIONS, Network, Prediction, curve, table
 
 if TYPE_CHECKING:
-    from rustsim_hpc.job.spec import JobSpec
+    from rustsim_hpc.job.keys import JobSpec
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of text.")

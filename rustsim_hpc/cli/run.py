@@ -10,7 +10,8 @@ import click
 from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
 
 if TYPE_CHECKING:
-    from rustsim_hpc.job.spec import JobSpec, Override, RunOptions
+    from rustsim_hpc.job.keys import JobSpec
+    from rustsim_hpc.job.spec import Override, RunOptions
     from rustsim_hpc.job.summary import RunSummary
 
 _RUN_EXAMPLES = """\b

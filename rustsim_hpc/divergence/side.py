@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rustsim_hpc.errors import CheckpointFileError, ReplayLogError, RunFolderError, RustsimError
-from rustsim_hpc.job.spec import JobSpec, ReplayTable, read_job
+from rustsim_hpc.job.keys import JobSpec, ReplayTable
+from rustsim_hpc.job.spec import read_job
 from rustsim_hpc.proof.replay import differing_columns
 from rustsim_hpc.proof.replay_log import IDS, ReplayLog, read_replay_log
 from rustsim_hpc.ranks.agreement import on_all

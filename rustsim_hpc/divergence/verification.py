@@ -37,10 +37,11 @@ from rustsim_hpc.errors import (
     ReplayStepMismatch,
     RustsimError,
 )
+from rustsim_hpc.job.keys import JobSpec, ReplayTable
 from rustsim_hpc.job.prepared import Prepared, cut_of, executor_of, prepare
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.restored import forked_rows, restored_store
-from rustsim_hpc.job.spec import JobSpec, ReplayTable, RunOptions
+from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.job.watchdog import Watchdog
 from rustsim_hpc.modeling.model import ColumnPhase

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.ranks.team import Team

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from rustsim_hpc.job.key_errors import fields_of, kind_of, toml_value
+from rustsim_hpc.job.keys import JobSpec, job_tables
 from rustsim_hpc.job.options import OPTION_KEYS
-from rustsim_hpc.job.spec import JobSpec, job_tables
 
 _HEAD: Final = """\
 # The job file

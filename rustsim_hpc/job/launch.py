@@ -13,6 +13,7 @@ from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.runtime import ColumnarRuntime
 from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.loop import JobRun, LoopResult
 from rustsim_hpc.job.plan import RunPlan, partition_count, plan_run, worker_count
 from rustsim_hpc.job.prepared import Prepared, bind, cut_of, executor_of, facts, prepare, replay_mode
@@ -26,7 +27,7 @@ from rustsim_hpc.job.restored import (
     set_aside_later,
 )
 from rustsim_hpc.job.signals import StopRequests
-from rustsim_hpc.job.spec import JobSpec, RunOptions
+from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.modeling.reductions import meeting_bytes

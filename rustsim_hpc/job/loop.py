@@ -14,10 +14,10 @@ from rustsim_hpc.control.profiling import Profiler, RunProfile
 from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.control.stepping import Executor
 from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.records import JobRecords
 from rustsim_hpc.job.signals import StopRequests
-from rustsim_hpc.job.spec import JobSpec
 from rustsim_hpc.job.watchdog import Watchdog
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.proof.fingerprint import StateView

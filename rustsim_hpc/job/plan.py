@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.job.spec import JobSpec
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.state.schema import Schema
 
 _ID_BYTES = 8

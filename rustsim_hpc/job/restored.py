@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
-from rustsim_hpc.job.spec import JobSpec
 from rustsim_hpc.proof.fingerprint import hex64
 from rustsim_hpc.run_folder.environment import differences
 from rustsim_hpc.run_folder.folder import RunFolder
