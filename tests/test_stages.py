@@ -13,6 +13,7 @@ from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.setting import MODELS
 from rustsim_hpc.executors import work
 from rustsim_hpc.kernels.simple import is_simple
+from rustsim_hpc.modeling.bound_model import BoundModel
 
 TYPES = ("bool", "int8", "uint16", "int32", "float32", "int64", "uint64", "float64")
 
@@ -58,7 +59,7 @@ def twin(rows: int, steps: int) -> list[np.ndarray]:
 def plane(rows: int, partitions: int, scheme: str, guard: str) -> rs.EngineControlPlane:
     columns = [rs.Column(f"c{k}", dtype) for k, dtype in enumerate(TYPES)]
     model = rs.Model(columns=columns, initialise=initialise, phases=PHASES)
-    bound = rs.bound_model.BoundModel(model, {}, seed=1, agents=rows)
+    bound = BoundModel(model, {}, seed=1, agents=rows)
     config = rs.ControlPlaneConfig(
         replay_mode=rs.ReplayMode.record(),
         partition_plan=rs.PartitionPlan.row_ranges(rows, partitions),
