@@ -68,6 +68,8 @@ def configuration(folder: Path) -> str:
             "SlurmdUser=root",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool-%n",
+            # MPICH names shared memory after the job's number, and a killed job leaves its own behind.
+            f"FirstJobId={1000 + secrets.randbelow(10**6)}",
             f"SlurmctldPidFile={folder}/slurmctld.pid",
             # Two nodes of one machine must not meet in /tmp.
             f"TmpFS={folder}/local-%n",
