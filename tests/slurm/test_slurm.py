@@ -79,8 +79,8 @@ def test_directives_are_what_slurm_takes(site: Site, name: str) -> None:
 def test_cpu_script_on_two_nodes(site: Site, expected: int) -> None:
     out = site.out("cpu")
     words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem-per-cpu=100M")
-    # Nodes that are one machine must not share memory; and the long address of a rank that could came through
-    # Slurm's PMI-2 torn now and then, between two nodes.
+    # Nodes that are one machine must not share memory: once a rank's address came through Slurm's PMI-2 torn,
+    # between two nodes, with the transports of one machine in it.
     job = site.submit("cpu.sbatch", *words, OUT=out, UCX_TLS="tcp,self")
     assert site.wait(job)["ExitCode"] == "0:0", site.log(job)
     record = assert_whole(out, expected)
