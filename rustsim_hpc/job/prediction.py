@@ -129,7 +129,9 @@ def slowdown(load: Load, machine: Machine, busy: int) -> float:
     among = min(busy, machine.cores)
     shared = machine.all / machine.cores
     each = machine.one + (shared - machine.one) * (among - 1) / (machine.cores - 1)
-    wanted = min(load.row_bytes / load.row, machine.one)
+    # A sample whose rows cost nothing that could be measured waits for memory as much as a core can.
+    waits = load.row_bytes >= load.row * machine.one
+    wanted = machine.one if waits else load.row_bytes / load.row
     return max(1.0, wanted / each)
 
 
