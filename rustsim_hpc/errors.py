@@ -13,6 +13,20 @@ from rustsim_hpc.facts import PartitionLike
 from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
 from rustsim_hpc.facts import message_of as message_of  # noqa: PLC0414
 from rustsim_hpc.facts import nearest as nearest  # noqa: PLC0414
+from rustsim_hpc.partition_errors import CoverageMismatch as CoverageMismatch  # noqa: PLC0414
+from rustsim_hpc.partition_errors import EmptyRange as EmptyRange  # noqa: PLC0414
+from rustsim_hpc.partition_errors import InvalidPartitionCount as InvalidPartitionCount  # noqa: PLC0414
+from rustsim_hpc.partition_errors import MissingEndpoint as MissingEndpoint  # noqa: PLC0414
+from rustsim_hpc.partition_errors import NonContiguousRange as NonContiguousRange  # noqa: PLC0414
+from rustsim_hpc.partition_errors import PartitionExecutorError as PartitionExecutorError  # noqa: PLC0414
+from rustsim_hpc.partition_errors import PartitionPlanError as PartitionPlanError  # noqa: PLC0414
+from rustsim_hpc.partition_errors import Phase as Phase  # noqa: PLC0414
+from rustsim_hpc.partition_errors import RangeOutOfBounds as RangeOutOfBounds  # noqa: PLC0414
+from rustsim_hpc.partition_errors import ResultCountMismatch as ResultCountMismatch  # noqa: PLC0414
+from rustsim_hpc.partition_errors import ReversedRange as ReversedRange  # noqa: PLC0414
+from rustsim_hpc.partition_errors import SingleProcessHasAssignments as SingleProcessHasAssignments  # noqa: PLC0414
+from rustsim_hpc.partition_errors import Worker as Worker  # noqa: PLC0414
+from rustsim_hpc.partition_errors import WorkerCountMismatch as WorkerCountMismatch  # noqa: PLC0414
 
 if TYPE_CHECKING:
     # In a root a variant's name means the attribute; annotations reach the class through the module.
@@ -54,123 +68,6 @@ class DeviceMemoryError(RustsimError, MemoryError):
     ordinal: int
     asked: int
     free: int
-
-
-class PartitionPlanError(RustsimError, ValueError):
-    """A partition plan cannot be built, or does not fit the population."""
-
-    exit_code = 2
-    InvalidPartitionCount: ClassVar[type[here.InvalidPartitionCount]]
-    SingleProcessHasAssignments: ClassVar[type[here.SingleProcessHasAssignments]]
-    WorkerCountMismatch: ClassVar[type[here.WorkerCountMismatch]]
-    NonContiguousRange: ClassVar[type[here.NonContiguousRange]]
-    RangeOutOfBounds: ClassVar[type[here.RangeOutOfBounds]]
-    EmptyRange: ClassVar[type[here.EmptyRange]]
-    CoverageMismatch: ClassVar[type[here.CoverageMismatch]]
-    ReversedRange: ClassVar[type[here.ReversedRange]]
-
-
-class InvalidPartitionCount(PartitionPlanError):
-    """At least one partition is required."""
-
-    template = "partition_count must be greater than zero"
-
-
-class SingleProcessHasAssignments(PartitionPlanError):
-    """A single-process plan carries row assignments."""
-
-    template = "single-process partition plan must not contain row assignments"
-
-
-class WorkerCountMismatch(PartitionPlanError):
-    """There are more or fewer worker labels than assignments."""
-
-    template = "worker count {workers} does not match assignment count {assignments}"
-    assignments: int
-    workers: int
-
-
-class NonContiguousRange(PartitionPlanError):
-    """A row range does not start where the one before it ends."""
-
-    template = "partition {partition!r} starts at row {row_start}, expected {expected_start}"
-    partition: PartitionLike
-    row_start: int
-    expected_start: int
-
-
-class RangeOutOfBounds(PartitionPlanError):
-    """A row range ends beyond the population."""
-
-    template = "partition {partition!r} ends at row {row_end}, beyond agent count {agent_count}"
-    partition: PartitionLike
-    row_end: int
-    agent_count: int
-
-
-class EmptyRange(PartitionPlanError):
-    """A row range is empty though there are agents."""
-
-    template = "partition {partition!r} has an empty row range"
-    partition: PartitionLike
-
-
-class CoverageMismatch(PartitionPlanError):
-    """The row ranges do not cover the population exactly."""
-
-    template = "static partition plan covers {covered_rows} rows, expected {agent_count}"
-    covered_rows: int
-    agent_count: int
-
-
-class ReversedRange(PartitionPlanError):
-    """A row range ends before it starts."""
-
-    template = "partition {partition!r} ends at row {row_end}, before its start {row_start}"
-    partition: PartitionLike
-    row_start: int
-    row_end: int
-
-
-class PartitionExecutorError(RustsimError, RuntimeError):
-    """An executor could not run its partitions."""
-
-    Worker: ClassVar[type[here.Worker]]
-    Phase: ClassVar[type[here.Phase]]
-    MissingEndpoint: ClassVar[type[here.MissingEndpoint]]
-    ResultCountMismatch: ClassVar[type[here.ResultCountMismatch]]
-
-
-class Worker(PartitionExecutorError):
-    """A worker failed, or died, before a phase could be named."""
-
-    template = "partition {partition!r} worker failed: {message}"
-    partition: PartitionLike
-    message: str
-
-
-class Phase(PartitionExecutorError):
-    """A named phase failed on a worker."""
-
-    template = "partition {partition!r} phase {phase} failed: {message}"
-    partition: PartitionLike
-    phase: str
-    message: str
-
-
-class MissingEndpoint(PartitionExecutorError):
-    """An external worker has no endpoint."""
-
-    template = "partition {partition!r} has no external endpoint"
-    partition: PartitionLike
-
-
-class ResultCountMismatch(PartitionExecutorError):
-    """An executor returned more or fewer results than it got tasks."""
-
-    template = "partition executor returned {actual} results, expected {expected}"
-    expected: int
-    actual: int
 
 
 class EngineControlPlaneError(RustsimError):
@@ -415,9 +312,8 @@ class SchemeMismatch(RustsimError, ValueError):
 
 
 for _variant in [value for value in globals().values() if isinstance(value, type)]:
-    for _root in (PartitionPlanError, PartitionExecutorError, EngineControlPlaneError):
-        if issubclass(_variant, _root) and not _variant.__name__.startswith("_"):
-            setattr(_root, _variant.__name__, _variant)
+    if issubclass(_variant, EngineControlPlaneError) and not _variant.__name__.startswith("_"):
+        setattr(EngineControlPlaneError, _variant.__name__, _variant)
 EngineControlPlaneError.Restore, EngineControlPlaneError.Partition = RestoreError, PlanError
 EngineControlPlaneError.PartitionCheckpoint = PartitionCheckpointError
 EngineControlPlaneError.PartitionExecutor = ExecutorError

@@ -5,15 +5,13 @@ It runs on every rank of a team in the same way and knows the ranks only through
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from rustsim_hpc.control.assembly import assemble_partitions, checkpoint_store, new_store, require_value
 from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
-from rustsim_hpc.control.config import ControlPlaneConfig, validate_config, validate_plan
+from rustsim_hpc.control.checkpointing import Checkpointing
+from rustsim_hpc.control.config import ControlPlaneConfig, validate_config
 from rustsim_hpc.control.failures import StepKind, plane_error
 from rustsim_hpc.control.metrics import EngineMetrics, Meter
 from rustsim_hpc.control.reports import ControlledStep as ControlledStep  # noqa: PLC0414
@@ -22,16 +20,14 @@ from rustsim_hpc.control.reports import PhaseReports, StepSpent
 from rustsim_hpc.control.runtime import ColumnarRuntime, closure_phase
 from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
 from rustsim_hpc.control.stepping import Executor, Stepping
-from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
+from rustsim_hpc.errors import InvalidConfig
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase, Phase
-from rustsim_hpc.proof.fingerprint import ReplayFingerprint, fingerprint_checkpoint
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay import ReplayRecorder
 from rustsim_hpc.proof.state_proof import StateProof
-from rustsim_hpc.ranks.agreement import agree
-from rustsim_hpc.state.columns import DeviceSoaStore
-from rustsim_hpc.state.partition import PartitionAssignment, PartitionPlan
+from rustsim_hpc.state.partition import PartitionPlan
 
 _INLINE = InlinePartitionExecutor()
 T = TypeVar("T")
@@ -59,12 +55,10 @@ class EngineControlPlane:
         self._partition_phases: list[ColumnPhase] = []
         self._executor_phases: list[Phase] = []
         self._meter = Meter()
-        most = min(int(self._config.max_retained_checkpoints), sys.maxsize)
-        self._retained: deque[EngineCheckpoint] = deque(maxlen=most)
         self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
         self._proof = StateProof(runtime.device_store(), self._team, self._config.fingerprint)
         self._stepping = Stepping(runtime, self._config, self._replay, self._proof)
-        self._late_error: CheckpointWriteFailed | None = None
+        self._checkpoints = Checkpointing(self._stepping, self._meter)
 
     @classmethod
     def new(cls, runtime: ColumnarRuntime) -> EngineControlPlane:
@@ -118,11 +112,11 @@ class EngineControlPlane:
 
     def checkpoints(self) -> tuple[EngineCheckpoint, ...]:
         """Return the retained checkpoints, oldest first."""
-        return tuple(self._retained)
+        return tuple(self._checkpoints.retained)
 
     def latest_checkpoint(self) -> EngineCheckpoint | None:
         """Return the newest retained checkpoint, or None."""
-        return self._retained[-1] if self._retained else None
+        return self._checkpoints.retained[-1] if self._checkpoints.retained else None
 
     def recorded_replay(self) -> tuple[ReplayFingerprint, ...]:
         """Return the fingerprints recorded (or verified) so far, in step order."""
@@ -217,7 +211,7 @@ class EngineControlPlane:
         report, fingerprint = self._stepping.step(StepKind.RUNTIME, stepper, 0)
         timing = self._runtime.timing(stepper, report, start)
         self._count(StepKind.RUNTIME, stepper, report, timing.total_us, captured=fingerprint is not None)
-        return ControlledStep(timing, fingerprint, self._checkpoint_if_due())
+        return ControlledStep(timing, fingerprint, self._checkpoints.make_if_due())
 
     def step_partitions(self) -> PartitionedStep:
         """Run the partition phases on each partition, one after the other in this thread.
@@ -293,17 +287,7 @@ class EngineControlPlane:
             CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
             TornState: there is no whole state.
         """
-        self._stepping.ready()
-        if not (label is None or isinstance(label, str)):
-            raise InvalidConfig(f"the label of a checkpoint must be text, got {label!r}")
-        self._runtime.sync_to_host()
-        step, store = self._runtime.step_index, self._runtime.device_store()
-        state = self._on_all_ranks(store.checkpoint, f"step {step}")
-        fingerprint = self._proof.of_current(step, afresh=True)
-        sequence = self._meter.checkpoint_created()
-        made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
-        self._retained.append(made)
-        return made
+        return self._checkpoints.make(label)
 
     def restore(self, checkpoint: EngineCheckpoint) -> None:
         """Replace the state by a checkpoint's, once it has proved itself; phases and counters stay.
@@ -312,18 +296,7 @@ class EngineControlPlane:
             RestoreError: it does not prove itself, or is of another schema; nothing has changed.
             PlanError: its population does not fit the partition plan; nothing has changed.
         """
-
-        def prepare() -> DeviceSoaStore:
-            store = checkpoint_store(checkpoint, self._runtime.device_store(), alone=self._team.size == 1)
-            validate_plan(self._config.partition_plan, store.total_rows)
-            return store
-
-        self._stepping.ready(to_restore=True)
-        store = self._on_all_ranks(prepare)
-        stated = checkpoint.fingerprint
-        proof = StateProof(store, self._team, stated.scheme)
-        require_value(stated, proof.of_current(stated.step_index).value)
-        self._stepping.replace(store, stated.step_index)
+        self._checkpoints.restore(checkpoint)
 
     def partition_checkpoints(self) -> list[PartitionCheckpoint]:
         """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
@@ -332,16 +305,7 @@ class EngineControlPlane:
             PlanError: the plan does not fit the population.
             TornState: there is no whole state.
         """
-        self._stepping.ready()
-        self._runtime.sync_to_host()
-        store, step = self._runtime.device_store(), self._runtime.step_index
-        validate_plan(self._config.partition_plan, store.total_rows)
-        made = []
-        for task in self._stepping.tasks():
-            state = store.checkpoint(task.start, task.stop)
-            fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
-            made.append(PartitionCheckpoint(task.assignment, step, fingerprint, state.resident_bytes, state))
-        return made
+        return self._checkpoints.of_partitions()
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
         """Replace the state by partition checkpoints put together, once all have proved themselves.
@@ -353,26 +317,7 @@ class EngineControlPlane:
             RestoreError: they are of another schema; nothing has changed.
             PlanError: their population does not fit the plan; nothing has changed.
         """
-        plan, current, alone = self._config.partition_plan, self._runtime.device_store(), self._team.size == 1
-        given = list(partitions)
-
-        def expected(stop: int) -> Sequence[PartitionAssignment]:
-            if alone:
-                return plan.materialized_assignments(stop)
-            return [task.assignment for task in self._stepping.tasks()]
-
-        def prepare() -> DeviceSoaStore:
-            store = new_store(assemble_partitions(given, expected, current.row_offset), current, alone=alone)
-            validate_plan(plan, store.total_rows)
-            return store
-
-        self._stepping.ready(to_restore=True)
-        store = self._on_all_ranks(prepare)
-        step = int(given[0].step_index) if given else self._runtime.step_index
-        steps = set(self._team.allgather(step))
-        if len(steps) > 1:
-            raise PartitionCheckpointError(f"the ranks' partitions are of different steps: {sorted(steps)}")
-        self._stepping.replace(store, step)
+        self._checkpoints.restore_partitions(partitions)
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -389,7 +334,7 @@ class EngineControlPlane:
         self._count(kind, stepper, report, total_us, repeat, captured=fingerprint is not None)
         work = stepper.work
         reports = PhaseReports(work.tasks, work.program.model_phases, base, report.times)
-        checkpoint = self._checkpoint_if_due()
+        checkpoint = self._checkpoints.make_if_due()
         spent = StepSpent(report.executor_ns, report.meeting_ns, report.checks_ns, report.proof_ns)
         return PartitionedStep(before, work.total_rows, reports, fingerprint, checkpoint, total_us, spent)
 
@@ -415,44 +360,10 @@ class EngineControlPlane:
         if captured:
             self._meter.fingerprint_captured()
 
-    def _checkpoint_if_due(self) -> EngineCheckpoint | None:
-        """Make the automatic checkpoint of this step; a failure is kept for the next step's start."""
-        if not self._config.checkpoint_policy.is_due(self._runtime.step_index):
-            return None
-        try:
-            return self.checkpoint()
-        except CheckpointWriteFailed as error:
-            self._late_error = error
-        except Exception as error:  # noqa: BLE001 (the step stands, whatever it was)
-            step = self._runtime.step_index
-            self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
-            self._late_error.__cause__ = error
-        return None
-
     def _begin(self) -> None:
         """Refuse a step where there cannot be one, and raise what the last automatic checkpoint could not."""
         self._stepping.ready()
-        if self._late_error is not None:
-            late, self._late_error = self._late_error, None
-            raise late
-
-    def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
-        """Return ``make()``; if it fails on one rank, all of them raise.
-
-        ``checkpoint`` names what is being saved: then a lack of memory is a CheckpointWriteFailed.
-        """
-        failure: Exception | None = None
-        made: list[T] = []
-        try:
-            made.append(make())
-        except Exception as error:  # noqa: BLE001 (told to all ranks)
-            failure = error
-            if checkpoint:
-                step = self._runtime.step_index
-                failure = CheckpointWriteFailed(f"{checkpoint}: {message_of(error)}", step=step)
-                failure.__cause__ = error
-        agree(self._team, failure)
-        return made[0]
+        self._checkpoints.raise_late()
 
     def _collect(self, steps: Iterator[T]) -> list[T]:
         done: list[T] = []

@@ -1,0 +1,166 @@
+"""Checkpoints of a plane: made, retained, and restored once they have proved themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from rustsim_hpc.control.assembly import assemble_partitions, checkpoint_store, new_store, require_value
+from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
+from rustsim_hpc.control.config import validate_plan
+from rustsim_hpc.control.metrics import Meter
+from rustsim_hpc.control.stepping import Stepping
+from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
+from rustsim_hpc.proof.fingerprint import fingerprint_checkpoint
+from rustsim_hpc.proof.state_proof import StateProof
+from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.state.columns import DeviceSoaStore
+from rustsim_hpc.state.partition import PartitionAssignment
+
+T = TypeVar("T")
+
+
+class Checkpointing:
+    """Makes, retains and restores checkpoints of the state that a `Stepping` steps.
+
+    Args:
+        stepping: the state, its configuration and its proof.
+        meter: counts checkpoints; its count is their sequence number.
+
+    Attributes:
+        retained: the checkpoints in memory, oldest first.
+    """
+
+    def __init__(self, stepping: Stepping, meter: Meter) -> None:
+        self._stepping, self._meter = stepping, meter
+        self._runtime, self._config, self._proof = stepping.runtime, stepping.config, stepping.proof
+        self._team = stepping.runtime.team
+        most = min(int(self._config.max_retained_checkpoints), sys.maxsize)
+        self.retained: deque[EngineCheckpoint] = deque(maxlen=most)
+        self._late_error: CheckpointWriteFailed | None = None
+
+    def make(self, label: str | None = None) -> EngineCheckpoint:
+        """Copy this rank's rows, proved by the fingerprint of all, and retain the copy.
+
+        Raises:
+            CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
+            TornState: there is no whole state.
+        """
+        self._stepping.ready()
+        if not (label is None or isinstance(label, str)):
+            raise InvalidConfig(f"the label of a checkpoint must be text, got {label!r}")
+        self._runtime.sync_to_host()
+        step, store = self._runtime.step_index, self._runtime.device_store()
+        state = self._on_all_ranks(store.checkpoint, f"step {step}")
+        fingerprint = self._proof.of_current(step, afresh=True)
+        sequence = self._meter.checkpoint_created()
+        made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
+        self.retained.append(made)
+        return made
+
+    def make_if_due(self) -> EngineCheckpoint | None:
+        """Make the automatic checkpoint of this step; a failure is kept for the next step's start."""
+        if not self._config.checkpoint_policy.is_due(self._runtime.step_index):
+            return None
+        try:
+            return self.make()
+        except CheckpointWriteFailed as error:
+            self._late_error = error
+        except Exception as error:  # noqa: BLE001 (the step stands, whatever it was)
+            step = self._runtime.step_index
+            self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
+            self._late_error.__cause__ = error
+        return None
+
+    def raise_late(self) -> None:
+        """Raise what the last automatic checkpoint could not."""
+        if self._late_error is not None:
+            late, self._late_error = self._late_error, None
+            raise late
+
+    def restore(self, checkpoint: EngineCheckpoint) -> None:
+        """Replace the state by a checkpoint's, once it has proved itself.
+
+        Raises:
+            RestoreError: it does not prove itself, or is of another schema; nothing has changed.
+            PlanError: its population does not fit the partition plan; nothing has changed.
+        """
+
+        def prepare() -> DeviceSoaStore:
+            store = checkpoint_store(checkpoint, self._runtime.device_store(), alone=self._team.size == 1)
+            validate_plan(self._config.partition_plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        stated = checkpoint.fingerprint
+        proof = StateProof(store, self._team, stated.scheme)
+        require_value(stated, proof.of_current(stated.step_index).value)
+        self._stepping.replace(store, stated.step_index)
+
+    def of_partitions(self) -> list[PartitionCheckpoint]:
+        """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
+
+        Raises:
+            PlanError: the plan does not fit the population.
+            TornState: there is no whole state.
+        """
+        self._stepping.ready()
+        self._runtime.sync_to_host()
+        store, step = self._runtime.device_store(), self._runtime.step_index
+        validate_plan(self._config.partition_plan, store.total_rows)
+        made = []
+        for task in self._stepping.tasks():
+            state = store.checkpoint(task.start, task.stop)
+            fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
+            made.append(PartitionCheckpoint(task.assignment, step, fingerprint, state.resident_bytes, state))
+        return made
+
+    def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
+        """Replace the state by partition checkpoints put together, once all have proved themselves.
+
+        Raises:
+            PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
+            RestoreError: they are of another schema; nothing has changed.
+            PlanError: their population does not fit the plan; nothing has changed.
+        """
+        plan, current, alone = self._config.partition_plan, self._runtime.device_store(), self._team.size == 1
+        given = list(partitions)
+
+        def expected(stop: int) -> Sequence[PartitionAssignment]:
+            if alone:
+                return plan.materialized_assignments(stop)
+            return [task.assignment for task in self._stepping.tasks()]
+
+        def prepare() -> DeviceSoaStore:
+            store = new_store(assemble_partitions(given, expected, current.row_offset), current, alone=alone)
+            validate_plan(plan, store.total_rows)
+            return store
+
+        self._stepping.ready(to_restore=True)
+        store = self._on_all_ranks(prepare)
+        step = int(given[0].step_index) if given else self._runtime.step_index
+        steps = set(self._team.allgather(step))
+        if len(steps) > 1:
+            raise PartitionCheckpointError(f"the ranks' partitions are of different steps: {sorted(steps)}")
+        self._stepping.replace(store, step)
+
+    def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
+        """Return ``make()``; if it fails on one rank, all of them raise.
+
+        ``checkpoint`` names what is being saved: then a lack of memory is a CheckpointWriteFailed.
+        """
+        failure: Exception | None = None
+        made: list[T] = []
+        try:
+            made.append(make())
+        except Exception as error:  # noqa: BLE001 (told to all ranks)
+            failure = error
+            if checkpoint:
+                step = self._runtime.step_index
+                failure = CheckpointWriteFailed(f"{checkpoint}: {message_of(error)}", step=step)
+                failure.__cause__ = error
+        agree(self._team, failure)
+        return made[0]
