@@ -269,13 +269,22 @@ def test_keys_differ_between_columns_and_words():
 @given(data=st.data())
 def test_a_digest_is_the_sum_over_any_cut(data):
     dtype = data.draw(st.sampled_from(DTYPES))
-    rows = data.draw(st.integers(0, 9000))
+    rows = data.draw(st.integers(0, 45_000))
     start = data.draw(st.sampled_from((0, 1, 4095, 4096, 10_001, 2**33)))
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=6)))
     column = random_column(np.random.default_rng(rows), dtype, rows)
     pieces = itertools.pairwise([0, *cuts, rows])
     total = sum(digest_column(column[a:b], start + a, 4) for a, b in pieces) & U64
     assert total == digest_column(column, start, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 4095, 2**33])
+def test_blocks_add_up_whether_they_are_visited_one_by_one_or_four_at_a_time(dtype, start):
+    column = random_column(np.random.default_rng(4), dtype, 9 * BLOCK + 5)
+    cuts = itertools.pairwise([*range(0, len(column), BLOCK), len(column)])
+    total = sum(digest_column(column[a:b], start + a, 2) for a, b in cuts) & U64
+    assert digest_column(column, start, 2) == total
 
 
 @settings(max_examples=30, deadline=None)

@@ -22,7 +22,8 @@ _FNV_PRIME = _U(0x100000001B3)
 _GOLDEN = _U(0x9E3779B97F4A7C15)
 _MULTIPLIER_TAG = _U(0x6469676573743A4D)  # "digest:M", as in fingerprint.py
 _LOW_WORD = _U(0xFFFFFFFF)
-_BLOCK_BITS = _U(12)  # 4096 rows a block
+_BLOCK_BITS = _U(12)
+_BLOCK_ROWS = _U(4096)
 _BLOCK_MASK = _U(4095)
 
 
@@ -135,6 +136,52 @@ def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-
 
 
 @njit(inline="always", **CALLED)
+def _add_four_blocks(total, values, index, keys, block, key_index):  # type: ignore[no-untyped-def]
+    """Return total + the digest's sum over four whole blocks, of which `values[index]` begins the first.
+
+    The same keys serve all four, and reading in four places keeps four times as much memory on its way.
+    """
+    wide = item_bits(values) == 64
+    bits = _U(32) if wide else item_bits(values)
+    low = (_U(1) << bits) - _U(1)
+    step = _U(1) if wide else _U(2)  # rows of a pair of words
+    second = index + _BLOCK_ROWS
+    third = second + _BLOCK_ROWS
+    fourth = third + _BLOCK_ROWS
+    even0 = even1 = even2 = even3 = _U(0)
+    odd0 = odd1 = odd2 = odd3 = _U(0)
+    for pair in range(_BLOCK_ROWS // step):
+        key = load_pair(keys, _U(2) * pair)
+        even_key = key & _LOW_WORD
+        odd_key = key >> _U(32)
+        value = load_pair(values, index + step * pair)
+        even0 += (value & low) * even_key
+        odd0 += (value >> bits) * odd_key
+        value = load_pair(values, second + step * pair)
+        even1 += (value & low) * even_key
+        odd1 += (value >> bits) * odd_key
+        value = load_pair(values, third + step * pair)
+        even2 += (value & low) * even_key
+        odd2 += (value >> bits) * odd_key
+        value = load_pair(values, fourth + step * pair)
+        even3 += (value & low) * even_key
+        odd3 += (value >> bits) * odd_key
+    total += _multiplied(values, even0, odd0, block, key_index)
+    total += _multiplied(values, even1, odd1, block + _U(1), key_index)
+    total += _multiplied(values, even2, odd2, block + _U(2), key_index)
+    return total + _multiplied(values, even3, odd3, block + _U(3), key_index)
+
+
+@njit(inline="always", **CALLED)
+def _multiplied(values, even, odd, block, key_index):  # type: ignore[no-untyped-def]
+    """Return what the two sums over rows of one block (see :func:`_block_sums`) add to a column's digest."""
+    first = block_multiplier(block, key_index, _U(0))
+    if item_bits(values) == 64:
+        return even * first + odd * block_multiplier(block, key_index, _U(1))
+    return (even + odd) * first
+
+
+@njit(inline="always", **CALLED)
 def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
     """Return the digest's sum over a run of rows of one column, mod 2^64.
 
@@ -148,14 +195,14 @@ def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped
     while index < rows:
         row = _U(first_row) + index
         offset = row & _BLOCK_MASK
-        count = min(_U(4096) - offset, rows - index)
-        even, odd = _block_sums(values, index, count, keys, offset)
         block = row >> _BLOCK_BITS
-        first = block_multiplier(block, _U(key_index), _U(0))
-        if item_bits(values) == 64:
-            total += even * first + odd * block_multiplier(block, _U(key_index), _U(1))
-        else:
-            total += (even + odd) * first
+        if offset == _U(0) and rows - index >= _U(4) * _BLOCK_ROWS:
+            total = _add_four_blocks(total, values, index, keys, block, _U(key_index))
+            index += _U(4) * _BLOCK_ROWS
+            continue
+        count = min(_BLOCK_ROWS - offset, rows - index)
+        even, odd = _block_sums(values, index, count, keys, offset)
+        total += _multiplied(values, even, odd, block, _U(key_index))
         index += count
     return total
 
@@ -167,7 +214,7 @@ def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
     row = start
     while row < stop:
         offset = row & _BLOCK_MASK
-        count = min(_U(4096) - offset, stop - row)
+        count = min(_BLOCK_ROWS - offset, stop - row)
         low = _U(0)
         high = _U(0)
         for place in range(count):
