@@ -7,6 +7,7 @@ from standin_device import StandInDevice
 import rustsim_hpc as rs
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.kernels.cuda_compile import why_no_compiler
+from rustsim_hpc.state import cuda_found, cupy_device
 
 needs_compiler = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler())
 
@@ -20,6 +21,25 @@ class Devices:
 
     def __call__(self, ordinal):
         return self.made.setdefault(ordinal, StandInDevice(ordinal, **self.given))
+
+
+def facts_of(ordinal):
+    """Return what a record says of a stand-in."""
+    return {
+        "ordinal": ordinal, "name": "stand-in", "compute_capability": "9.0", "uuid": f"GPU-{ordinal}",
+        "pci_bus_id": f"0000:0{ordinal}:00.0", "memory_bytes": 64 * 2**20, "driver": "550.1",
+        "cuda_driver": "12.4", "cuda_runtime": "12.9", "cupy": "14.2.0",
+    }  # fmt: skip
+
+
+def see(monkeypatch, names):
+    """Let this process see devices that are none, told apart by their names; return them."""
+    devices = Devices()
+    monkeypatch.setattr(cuda_found, "visible_devices", lambda: tuple(names))
+    monkeypatch.setattr(cuda_found, "why_no_device", lambda ordinal=0: "")
+    monkeypatch.setattr(cuda_found, "device_facts", facts_of)
+    monkeypatch.setattr(cupy_device, "CupyDevice", devices)
+    return devices
 
 
 class CudaSuite(ExecutorSuite):

@@ -1,4 +1,4 @@
-"""As much of CuPy as rustsim_hpc.state.device calls, over a stand-in: its own lines run without a device.
+"""As much of CuPy as cupy_device and cuda_found of rustsim_hpc.state call, over a stand-in: they run here.
 
 Names and arguments are those of CuPy 14; addresses of the host are read and written as CUDA would.
 """
@@ -128,9 +128,13 @@ class FakeCupy(types.ModuleType):
             "multiProcessorCount": 2,
             "maxThreadsPerMultiProcessor": 256,
             "uuid": b"\x01" * 16,
+            "totalGlobalMem": standin.capacity,
         }
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
+            deviceGetPCIBusId=lambda _: "0000:65:00.0",
+            driverGetVersion=lambda: 12040,
+            runtimeGetVersion=lambda: 12090,
             getDeviceCount=lambda: 1,
             getDeviceProperties=lambda _: properties,
             memGetInfo=lambda: (standin.free_bytes(), standin.capacity),
@@ -151,6 +155,7 @@ class FakeCupy(types.ModuleType):
             runtime=runtime,
         )
         self.asarray = np.array
+        self.__version__ = "14.2.0"
 
     def ndarray(self, shape, dtype, pointer):
         """Let a phase work on the memory itself, when all that is queued has happened."""

@@ -1,13 +1,14 @@
 """Where jobs run: which device each rank takes, what is refused and how; jobs on devices that are none."""
 
 import os
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from cuda_planes import Devices, needs_compiler
+from cuda_planes import facts_of, needs_compiler, see
 
 import rustsim_hpc as rs
 from rustsim_hpc.errors import JobError
@@ -16,7 +17,8 @@ from rustsim_hpc.job.launch import resume_run, run_job
 from rustsim_hpc.job.prepared import bind
 from rustsim_hpc.job.spec import Override, RunOptions, read_job
 from rustsim_hpc.ranks.team import SoloTeam
-from rustsim_hpc.state import device
+from rustsim_hpc.run_folder.inspection import inspect_path
+from rustsim_hpc.state import cuda_found, cupy_device
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 
@@ -63,11 +65,7 @@ class Ranks(SoloTeam):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Let this process see two devices that are none."""
-    devices = Devices()
-    monkeypatch.setattr(device, "visible_devices", lambda: ("a", "b"))
-    monkeypatch.setattr(device, "why_no_device", lambda ordinal=0: "")
-    monkeypatch.setattr(device, "CupyDevice", devices)
-    return devices
+    return see(monkeypatch, "ab")
 
 
 @needs_compiler
@@ -104,7 +102,7 @@ def test_all_ranks_or_none(stand_ins, capsys):
 
 
 def test_cuda_that_cannot_be_had_is_one_clear_line(tmp_path):
-    if device.visible_devices():
+    if cuda_found.visible_devices():
         pytest.skip("there is a CUDA device")
     command = [sys.executable, "-m", "rustsim_hpc", "run", str(JOBS / "particles.toml"), "--steps", "1"]
     command += ["--out", str(tmp_path / "run")]
@@ -122,25 +120,25 @@ def test_cuda_that_cannot_be_had_is_one_clear_line(tmp_path):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    device._found.cache_clear()
+    cuda_found._found.cache_clear()
     yield
     monkeypatch.undo()
-    device._found.cache_clear()
+    cuda_found._found.cache_clear()
 
 
 def test_without_cupy(fresh, monkeypatch):
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
-    assert device.why_no_device() == 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
-    assert device.visible_devices() == ()
+    monkeypatch.setattr(cuda_found.importlib.util, "find_spec", lambda _: None)
+    assert cuda_found.why_no_device() == 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
+    assert cuda_found.visible_devices() == ()
     spec, _ = spec_of("particles", None, backend="cuda")
     with pytest.raises(JobError, match="backend = cuda: CuPy is not installed"):
         choose_backend(spec, bind(spec), SoloTeam())
 
 
 def test_with_cupy_and_no_driver(fresh, monkeypatch):
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(device, "_DRIVER", "libcuda.so.that-is-not-there")
-    assert device.why_no_device().startswith("CUDA finds no device: there is no NVIDIA driver here")
+    monkeypatch.setattr(cuda_found.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(cuda_found, "_DRIVER", "libcuda.so.that-is-not-there")
+    assert cuda_found.why_no_device().startswith("CUDA finds no device: there is no NVIDIA driver here")
     spec, _ = spec_of("particles", None)
     assert choose_backend(spec, bind(spec), SoloTeam()).name == "cpu"
 
@@ -154,18 +152,18 @@ def test_with_cupy_and_no_device(fresh, monkeypatch, count):
 
     runtime = types.SimpleNamespace(getDeviceCount=get_device_count)
     fake = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: None)
+    monkeypatch.setattr(cuda_found.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(cuda_found.ctypes, "CDLL", lambda _: None)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    said = device.why_no_device()
+    said = cuda_found.why_no_device()
     assert said == (
         "CUDA finds no device (CUDA_VISIBLE_DEVICES=7)"
         if count == 0
         else "CUDA finds no device: cudaErrorInsufficientDriver: too old"
     )
     with pytest.raises(rs.errors.DeviceError, match="CUDA finds no device"):
-        device.CupyDevice(0)
+        cupy_device.CupyDevice(0)
 
 
 def remote(**run):
@@ -241,3 +239,50 @@ def test_a_device_that_is_too_small(stand_ins, tmp_path):
 def test_nothing_imports_cupy():
     code = "import sys, rustsim_hpc as rs; rs.CudaPartitionExecutor; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- what is recorded --------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_the_record_has_each_ranks_device(stand_ins, tmp_path):
+    folder = tmp_path / "run"
+    spec, options = spec_of("random_walk", folder, backend="cuda", agents=300, steps=2)
+    run_job(spec, options, SoloTeam())
+    record = rs.open_run(folder).record
+    [host] = record["hosts"]
+    [own] = host["devices"]
+    assert own == {"rank": 0, **facts_of(0), "libdevice": own["libdevice"]}
+    assert len(own["libdevice"]) == 16
+    assert "device" not in record
+    assert record["sessions"][0]["hosts"] == record["hosts"]
+    found = inspect_path(folder)
+    assert not found.problems
+    line = found.facts["devices"]["rank 0"]
+    for part in (
+        "stand-in (compute capability 9.0), 64.0 MiB, GPU-0 at 0000:00:00.0",
+        "driver 550.1 (CUDA 12.4)",
+    ):
+        assert part in line
+    assert "CuPy 14.2.0 (CUDA 12.9)" in found.text()
+
+
+@needs_compiler
+@pytest.mark.parametrize("then", ["another device", "the CPU", "the same"])
+def test_a_resume_on_another_kind_of_device_warns(stand_ins, tmp_path, monkeypatch, capsys, then):
+    folder = tmp_path / "run"
+    spec, options = spec_of("random_walk", folder, backend="cuda", agents=300, steps=2)
+    run_job(spec, options, SoloTeam())
+    if then == "another device":
+        monkeypatch.setattr(cuda_found, "device_facts", lambda k: {**facts_of(k), "name": "another"})
+    backend = "cpu" if then == "the CPU" else "cuda"
+    spec, options = spec_of("random_walk", folder, backend=backend, agents=300, steps=4)
+    capsys.readouterr()
+    resume_run(folder, spec, options, SoloTeam())
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    if then == "the same":
+        assert said == []
+        return
+    [line] = said
+    before = r"warning: CUDA device: stand-in \(compute capability 9\.0, libdevice \w{16}\) then, "
+    assert re.fullmatch(before + (r"another \(.*\) now" if backend == "cuda" else "none now"), line)

@@ -10,8 +10,9 @@ from fake_cupy import FakeCupy
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
-from rustsim_hpc.state import device
-from rustsim_hpc.state.device import COMPUTE, TRANSFER, CupyDevice
+from rustsim_hpc.state import cuda_found, cupy_device
+from rustsim_hpc.state.cupy_device import CupyDevice
+from rustsim_hpc.state.device import COMPUTE, TRANSFER
 
 pytestmark = needs_compiler
 
@@ -20,11 +21,11 @@ pytestmark = needs_compiler
 def cupy(monkeypatch):
     fake = FakeCupy(seed=3)
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: None)
-    device._found.cache_clear()
+    monkeypatch.setattr(cuda_found.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(cuda_found.ctypes, "CDLL", lambda _: None)
+    cuda_found._found.cache_clear()
     yield fake
-    device._found.cache_clear()
+    cuda_found._found.cache_clear()
 
 
 @pytest.mark.parametrize("model", ["suite_model", "suite_kernels", "suite_fused"])
@@ -56,14 +57,34 @@ def test_what_it_says_of_itself(cupy):
     assert (made.ordinal, made.name, made.compute_capability) == (0, "stand-in", (9, 0))
     assert made.resident_threads == 512
     assert made.free_bytes() == cupy.standin.capacity
-    assert device.visible_devices() == ("01" * 16,)
+    assert cuda_found.visible_devices() == ("01" * 16,)
     with pytest.raises(errors.DeviceError, match="there is no CUDA device 1: this process sees 1"):
         CupyDevice(1)
 
 
+def test_what_a_record_says_of_it(cupy, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_found, "_MODULE_VERSION", tmp_path / "version")
+    facts = cuda_found.device_facts(0)
+    assert facts == {
+        "ordinal": 0, "name": "stand-in", "compute_capability": "9.0",
+        "uuid": "GPU-01010101-0101-0101-0101-010101010101", "pci_bus_id": "0000:65:00.0",
+        "memory_bytes": cupy.standin.capacity, "driver": "unknown", "cuda_driver": "12.4",
+        "cuda_runtime": "12.9", "cupy": "14.2.0",
+    }  # fmt: skip
+    (tmp_path / "version").write_text("550.90.07\n")
+    assert cuda_found.device_facts(0)["driver"] == "550.90.07"
+
+    def broken(_):
+        raise cupy.cuda.runtime.CUDARuntimeError(100, "cudaErrorNoDevice")
+
+    cupy.cuda.runtime.deviceGetPCIBusId = broken
+    with pytest.raises(errors.DeviceError, match="device 0: cudaErrorNoDevice"):
+        cuda_found.device_facts(0)
+
+
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 5003])
 def test_data_larger_than_the_pinned_buffers(cupy, monkeypatch, size):
-    monkeypatch.setattr(device, "_PINNED_BYTES", 1000)
+    monkeypatch.setattr(cupy_device, "_PINNED_BYTES", 1000)
     made = CupyDevice(0)
     data = np.random.default_rng(1).integers(0, 256, (2, size), np.uint8)
     buffers = [made.allocate(size), made.allocate(size), made.allocate(size)]

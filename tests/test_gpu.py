@@ -19,7 +19,9 @@ import rustsim_hpc as rs
 from rustsim_hpc import errors
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model_source import load_model
-from rustsim_hpc.state.device import COMPUTE, TRANSFER, CupyDevice, visible_devices, why_no_device
+from rustsim_hpc.state.cuda_found import device_facts, visible_devices, why_no_device
+from rustsim_hpc.state.cupy_device import CupyDevice
+from rustsim_hpc.state.device import COMPUTE, TRANSFER
 
 no_device = why_no_device()
 
@@ -95,7 +97,7 @@ def test_memory_copies_and_what_is_too_much():
 @gpu
 def test_the_table():
     rows = min(50_000_000, CupyDevice(0).free_bytes() // 200)
-    print("\n" + "\n".join(measure(CupyDevice, rows)))
+    print("\n" + "\n".join([str(device_facts(0)), *measure(CupyDevice, rows)]))
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from ptx_machine import Machine
 
 from rustsim_hpc.kernels.cuda_bodies import cuda_names
 from rustsim_hpc.kernels.cuda_compile import compile_ptx
-from rustsim_hpc.state import device
+from rustsim_hpc.state import cupy_device
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "gpu.md").read_text("utf-8")
@@ -32,7 +32,7 @@ def row(start):
 @needs_compiler
 def test_the_example(monkeypatch, tmp_path):
     devices = Devices()
-    monkeypatch.setattr(device.CupyDevice, "__new__", lambda _, ordinal: devices(ordinal))
+    monkeypatch.setattr(cupy_device, "CupyDevice", devices)
     path = tmp_path / "example.py"
     path.write_text(block("python"), "utf-8")
     namespace = {"__name__": "example"}

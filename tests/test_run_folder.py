@@ -598,6 +598,27 @@ def test_other_machines_are_noticed() -> None:
     assert [(host["host"], host["ranks"]) for host in hosts] == [("a", [0, 2]), ("b", [1])]
 
 
+def test_other_devices_are_noticed() -> None:
+    def on(name: str) -> dict[str, str]:
+        return {"name": name, "compute_capability": "9.0", "libdevice": "ab"}
+
+    facts = [
+        {"host": "a", "device": on("G1")},
+        {"host": "b", "device": on("G2")},
+        {"host": "a", "device": on("G1")},
+    ]
+    hosts = environment.by_host(facts)
+    assert [[own["rank"] for own in host["devices"]] for host in hosts] == [[0, 2], [1]]
+    assert "device" not in hosts[0]
+    [line] = environment.mixtures(hosts)
+    kinds = [f"G{k} (compute capability 9.0, libdevice ab) on {host}" for k, host in ((1, "a"), (2, "b"))]
+    assert line == f"the ranks of this run have different CUDA devices: {'; '.join(kinds)}"
+    assert environment.differences(hosts[:1], hosts[:1]) == []
+    assert environment.differences(hosts[1:], environment.by_host([{"host": "b"}])) == [
+        "CUDA device: G2 (compute capability 9.0, libdevice ab) then, none now"
+    ]
+
+
 # --- reading
 
 

@@ -38,7 +38,7 @@ from rustsim_hpc.errors import (
     RustsimError,
 )
 from rustsim_hpc.job.keys import JobSpec, ReplayTable
-from rustsim_hpc.job.prepared import Prepared, cut_of, executor_of, prepare
+from rustsim_hpc.job.prepared import Prepared, cut_of, device_of, executor_of, prepare
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.restored import forked_rows, restored_store
 from rustsim_hpc.job.spec import RunOptions
@@ -294,7 +294,7 @@ def _side_of_log(log: ReplayLog, own: RunSide) -> RunSide:
 
 def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> RunSide:
     """Return the side of what is run here and now."""
-    hosts = team.gather(host_facts())
+    hosts = team.gather(host_facts(device_of(prepared)))
     record: dict[str, Any] = {
         "versions": versions(),
         "hosts": team.bcast(by_host(hosts) if hosts is not None else None),

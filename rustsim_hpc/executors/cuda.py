@@ -18,7 +18,8 @@ from rustsim_hpc.executors.work import Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, Segment
 from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.proof.fingerprint import fnv1a_bytes
-from rustsim_hpc.state.device import CupyDevice, Device
+from rustsim_hpc.state import cupy_device
+from rustsim_hpc.state.device import Device
 from rustsim_hpc.state.partition import PartitionExecutionBackend, PartitionId
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ class CudaPartitionExecutor:
 
     name = "cuda"
 
-    def __init__(self, open_device: Callable[[int], Device] = CupyDevice, *, fma: bool = False) -> None:
-        self._open_device = open_device
+    def __init__(self, open_device: Callable[[int], Device] | None = None, *, fma: bool = False) -> None:
+        self._open_device = open_device or cupy_device.CupyDevice
         self._devices: dict[int, Device] = {}
         self._fma = fma
 

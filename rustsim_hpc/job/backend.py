@@ -12,7 +12,7 @@ from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.ranks.team import Team
-from rustsim_hpc.state import device
+from rustsim_hpc.state import cuda_found
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def choose_backend(spec: JobSpec, model: BoundModel, team: Team) -> Backend:
         )
     if run.backend == "cpu" or run.executor == "remote":
         return _on_the_cpu(spec)
-    mine = team.host, device.visible_devices(), _obstacle(model)
+    mine = team.host, cuda_found.visible_devices(), _obstacle(model)
     everyone = team.allgather(mine)
     obstacles = [(rank, text) for rank, (_, _, text) in enumerate(everyone) if text]
     if obstacles:
@@ -66,7 +66,7 @@ def _on_the_cpu(spec: JobSpec) -> Backend:
 
 def _obstacle(model: BoundModel) -> str:
     """Return in one line what keeps this rank from running a model on CUDA, or ""."""
-    if problem := device.why_no_device():
+    if problem := cuda_found.why_no_device():
         return problem
     for phase in model.phases:
         if isinstance(phase, ColumnPhase) and phase.device is None:

@@ -25,7 +25,7 @@ from rustsim_hpc.ranks.agreement import agree_hash, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import versions
 from rustsim_hpc.run_folder.record import RunFacts
-from rustsim_hpc.state import device
+from rustsim_hpc.state import cuda_found
 from rustsim_hpc.state.backing import Kind
 from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.storage.collective import check_supported
@@ -60,6 +60,23 @@ class Prepared:
     def executor(self) -> str:
         """Name of what runs the partitions."""
         return "cuda" if self.backend.name == "cuda" else self.spec.run.executor
+
+
+def device_of(prepared: Prepared) -> dict[str, Any] | None:
+    """Return what this rank's device is, None on the CPU.
+
+    Beside what the driver tells: ``libdevice``, which identifies the device's math library.
+
+    Raises:
+        DeviceError: the driver does not tell.
+    """
+    ordinals = prepared.backend.ordinals
+    if not ordinals:
+        return None
+    from rustsim_hpc.kernels.cuda_compile import libdevice_identity
+
+    facts = cuda_found.device_facts(ordinals[prepared.team.rank])
+    return {**facts, "libdevice": libdevice_identity()}
 
 
 def bind(spec: JobSpec) -> BoundModel:
@@ -122,6 +139,7 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
         partitions=prepared.partitions,
         fingerprint_scheme=spec.replay.fingerprint,
         command=tuple(sys.argv),
+        device=device_of(prepared),
         lineage=lineage,
     )
 
@@ -130,7 +148,7 @@ def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
     """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
     executor, workers = prepared.executor, prepared.workers
     if executor == "cuda":
-        return CudaPartitionExecutor(device.CupyDevice, fma=prepared.spec.run.fma)
+        return CudaPartitionExecutor(fma=prepared.spec.run.fma)
     if executor == "threads":
         return LocalThreadedPartitionExecutor(workers)
     if executor == "processes":

@@ -70,6 +70,17 @@ def why_no_compiler() -> str:
     return ""
 
 
+@lru_cache(maxsize=1)
+def libdevice_identity() -> str:
+    """Return a hash of the library that exp, log and the like of kernels come from.
+
+    Call where :func:`why_no_compiler` finds nothing wrong.
+    """
+    from numba.cuda.cudadrv import nvvm
+
+    return hashlib.blake2b(nvvm.LibDevice().get(), digest_size=8).hexdigest()
+
+
 def _find_wheel() -> None:
     """Let Numba, which looks for toolkits of the system alone, find one that pip has installed."""
     from numba.cuda.cuda_paths import get_cuda_paths

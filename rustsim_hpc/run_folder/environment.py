@@ -69,9 +69,14 @@ def libm() -> dict[str, str]:
     return dict(_libm())
 
 
-def host_facts() -> dict[str, Any]:
-    """Return this machine's host name, CPU model, number of cores that may be used, system and libm."""
+def host_facts(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return this machine's host name, CPU model, number of cores that may be used, system and libm.
+
+    device: what this rank's CUDA device is, if it has one; it becomes ``device``.
+    """
+    own = {} if device is None else {"device": dict(device)}
     return {
+        **own,
         "host": socket.gethostname(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -81,10 +86,17 @@ def host_facts() -> dict[str, Any]:
 
 
 def by_host(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the facts of ranks 0, 1, … as one entry a host, with the ``ranks`` on it."""
+    """Return the facts of ranks 0, 1, … as one entry a host, with the ``ranks`` on it.
+
+    Where ranks have CUDA devices, ``devices`` has one entry a rank: its ``rank`` and its device's facts.
+    """
     hosts: dict[str, dict[str, Any]] = {}
     for rank, own in enumerate(facts):
-        hosts.setdefault(str(own["host"]), {**own, "ranks": []})["ranks"].append(rank)
+        shared = {name: value for name, value in own.items() if name != "device"}
+        host = hosts.setdefault(str(own["host"]), {**shared, "ranks": []})
+        host["ranks"].append(rank)
+        if "device" in own:
+            host.setdefault("devices", []).append({"rank": rank, **own["device"]})
     return list(hosts.values())
 
 
@@ -95,8 +107,8 @@ def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, An
     reductions do not depend on these.
     """
     lines = []
-    for label, of in (("CPU model", _cpu_of), ("math library", _libm_of)):
-        before, after = {of(host) for host in then}, {of(host) for host in now}
+    for label, of in (("CPU model", _cpu_of), ("math library", _libm_of), ("CUDA device", _devices_of)):
+        before, after = ({kind for host in hosts for kind in of(host)} for hosts in (then, now))
         if before != after:
             lines.append(f"{label}: {', '.join(sorted(before))} then, {', '.join(sorted(after))} now")
     return lines
@@ -108,10 +120,11 @@ def mixtures(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
     There exp or cos may give other bits when ranks and rows are dealt out otherwise.
     """
     lines = []
-    for label, of in (("CPU models", _cpu_of), ("math libraries", _libm_of)):
+    for label, of in (("CPU models", _cpu_of), ("math libraries", _libm_of), ("CUDA devices", _devices_of)):
         found: dict[str, list[str]] = {}
         for host in hosts:
-            found.setdefault(of(host), []).append(str(host.get("host", "unknown")))
+            for kind in of(host):
+                found.setdefault(kind, []).append(str(host.get("host", "unknown")))
         if len(found) > 1:
             parts = (f"{kind} on {_some(names)}" for kind, names in sorted(found.items()))
             lines.append(f"the ranks of this run have different {label}: {'; '.join(parts)}")
@@ -123,10 +136,18 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _cpu_of(host: Mapping[str, Any]) -> str:
-    return str(host.get("cpu", "unknown"))
+def _cpu_of(host: Mapping[str, Any]) -> list[str]:
+    return [str(host.get("cpu", "unknown"))]
 
 
-def _libm_of(host: Mapping[str, Any]) -> str:
+def _libm_of(host: Mapping[str, Any]) -> list[str]:
     facts = host.get("libm", {})
-    return f"{facts.get('library', 'unknown')} ({facts.get('blake2b', 'unknown')})"
+    return [f"{facts.get('library', 'unknown')} ({facts.get('blake2b', 'unknown')})"]
+
+
+def _devices_of(host: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of devices that a host's ranks are on, and their math library, in words."""
+    names = ("name", "compute_capability", "libdevice")
+    kinds = [[facts.get(name, "unknown") for name in names] for facts in host.get("devices", ())]
+    words = {f"{name} (compute capability {number}, libdevice {library})" for name, number, library in kinds}
+    return sorted(words) or ["none"]

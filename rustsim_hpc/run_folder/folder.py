@@ -170,7 +170,7 @@ class RunFolder:
                 lock = FolderLock.join(path, token, wait_seconds)
         except (RunFolderError, OSError) as caught:
             error = _folder_error(path, caught)
-        hosts = team.gather(host_facts())
+        hosts = team.gather(host_facts(facts.device))
         if team.rank == 0 and hosts is not None:
             begin_session(record, facts, by_host(hosts), team.size, resumed_from)
             try:

@@ -184,6 +184,8 @@ def _run(folder: Path) -> Inspection:
     facts: dict[str, Any] = {}
     for name in ("name", "status", "step_index", "steps", "agents", "seed", "params"):
         facts[name] = _attempt(problems, lambda name=name: getattr(run, name))  # type: ignore[misc]
+    if devices := _attempt(problems, lambda: _devices(run)):
+        facts["devices"] = devices
     facts["lineage"] = _attempt(problems, lambda: _lineage(run))
     stated: _Stated = {}
     facts["replay"] = _run_log(run, problems, stated)
@@ -192,6 +194,20 @@ def _run(folder: Path) -> Inspection:
     facts["outputs"] = _attempt(problems, run.outputs)
     _final_state(run, problems, stated)
     return Inspection(folder, "run", facts, tuple(problems))
+
+
+def _devices(run: Run) -> dict[str, str]:
+    """Return the CUDA device that each rank of the newest session has, in words; empty on CPUs."""
+    lines = {}
+    for host in run.record.get("hosts", []):
+        for facts in host.get("devices", []):
+            lines[f"rank {facts['rank']}"] = (
+                f"{facts['name']} (compute capability {facts['compute_capability']}), "
+                f"{size(facts['memory_bytes'])}, {facts['uuid']} at {facts['pci_bus_id']} of {host['host']}, "
+                f"device {facts['ordinal']} there; driver {facts['driver']} (CUDA {facts['cuda_driver']}), "
+                f"CuPy {facts['cupy']} (CUDA {facts['cuda_runtime']})"
+            )
+    return lines
 
 
 def _lineage(run: Run) -> list[dict[str, Any]]:

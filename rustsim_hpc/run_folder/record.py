@@ -5,7 +5,8 @@
     format, version, run_id
     job, seed, agents, steps, params, model, model_hash, executor, workers, partitions,
     fingerprint_scheme, command                        the newest session's job
-    ranks, versions, hosts, cpu_models, libm           the newest session's machines
+    ranks, versions, hosts, cpu_models, libm           the newest session's machines; where ranks are on CUDA
+                                                       devices, a host has ``devices``: one entry a rank
     lineage                                            null, or parent, run_id, step, fingerprint, changes
     status ("running" | "done" | "stopped" | "failed"), step_index, fingerprint, started, ended
     sessions                                           one entry a process (team) that ran or resumed it
@@ -43,6 +44,7 @@ class RunFacts:
         model: name of the model's module, or its path.
         model_hash: hex digest of the model's source.
         executor, workers, partitions, fingerprint_scheme: how it runs.
+        device: this rank's CUDA device (see `cuda_found.device_facts`), None on the CPU.
         command: the command line.
         lineage: for a fork: parent (folder), run_id, step, fingerprint, changes; else None.
     """
@@ -58,6 +60,7 @@ class RunFacts:
     workers: int = 1
     partitions: int = 1
     fingerprint_scheme: str = "digest"
+    device: Mapping[str, Any] | None = None
     command: tuple[str, ...] = ()
     lineage: Mapping[str, Any] | None = None
 
@@ -95,6 +98,7 @@ def begin_session(
 ) -> None:
     """Update the record for a process that begins, or goes on with, the run."""
     known = asdict(facts)
+    del known["device"]  # of one rank; `hosts` has those of all
     lineage = known.pop("lineage") or record.get("lineage")
     machine = {
         "ranks": ranks,

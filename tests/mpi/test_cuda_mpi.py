@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cuda_planes import Devices, needs_compiler
+from cuda_planes import needs_compiler, see
 
+import rustsim_hpc as rs
 from rustsim_hpc.errors import JobError
 from rustsim_hpc.job.launch import run_job
 from rustsim_hpc.job.spec import Override, RunOptions, read_job
 from rustsim_hpc.ranks.team import SoloTeam, Team
-from rustsim_hpc.state import device
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "random_walk.toml"
 pytestmark = needs_compiler
@@ -24,19 +24,15 @@ def run(team: Team, folder: Path, **options: object) -> tuple[str, int]:
     return summary.executor, summary.fingerprint
 
 
-def stand_ins(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> Devices:
-    devices = Devices()
-    monkeypatch.setattr(device, "visible_devices", lambda: names)
-    monkeypatch.setattr(device, "why_no_device", lambda ordinal=0: "")
-    monkeypatch.setattr(device, "CupyDevice", devices)
-    return devices
-
-
 def test_each_rank_has_its_device(team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = stand_ins(monkeypatch, tuple("abcd"))
+    devices = see(monkeypatch, "abcd")
     executor, fingerprint = run(team, shared_path / "run", backend="cuda")
     assert executor == "cuda"
     assert list(devices.made) == [team.rank]
+    recorded = team.bcast(rs.open_run(shared_path / "run").record["hosts"] if team.rank == 0 else None)
+    assert [(facts["rank"], facts["ordinal"]) for facts in recorded[0]["devices"]] == [
+        (rank, rank) for rank in range(team.size)
+    ]
     alone = run(SoloTeam(), shared_path / f"alone{team.rank}", backend="cpu")
     assert alone[0] != "cuda"
     assert alone[1] == fingerprint
@@ -45,7 +41,7 @@ def test_each_rank_has_its_device(team: Team, shared_path: Path, monkeypatch: py
 def test_sharing_is_refused_on_all_ranks(
     team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices = stand_ins(monkeypatch, ("a",))
+    devices = see(monkeypatch, "a")
     if team.size > 1:
         with pytest.raises(JobError, match=f"{team.size} ranks on .* would share 1 CUDA device"):
             run(team, shared_path / "run", backend="cuda")

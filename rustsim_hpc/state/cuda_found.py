@@ -1,0 +1,103 @@
+"""Which CUDA devices this process sees, what they are, and why there are none."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import uuid
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from rustsim_hpc.errors import DeviceError, message_of
+
+HOW_TO_INSTALL: Final = 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
+_DRIVER: Final = "libcuda.so.1"
+_MODULE_VERSION: Final = Path("/sys/module/nvidia/version")
+"""Where the kernel says which NVIDIA driver it has loaded."""
+
+
+@lru_cache(maxsize=1)
+def _found() -> tuple[tuple[str, ...], str]:
+    """Return what tells the devices apart that CUDA shows to this process, and why there is none."""
+    if importlib.util.find_spec("cupy") is None:
+        return (), HOW_TO_INSTALL
+    try:
+        ctypes.CDLL(_DRIVER)  # at once, where loading CuPy takes a second
+    except OSError:
+        return (), f"CUDA finds no device: there is no NVIDIA driver here ({_DRIVER})"
+    try:
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        found = [runtime.getDeviceProperties(k)["uuid"] for k in range(runtime.getDeviceCount())]
+    except Exception as error:  # noqa: BLE001 (whatever CuPy or the driver says, there is no device then)
+        reason = message_of(error).splitlines()
+        return (), f"CUDA finds no device: {reason[0] if reason else type(error).__name__}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    return tuple(bytes(uuid).hex() for uuid in found), "" if found else f"CUDA finds no device{hidden}"
+
+
+def visible_devices() -> tuple[str, ...]:
+    """Return what tells the devices apart that this process may use, by their numbers: their UUIDs.
+
+    CUDA_VISIBLE_DEVICES, and what Slurm lets a task see, is already taken into account.
+    """
+    return _found()[0]
+
+
+def why_no_device(ordinal: int = 0) -> str:
+    """Return in one line why there is no device of this number, or "" if there is one."""
+    found, problem = _found()
+    if problem or ordinal < len(found):
+        return problem
+    return f"there is no CUDA device {ordinal}: this process sees {len(found)}"
+
+
+def device_facts(ordinal: int) -> dict[str, Any]:
+    """Return what a run's record says of a device that is there, in JSON's types.
+
+    ``ordinal`` (among the devices that this process sees), ``name``, ``compute_capability``, ``uuid``,
+    ``pci_bus_id``, ``memory_bytes``, ``driver`` (NVIDIA's), ``cuda_driver`` and ``cuda_runtime`` (the
+    versions of CUDA that the driver serves and that CuPy has), ``cupy``.
+
+    Raises:
+        DeviceError: the driver does not tell.
+    """
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    try:
+        facts = runtime.getDeviceProperties(ordinal)
+        return {
+            "ordinal": ordinal,
+            "name": facts["name"].decode(),
+            "compute_capability": f"{facts['major']}.{facts['minor']}",
+            "uuid": _uuid(bytes(facts["uuid"])),
+            "pci_bus_id": str(runtime.deviceGetPCIBusId(ordinal)),
+            "memory_bytes": int(facts["totalGlobalMem"]),
+            "driver": _driver_version(),
+            "cuda_driver": _dotted(runtime.driverGetVersion()),
+            "cuda_runtime": _dotted(runtime.runtimeGetVersion()),
+            "cupy": str(cupy.__version__),
+        }
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(f"device {ordinal}: {message_of(error)}") from error
+
+
+def _uuid(raw: bytes) -> str:
+    """Return a UUID as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
+    return f"GPU-{uuid.UUID(bytes=raw[:16])}"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _driver_version() -> str:
+    try:
+        return _MODULE_VERSION.read_text().strip()
+    except OSError:
+        return "unknown"

@@ -1,0 +1,241 @@
+"""The device that CuPy gives (see :class:`rustsim_hpc.state.device.Device`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
+from rustsim_hpc.state.cuda_found import why_no_device
+from rustsim_hpc.state.device import COMPUTE, TRANSFER
+from rustsim_hpc.state.schema import Schema
+
+Array = np.ndarray[Any, Any]
+
+_PINNED_BYTES: Final = 16 * 2**20
+"""Of each of two buffers."""
+_NO_MEMORY: Final = 2
+"""cudaErrorMemoryAllocation."""
+
+
+class _CupyBuffer:
+    def __init__(self, memory: Any, nbytes: int) -> None:
+        self.memory = memory
+        self.nbytes = nbytes
+
+    @property
+    def address(self) -> int:
+        return int(self.memory.ptr)
+
+
+class CupyDevice:
+    """A device of this machine, through CuPy (see :class:`Device`).
+
+    Not run on hardware yet: docs/gpu.md.
+
+    Raises:
+        DeviceError: there is no such device, or no CuPy.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        problem = why_no_device(ordinal)
+        if problem:
+            raise DeviceError(problem)
+        import cupy
+
+        self._cupy: Any = cupy
+        self.ordinal = ordinal
+        self._device = cupy.cuda.Device(ordinal)
+        with self._guard():
+            facts = cupy.cuda.runtime.getDeviceProperties(ordinal)
+            self.name = facts["name"].decode()
+            self.compute_capability = int(facts["major"]), int(facts["minor"])
+            self.resident_threads = int(facts["multiProcessorCount"] * facts["maxThreadsPerMultiProcessor"])
+            self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER)]
+        self._pinned: Array | None = None
+        self._busy: list[Any] = [None, None]
+        self._modules: list[Any] = []
+
+    def _guard(self) -> _Guard:
+        return _Guard(self)
+
+    def free_bytes(self) -> int:
+        """Return how much memory could be had now."""
+        with self._guard():
+            free, _ = self._cupy.cuda.runtime.memGetInfo()
+            return int(free)
+
+    def allocate(self, nbytes: int) -> _CupyBuffer:
+        """Return memory (see :class:`Device`), from no pool: what is asked for is what is taken."""
+        runtime = self._cupy.cuda.runtime
+        try:
+            with self._device:
+                return _CupyBuffer(self._cupy.cuda.Memory(max(nbytes, 1)), nbytes)
+        except (self._cupy.cuda.memory.OutOfMemoryError, runtime.CUDARuntimeError, MemoryError) as error:
+            if getattr(error, "status", _NO_MEMORY) != _NO_MEMORY:
+                raise DeviceError(f"device {self.ordinal} ({self.name}): {message_of(error)}") from error
+            raise DeviceMemoryError(self.ordinal, nbytes, self.free_bytes()) from error
+
+    def release(self, buffer: Any) -> None:
+        """Give memory back; CUDA waits for what uses it."""
+        with self._guard():
+            buffer.memory = None
+
+    def _half(self, number: int) -> Array:
+        """Return one of two pinned buffers, when nothing that is queued uses it any more."""
+        if self._pinned is None:
+            memory = self._cupy.cuda.alloc_pinned_memory(2 * _PINNED_BYTES)
+            self._pinned = np.frombuffer(memory, np.uint8, 2 * _PINNED_BYTES).reshape(2, -1)
+        if self._busy[number % 2] is not None:
+            self._busy[number % 2].synchronize()
+        half: Array = self._pinned[number % 2]
+        return half
+
+    def _pieces(self, data: Array) -> list[tuple[int, Array]]:
+        flat = data.reshape(-1).view(np.uint8)
+        return [(at, flat[at : at + _PINNED_BYTES]) for at in range(0, flat.size, _PINNED_BYTES)]
+
+    def upload(self, buffer: Any, data: Array) -> None:
+        """Copy from the host through pinned memory: one half is filled while the other one is on its way."""
+        copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyHostToDevice
+        stream = self._streams[COMPUTE]
+        with self._guard():
+            for number, (at, piece) in enumerate(self._pieces(data)):
+                half = self._half(number)
+                half[: piece.size] = piece
+                copy(buffer.address + at, half.ctypes.data, piece.size, kind, stream.ptr)
+                self._busy[number % 2] = stream.record()
+
+    def download(self, buffer: Any, out: Array) -> None:
+        """Copy to the host through pinned memory: one half is emptied while the other one is on its way."""
+        copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyDeviceToHost
+        stream = self._streams[TRANSFER]
+        with self._guard():
+            before: tuple[Array, int] | None = None
+            for number, (at, piece) in enumerate(self._pieces(out)):
+                half = self._half(number)
+                copy(half.ctypes.data, buffer.address + at, piece.size, kind, stream.ptr)
+                self._busy[number % 2] = stream.record()
+                if before is not None:
+                    self._empty(*before)
+                before = piece, number
+            if before is not None:
+                self._empty(*before)
+
+    def _empty(self, piece: Array, number: int) -> None:
+        piece[...] = self._half(number)[: piece.size]
+
+    def copy(self, source: Any, target: Any) -> None:
+        """Copy within the device."""
+        runtime = self._cupy.cuda.runtime
+        with self._guard():
+            runtime.memcpyAsync(
+                target.address,
+                source.address,
+                source.nbytes,
+                runtime.memcpyDeviceToDevice,
+                self._streams[COMPUTE].ptr,
+            )
+
+    def array(self, data: Array) -> Any:
+        """Return a CuPy array of the same values."""
+        with self._guard(), self._streams[COMPUTE]:
+            return self._cupy.asarray(data)
+
+    @contextmanager
+    def views(
+        self, schema: Schema, parts: Sequence[tuple[Any, Any]], rows: int, writable: Sequence[bool]
+    ) -> Iterator[CupyColumns]:
+        """Return columns as CuPy arrays; what the block does is queued on the stream of launches."""
+        cupy = self._cupy
+        with self._guard(), self._streams[COMPUTE]:
+            arrays = [
+                cupy.ndarray((rows,), dtype, cupy.cuda.MemoryPointer(buffer.memory, 0))
+                for buffer, dtype in parts
+            ]
+            yield CupyColumns(schema, arrays, writable)
+
+    def load(self, image: bytes, name: str) -> Any:
+        """Load PTX, which the driver compiles for the device."""
+        cuda = self._cupy.cuda
+        with self._guard():
+            module = cuda.function.Module()
+            try:
+                module.load(image)
+            except cuda.driver.CUDADriverError as error:
+                hint = "is the driver older than the toolkit? then install an older nvidia-cuda-nvcc-cu12"
+                text = f"device {self.ordinal} ({self.name}) refuses a kernel: {message_of(error)}"
+                raise DeviceError(text, hint=hint) from error
+            self._modules.append(module)
+            return module.get_function(name)
+
+    def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """Queue a kernel."""
+        with self._guard():
+            kernel((blocks, 1, 1), (threads, 1, 1), tuple(arguments), stream=self._streams[COMPUTE])
+
+    def order(self, first: int, then: int) -> None:
+        """Make one stream wait for the other."""
+        with self._guard():
+            self._streams[then].wait_event(self._streams[first].record())
+
+    def synchronise(self) -> None:
+        """Wait for both streams."""
+        with self._guard():
+            for stream in self._streams:
+                stream.synchronize()
+
+
+class CupyColumns(Sequence[Any]):
+    """A partition's columns as CuPy arrays, by position and name; assignment copies in place."""
+
+    def __init__(self, schema: Schema, arrays: Sequence[Any], writable: Sequence[bool]) -> None:
+        self._schema = schema
+        self._arrays = list(arrays)
+        self._writable = tuple(writable)
+
+    def _position(self, key: int | str) -> int:
+        return self._schema.index(key) if isinstance(key, str) else range(len(self._arrays))[key]
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._arrays[self._position(key)]
+
+    def __setitem__(self, key: int | str, value: Any) -> None:
+        position = self._position(key)
+        array, name = self._arrays[position], self._schema.names[position]
+        if value is array:
+            return
+        if value.dtype != array.dtype or value.shape != array.shape:
+            raise TypeError(
+                f'column "{name}" is {array.dtype} {array.shape}, '
+                f"cannot be replaced by {value.dtype} {value.shape}"
+            )
+        if not self._writable[position]:
+            raise ValueError(f'column "{name}" is not among the columns that this phase writes')
+        array[...] = value
+
+
+class _Guard:
+    """Makes a device the current one, and what CUDA raises a DeviceError."""
+
+    def __init__(self, owner: CupyDevice) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        self._owner._device.__enter__()  # noqa: SLF001 (its own)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        owner = self._owner
+        owner._device.__exit__(kind, error, trace)  # noqa: SLF001
+        cuda = owner._cupy.cuda  # noqa: SLF001
+        if isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)):
+            raise DeviceError(f"device {owner.ordinal} ({owner.name}): {message_of(error)}") from error
