@@ -11,10 +11,12 @@ import pytest
 from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
-from rustsim_hpc.job.loop import storage_options
+from rustsim_hpc.job.checkpoints import storage_options
 from rustsim_hpc.job.signals import StopReason, StopRequests
 from rustsim_hpc.job.spec import Override, read_job
-from rustsim_hpc.storage import StorageOptions, hdf5, list_checkpoints, read_header
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+from rustsim_hpc.proof.replay_log import read_replay_log
+from rustsim_hpc.storage import CheckpointWriter, StorageOptions, hdf5, list_checkpoints, read_header
 
 
 def told(folder: Path) -> list[tuple[int, int, str | None]]:
@@ -64,6 +66,65 @@ def test_numbers_go_on_and_labels_say_why(tmp_path: Path) -> None:
 
 
 @needs_mpirun
+@pytest.mark.parametrize("scheme", ["digest", "fnv1a"])
+def test_no_step_waits_for_the_fingerprint_of_a_checkpoint(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are not recorded the writer makes it, of its copy: the one that a record would have."""
+    how = ("--steps=7", "--checkpoint-every=2", f"--fingerprint={scheme}", "--no-progress")
+    recorded = make_run(tmp_path / "recorded", *how)
+    asked: list[int] = []
+    real = EngineControlPlane.fingerprint
+
+    def fingerprint(self: EngineControlPlane) -> ReplayFingerprint:
+        asked.append(self.runtime.step_index)
+        return real(self)
+
+    monkeypatch.setattr(EngineControlPlane, "fingerprint", fingerprint)
+    plain = tmp_path / "plain"
+    keep = "--set=checkpoint.keep=99"
+    code, _, err = command("run", write_job(tmp_path), *how, keep, "--executor=inline", "--out", plain)
+    assert code == 0, err
+    # At the end, for the summary.
+    assert asked == [7]
+    values = [read_header(path).fingerprint for path in list_checkpoints(plain / "checkpoints")]
+    assert [value.step_index for value in values] == [7, 6, 4, 2]
+    assert values == [read_header(path).fingerprint for path in list_checkpoints(recorded / "checkpoints")]
+    log = read_replay_log(recorded / "replay.jsonl").entries
+    assert values == [log[step - 1] for step in (7, 6, 4, 2)]
+
+
+@needs_mpirun
+@pytest.mark.parametrize("scheme", ["digest", "fnv1a"])
+def test_ranks_agree_on_the_fingerprint_of_a_checkpoint(tmp_path: Path, scheme: str) -> None:
+    how = ("--steps=4", "--checkpoint-every=2", f"--fingerprint={scheme}")
+    alone = make_run(tmp_path / "alone", *how)
+    ranks = tmp_path / "ranks"
+    mpirun(2, "run", write_job(tmp_path), *how, "--executor=inline", "--no-progress", "--out", ranks)
+    kept = [list_checkpoints(folder / "checkpoints") for folder in (alone, ranks)]
+    one, two = ([read_header(path).fingerprint for path in paths] for paths in kept)
+    assert one == two
+    assert len(one) == 2
+    assert command("inspect", ranks)[0] == 0
+
+
+def test_room_for_the_copy_is_there_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(CheckpointWriter, "_room_for", none)
+    how = ("--steps=3", "--no-progress", "--set=run.fuse_steps=1")
+    code, _, err = command("run", write_job(tmp_path), *how, "--checkpoint-every=2", "--out", tmp_path / "a")
+    assert (code, "not enough memory for a checkpoint" in err) == (5, True), err
+    assert not list_checkpoints(tmp_path / "a" / "checkpoints")
+    # Where none is due behind a step, none is needed.
+    code, _, err = command("run", write_job(tmp_path), *how, "--checkpoint-every=4", "--out", tmp_path / "b")
+    assert code == 0, err
+    assert told(tmp_path / "b") == [(3, 1, "end")]
+
+
 def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     for how, why in (

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from storage_cases import bounds, cut, header_of, same_bits, state
@@ -29,6 +30,7 @@ from rustsim_hpc.storage import (
     checkpoint_path,
     list_checkpoints,
     load,
+    read_header,
     sweep,
     write_checkpoint,
 )
@@ -93,6 +95,49 @@ def test_steps_go_on_while_a_checkpoint_is_written(
 
     run_ranks(size, rank)
     assert same_bits(read(checkpoint_path(tmp_path, 100)), expected)
+
+
+@pytest.mark.parametrize("scheme", ["digest", "fnv1a"])
+@pytest.mark.parametrize(
+    ("size", "layout", "compression"),
+    [*((size, layout, {}) for size, layout in LAYOUTS), (1, "auto", {"*": "lzf"}), (2, "auto", {"*": "lzf"})],
+)
+def test_a_fingerprint_that_is_due_is_made_of_what_is_written(
+    tmp_path: Path, scheme: str, size: int, layout: str, compression: dict[str, str]
+) -> None:
+    view = state(300, custom_ids=True)
+    known = header_of(view, scheme=scheme)
+    header = replace(known, fingerprint=replace(known.fingerprint, value=0), fingerprint_due=True)
+    options = options_of(layout, compression)
+
+    def rank(team: ThreadTeam) -> Path:
+        return write_checkpoint(tmp_path, header, cut(view, *bounds(300, size, team.rank)), team, options)
+
+    if scheme == "fnv1a" and size > 1:
+        with pytest.raises(CheckpointFileError, match="cannot make the fnv1a fingerprint"):
+            run_ranks(size, rank)
+        return
+    path = run_ranks(size, rank)[0]
+    found = read_header(path)
+    assert found == replace(found, fingerprint=known.fingerprint, fingerprint_due=False)
+    with h5py.File(path) as file:
+        assert int(file.attrs["fingerprint"]) == known.fingerprint.value
+    assert same_bits(read(path), view)
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS)
+def test_a_state_that_is_not_the_step_s_is_not_published(tmp_path: Path, size: int, layout: str) -> None:
+    view = state(300)
+    header = header_of(view)
+    view.columns[0].view(np.uint32)[200] ^= 1
+
+    def rank(team: ThreadTeam) -> None:
+        part = cut(view, *bounds(300, size, team.rank))
+        with pytest.raises(CheckpointFileError, match="the state to be written has the fingerprint"):
+            write_checkpoint(tmp_path, header, part, team, options_of(layout))
+
+    run_ranks(size, rank)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS)

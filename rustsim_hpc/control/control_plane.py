@@ -164,6 +164,14 @@ class EngineControlPlane:
         """Return the fingerprint of the current state under the configured scheme."""
         return self._proof.of_current(self._runtime.step_index)
 
+    def known_fingerprint(self) -> ReplayFingerprint | None:
+        """Return the fingerprint of the current state if it takes no time, as after a step that was recorded.
+
+        None on every rank otherwise, and always under "fnv1a".
+        """
+        self._stepping.ready()
+        return self._proof.known(self._runtime.step_index)
+
     def column_values(self) -> Mapping[str, int]:
         """Return the digest of each column ("ids" for the ids) as last computed; nothing under "fnv1a"."""
         return self._proof.column_values()

@@ -294,7 +294,7 @@ def _summary(
         fingerprint=fingerprint,
         fingerprint_scheme=spec.replay.fingerprint,
         seconds=result.seconds,
-        checkpoints=tuple(path for path in run.writer.paths if path.exists()),
+        checkpoints=tuple(path for path in run.checkpoints.writer.paths if path.exists()),
         resumed_from=resumed_from,
         outputs={name: Path(path) for name, path in run.records.outputs.files().items()},
         stopped=result.stopped,

@@ -13,21 +13,18 @@ from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import Profiler, RunProfile
 from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.control.stepping import Executor
-from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed, RustsimError
+from rustsim_hpc.errors import CheckpointWriteFailed, RustsimError
+from rustsim_hpc.job.checkpoints import JobCheckpoints
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.records import JobRecords
 from rustsim_hpc.job.signals import StopRequests
 from rustsim_hpc.job.watchdog import Watchdog
 from rustsim_hpc.modeling.bound_model import BoundModel
-from rustsim_hpc.proof.fingerprint import StateView
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.folder import RunFolder
-from rustsim_hpc.storage.folder import step_of
-from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
-from rustsim_hpc.storage.writer import CheckpointWriter
 
 # A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
 # alone says: whether a checkpoint may be made by the clock, whether it has met a failure that the others do
@@ -96,16 +93,10 @@ class JobRun:
             wanted=progress and self._first,
         )
         self.records = JobRecords(spec, model, plane, folder, team, resumed_from)
-        options = spec.checkpoint
-        self.writer = CheckpointWriter(
-            folder.checkpoints,
-            team,
-            storage_options(spec),
-            asynchronous=options.asynchronous,
-        )
-        self._sequence = last_sequence
-        self._last_checkpoint_step = resumed_from
-        self._last_checkpoint_time = time.monotonic()
+        self.checkpoints = JobCheckpoints(
+            spec, model, plane, folder, team, lambda: self._on_first(self.records.flush),
+            resumed_from=resumed_from, last_sequence=last_sequence,
+        )  # fmt: skip
         self._opened = False
         # Whether the records have everything of the state that the plane has.
         self._recorded = True
@@ -132,14 +123,15 @@ class JobRun:
         with self._bar, watchdog, self._bundle_on_failure():
             self._on_first(self.records.open)
             self._opened = True
+            self.checkpoints.reserve(self.spec.run.steps)
             self.records.first_state(self.executor)
             if self.forked:
-                self._checkpoint("fork")
+                self.checkpoints.begin("fork")
             result = self._loop(watchdog)
             watchdog.beat("end", self.plane.runtime.step_index)
-            self._last_checkpoint("end" if result.stopped is None else f"stopped: {result.stopped}")
+            self.checkpoints.make_last("end" if result.stopped is None else f"stopped: {result.stopped}")
             if result.stopped is not None:
-                self._check_saved()
+                self.checkpoints.check_saved()
             self._on_first(lambda: self.records.close(result.profile))
             return result
 
@@ -177,7 +169,8 @@ class JobRun:
             watchdog.beat("step", plane.runtime.step_index)
             stepper.meeting.vote = self._vote()
             before, began = plane.runtime.step_index, time.perf_counter()
-            most = min(together, self._steps_to_checkpoint(), target - before)
+            due = self.checkpoints.steps_to_due() or together
+            most = min(together, due, target - before)
             step = plane.step_fused(self.executor, most)
             self._recorded = False
             votes, made = stepper.meeting.votes, plane.runtime.step_index - before
@@ -189,7 +182,7 @@ class JobRun:
             self.records.after_step(step.fingerprint)
             self._recorded = True
             recorded = time.perf_counter_ns()
-            self._checkpoint_if_due(votes)
+            self._move_checkpoints_on(votes)
             if profiler is not None:
                 log = self.records.log_ns
                 pause = time.perf_counter_ns() - recorded
@@ -214,99 +207,21 @@ class JobRun:
 
     def _vote(self) -> int:
         vote = _STOP if self._stop.stop_requested() is not None else 0
-        if self.writer.busy and self.writer.done_here:
+        writer = self.checkpoints.writer
+        if writer.busy and writer.done_here:
             vote += _WRITTEN
-        waited = time.monotonic() - self._last_checkpoint_time
         if self._first:
-            vote += _TIME_IS_UP if waited >= self.spec.checkpoint.min_seconds else 0
+            vote += _TIME_IS_UP if self.checkpoints.time_is_up else 0
             vote += _TROUBLE if self.records.trouble is not None else 0
             # Few enough steps at once that a signal is heard within a second.
             vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
 
-    def _steps_to_checkpoint(self) -> int:
-        every = self.spec.checkpoint.every
-        return every - self.plane.runtime.step_index % every if every else self.spec.run.fuse_steps
-
-    # -- checkpoints ---------------------------------------------------------------------------------
-
-    def _checkpoint_if_due(self, votes: int) -> None:
-        if self.writer.busy:
-            # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
-            alone, written = self.team.size == 1, votes >> 20 & _FIELD
-            everybody_done = self.writer.done_here if alone else written == self.team.size
-            self._published(lambda: self.writer.poll(everybody_done))
-        step, every = self.plane.runtime.step_index, self.spec.checkpoint.every
-        if every and step % every == 0 and votes & _TIME_IS_UP:
-            self._checkpoint()
-
-    def _checkpoint(self, label: str | None = None) -> None:
-        """Begin a checkpoint of the current state (or write it, where that is not asynchronous)."""
-        self._sequence += 1
-        self.plane.count_checkpoint()
-        plane, store = self.plane, self.plane.runtime.device_store()
-        step = plane.runtime.step_index
-        self._on_first(self.records.flush)
-        view = StateView(
-            step_index=step,
-            rows=store.total_rows,
-            names=store.column_names,
-            ids=None if store.default_ids else store.ids,
-            columns=store.columns,
-            row_offset=store.row_offset,
-            local_rows=store.agent_count,
-        )
-        header = CheckpointHeader(
-            step_index=step,
-            rows=store.total_rows,
-            schema=store.schema,
-            fingerprint=plane.fingerprint(),
-            sequence=self._sequence,
-            label=label,
-            seed=self.spec.run.seed,
-            parameters=self.model.params.plain(),
-            plan={"partitions": plane.partition_plan.partition_count, "ranks": self.team.size},
-            model={"module": self.spec.model.module, "identity": self.model.identity()},
-            default_ids=store.default_ids,
-        )
-        self._published(lambda: self.writer.submit(header, view))
-        self._last_checkpoint_step = step
-        self._last_checkpoint_time = time.monotonic()
-
-    def _last_checkpoint(self, label: str) -> None:
-        """Write a checkpoint of the current state, unless there is one; its label says why."""
-        self._published(self.writer.finish)
-        # No step waits for this one, so it needs no copy of the state.
-        self.writer.asynchronous = False
-        if self._last_checkpoint_step != self.plane.runtime.step_index:
-            self._checkpoint(label)
-            self._published(self.writer.finish)
-
-    def _check_saved(self) -> None:
-        """Check that the state is in a file: a run that is asked to stop says that it was saved.
-
-        Raises:
-            CheckpointWriteFailed: it is not, whatever ``on_error`` says.
-        """
-        step = self.plane.runtime.step_index
-        saved = step_of(self.writer.paths[-1]) if self.writer.paths else self.resumed_from
-        if saved != step:
-            raise CheckpointWriteFailed(
-                f"the run was stopped at step {step}, and that step could not be saved",
-                step=step,
-                hint="make room, then resume: it goes on from the checkpoint before"
-                if saved is not None
-                else "make room, then resume: it begins anew",
-            )
-
-    def _published(self, action: Any) -> None:
-        """Run a step of the writer; what becomes of its failures is for ``on_error`` to say."""
-        try:
-            action()
-        except CheckpointFileError as error:
-            if self.spec.checkpoint.on_error == "stop":
-                raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
-            self._warn(f"warning: {error}")
+    def _move_checkpoints_on(self, votes: int) -> None:
+        # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
+        alone, written = self.team.size == 1, votes >> 20 & _FIELD
+        everybody_done = self.checkpoints.writer.done_here if alone else written == self.team.size
+        self.checkpoints.after_step(everybody_done=everybody_done, time_is_up=bool(votes & _TIME_IS_UP))
 
     # -- beginning and end ---------------------------------------------------------------------------
 
@@ -346,7 +261,7 @@ class JobRun:
         whole = self.spec.run.guard == "rollback" and agreed and not isinstance(error, CheckpointWriteFailed)
         try:
             if whole and self._opened:
-                self._last_checkpoint("failure") if self._recorded else self.writer.finish()
+                self.checkpoints.make_last("failure") if self._recorded else self.checkpoints.finish()
         except Exception as second:  # noqa: BLE001 (the first error matters more)
             self._warn(f"warning: no checkpoint of the last complete step: {second}")
         if self._first and self._opened:
@@ -356,21 +271,3 @@ class JobRun:
     def _warn(self, text: str) -> None:
         if self._first:
             sys.stderr.write(f"{text}\n")
-
-
-def storage_options(spec: JobSpec) -> StorageOptions:
-    """Return how a job's checkpoints are stored."""
-    table = spec.checkpoint
-    compression: dict[str, str] = {}
-    if table.compression != "none":
-        compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
-    return StorageOptions(
-        table.layout,
-        compression,
-        chunk_rows=table.chunk_rows,
-        alignment=table.alignment,
-        keep=table.keep,
-        keep_every=table.keep_every,
-        hints=table.hints,
-        shards=table.shards,
-    )

@@ -13,8 +13,8 @@ from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job.backend import Backend, choose_backend
+from rustsim_hpc.job.checkpoints import storage_options
 from rustsim_hpc.job.keys import JobSpec
-from rustsim_hpc.job.loop import storage_options
 from rustsim_hpc.job.plan import RankPart, partition_count, rank_part, worker_count
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model_source import load_model

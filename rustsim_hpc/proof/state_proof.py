@@ -68,6 +68,12 @@ class StateProof:
         sides = [0] * self._store.num_columns
         return self._fingerprint(step_index, sides, self._sums)
 
+    def known(self, step_index: int) -> ReplayFingerprint | None:
+        """Return the fingerprint of the current state if nothing has to be read for it; not under "fnv1a"."""
+        if self.scheme != "digest" or None in self._sums:
+            return None
+        return self.of_current(step_index)
+
     def of_next(
         self, step_index: int, sides: Sequence[int], written: Sequence[int], digests: Array | None
     ) -> tuple[ReplayFingerprint, list[int | None]]:

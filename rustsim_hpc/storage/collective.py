@@ -32,6 +32,12 @@ def has_parallel_hdf5() -> bool:
     return bool(h5py.get_config().mpi)
 
 
+def writes_together(team: Team, options: StorageOptions) -> bool:
+    """Return whether parallel HDF5 writes a single file of these ranks, which takes their main threads."""
+    single = team.size > 1 and options.layout == "single"
+    return single and team.native is not None and has_parallel_hdf5()
+
+
 def check_supported(options: StorageOptions, team: Team) -> None:
     """Check that what is asked for can be written by these ranks with this h5py.
 

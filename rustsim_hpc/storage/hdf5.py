@@ -119,7 +119,7 @@ def plan_master(header: CheckpointHeader, shards: Sequence[tuple[str, int, int]]
 
 
 def write_root(file: Any, header: CheckpointHeader, start: int, stop: int) -> None:
-    """Write the attributes of a file of rows [start, stop); a shard's header has no digests."""
+    """Write the attributes of a file of rows [start, stop); a shard's header has no digests yet."""
     whole = bool(header.digests)
     file.create_group("columns", track_order=True)
     attributes = file.attrs
@@ -130,11 +130,11 @@ def write_root(file: Any, header: CheckpointHeader, start: int, stop: int) -> No
     attributes["rows"] = np.uint64(header.rows)
     attributes["row_start"], attributes["row_stop"] = np.uint64(start), np.uint64(stop)
     attributes["sequence"] = np.uint64(header.sequence)
-    attributes["fingerprint"] = np.uint64(header.fingerprint.value)
-    attributes["fingerprint_scheme"] = header.fingerprint.scheme
     attributes["default_ids"] = header.default_ids
     if not whole:
         return
+    attributes["fingerprint"] = np.uint64(header.fingerprint.value)
+    attributes["fingerprint_scheme"] = header.fingerprint.scheme
     if header.label is not None:
         attributes["label"] = _text(header.label)
     if header.seed is not None:

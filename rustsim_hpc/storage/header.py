@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.errors import JobError, nearest
-from rustsim_hpc.proof.fingerprint import ReplayFingerprint
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, digest_value
 from rustsim_hpc.state.schema import Column, Schema
 
 FORMAT_NAME = "rustsim-hpc checkpoint"
@@ -32,6 +32,8 @@ class CheckpointHeader:
             partition plan, and which model this is.
         default_ids: whether row i has id i; /ids holds the numbers all the same.
         digests: the digest's sums over all rows: the ids', then one a column. Filled in when it is written.
+        fingerprint_due: nobody has made the fingerprint yet. Its value is none; the writer makes it
+            from the rows that it writes, behind the running steps. For "fnv1a" one rank must have all rows.
     """
 
     step_index: int
@@ -46,6 +48,20 @@ class CheckpointHeader:
     model: Mapping[str, Any] = field(default_factory=dict)
     default_ids: bool = True
     digests: tuple[int, ...] = ()
+    fingerprint_due: bool = False
+
+    def with_sums(self, sums: Sequence[int]) -> CheckpointHeader:
+        """Return the header with the digest's sums over all rows, and the fingerprint if that follows."""
+        fingerprint, due = self.fingerprint, self.fingerprint_due
+        if due and fingerprint.scheme == "digest":
+            fingerprint, due = self.digest_of(sums), False
+        return replace(self, digests=tuple(sums), fingerprint=fingerprint, fingerprint_due=due)
+
+    def digest_of(self, sums: Sequence[int]) -> ReplayFingerprint:
+        """Return the fingerprint that the digest's sums over all rows make."""
+        names, dtypes = self.schema.names, self.schema.dtypes
+        value = digest_value(self.step_index, self.rows, names, dtypes, sums[1:], sums[0])
+        return ReplayFingerprint(self.step_index, value, "digest")
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as JSON's types."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.proof.fingerprint import digest_value
 from rustsim_hpc.storage.hdf5 import Segment, datasets
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.proof import FileProof, file_errors
@@ -31,7 +30,7 @@ class Receipt:
 def checked(
     receipts: Sequence[Receipt] | None, header: CheckpointHeader
 ) -> tuple[CheckpointHeader, list[Receipt]]:
-    """Check that receipts cover the population exactly; return the header with the digests, and them by row.
+    """Check that receipts cover the population exactly; return the finished header, and them by row.
 
     Raises:
         CheckpointFileError: they do not, or the state is not the one that was fingerprinted.
@@ -45,16 +44,16 @@ def checked(
     if row != header.rows:
         raise CheckpointFileError(message=f"ranks wrote {row} rows of {header.rows}", damaged=False)
     sums = [sum(values) & _U64 for values in zip(*(receipt.sums for receipt in ordered), strict=True)]
+    header = header.with_sums(sums)
     if header.fingerprint.scheme == "digest":
-        names, dtypes = header.schema.names, header.schema.dtypes
-        value = digest_value(header.step_index, header.rows, names, dtypes, sums[1:], sums[0])
-        if value != header.fingerprint.value:
+        value, given = header.digest_of(sums).value, header.fingerprint.value
+        if value != given:
             raise CheckpointFileError(
                 message=f"the state to be written has the fingerprint {value:#018x}, "
-                f"the step gave {header.fingerprint.value:#018x}",
+                f"the step gave {given:#018x}",
                 damaged=False,
             )
-    return replace(header, digests=tuple(sums)), ordered
+    return header, ordered
 
 
 def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:

@@ -15,7 +15,7 @@ from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.proof.fingerprint import StateView
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
-from rustsim_hpc.storage.collective import check_supported
+from rustsim_hpc.storage.collective import check_supported, writes_together
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writing import Attempt, Phases
 
@@ -79,9 +79,13 @@ class CheckpointWriter:
     def reserve(self, view: StateView) -> None:
         """Make room for the copy of the columns of `view` now, so that the first checkpoint does not.
 
+        Nothing is done where checkpoints are written without a copy. Collective.
+
         Raises:
-            CheckpointFileError: there is not enough memory: on all ranks. Collective.
+            CheckpointFileError: there is not enough memory: on all ranks.
         """
+        if not self.asynchronous or writes_together(self.team, self.options):
+            return
         error = None
         try:
             self._room_for(view)

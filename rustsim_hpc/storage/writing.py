@@ -22,14 +22,13 @@ import xxhash
 
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
-from rustsim_hpc.proof.fingerprint import StateView, digest_sums
+from rustsim_hpc.proof.fingerprint import StateView, digest_sums, fingerprint_view
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
-from rustsim_hpc.storage.collective import has_parallel_hdf5, write_collective
+from rustsim_hpc.storage.collective import write_collective, writes_together
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
 from rustsim_hpc.storage.groups import groups_of
 from rustsim_hpc.storage.hdf5 import (
-    FileImage,
     Segment,
     check_file,
     plan_file,
@@ -112,14 +111,15 @@ class Attempt:
         if not fits:
             message = f"{self.path}: the header is not that of the state"
             return CheckpointFileError(message=message, damaged=False)
+        if header.fingerprint_due and header.fingerprint.scheme == "fnv1a" and self.team.size > 1:
+            message = f"{self.path}: ranks cannot make the fnv1a fingerprint while they write"
+            return CheckpointFileError(message=message, damaged=False)
         return None
 
     @property
     def collective(self) -> bool:
         """Whether parallel HDF5 writes the file, which takes all ranks' main threads."""
-        return (
-            self.team.size > 1 and not self.sharded and self.team.native is not None and has_parallel_hdf5()
-        )
+        return writes_together(self.team, self.options)
 
     def phases(self) -> Phases:
         """Yield each phase of this rank as a function; gets all ranks' results, None but on rank 0."""
@@ -156,7 +156,10 @@ class Attempt:
         """Write the only rank's rows as the whole checkpoint, durable, under its temporary name."""
         rows = self.header.rows
         self.sums = tuple(digest_sums(self.view))
-        size, blocks = self._write_rows(self.first, replace(self.header, digests=self.sums))
+        if self.header.fingerprint_due and self.header.fingerprint.scheme == "fnv1a":
+            fingerprint = fingerprint_view(self.view, "fnv1a")
+            self.header = replace(self.header, fingerprint=fingerprint, fingerprint_due=False)
+        size, blocks = self._write_rows(self.first, self.header.with_sums(self.sums))
         return Receipt(0, rows, self.sums, FileProof(self.path.name, size, 0, rows, blocks))
 
     def _write_rows(self, path: Path, header: CheckpointHeader) -> tuple[int, tuple[str, ...]]:
@@ -185,7 +188,10 @@ class Attempt:
         group, path = self.group, self.shard if self.sharded else self.first
         if group.start == group.stop and self.sharded:
             return Receipt(*self.rows, self.sums)
-        image = self._shared_image(tuple(0 for _ in self.sums))
+        # Digests and the fingerprint are numbers of one width: they have no say in where the columns lie. A
+        # shard has none.
+        header = self.header if self.sharded else replace(self.header, digests=tuple(0 for _ in self.sums))
+        image = plan_file(header, group.start, group.stop, self.options)
         with file_errors(path, "write"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -206,7 +212,7 @@ class Attempt:
             error = failure
         agree(self.team, error)
         total = self.team.sum_int64(np.array(self.sums, np.uint64).view(np.int64)).view(np.uint64)
-        header = replace(self.header, digests=tuple(int(value) for value in total))
+        header = self.header.with_sums([int(value) for value in total])
         with file_errors(self.first, "write"):
             write_collective(self.first, header, self.view, self.team, self.options)
             descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
@@ -216,17 +222,12 @@ class Attempt:
                 os.close(descriptor)
         return Receipt(*self.rows, self.sums)
 
-    def _shared_image(self, digests: tuple[int, ...]) -> FileImage:
-        # Digests are numbers of one width: they have no say in where the columns lie. A shard has none.
-        header = self.header if self.sharded else replace(self.header, digests=digests)
-        return plan_file(header, self.group.start, self.group.stop, self.options)
-
     def finish_shared(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> CheckpointHeader:
         """Write everything but the columns into the file of all ranks; return the finished header."""
         header, receipts = checked
         if self.collective:
             return header
-        image = self._shared_image(header.digests)
+        image = plan_file(header, self.group.start, self.group.stop, self.options)
         self._check_places(receipts, image.segments)
         with file_errors(self.first, "write"):
             descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)

@@ -1,0 +1,213 @@
+"""A job's checkpoints: when one is due, what it says of the run, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed
+from rustsim_hpc.job.keys import JobSpec
+from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView
+from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.run_folder.folder import RunFolder
+from rustsim_hpc.storage.folder import step_of
+from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.writer import CheckpointWriter
+
+
+class JobCheckpoints:
+    """Writes the checkpoints of one session of a job, behind its steps. All methods are collective.
+
+    Args:
+        spec: the job as resolved.
+        model: the bound model.
+        plane: the plane whose state is saved.
+        folder: the run's folder, held.
+        team: the ranks.
+        flush: makes durable on all ranks what a checkpoint must not be ahead of: outputs and log.
+        resumed_from: the restored step, or None.
+        last_sequence: number of the last checkpoint of the sessions before.
+
+    Attributes:
+        writer: writes them.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        model: BoundModel,
+        plane: EngineControlPlane,
+        folder: RunFolder,
+        team: Team,
+        flush: Callable[[], None],
+        *,
+        resumed_from: int | None,
+        last_sequence: int,
+    ) -> None:
+        options = spec.checkpoint
+        self.writer = CheckpointWriter(
+            folder.checkpoints, team, storage_options(spec), asynchronous=options.asynchronous
+        )
+        self._spec, self._model, self._plane, self._team = spec, model, plane, team
+        self._flush, self._resumed_from, self._sequence = flush, resumed_from, last_sequence
+        self._last_step = resumed_from
+        self._last_time = time.monotonic()
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether so much time has passed since the last one, by this rank's clock, that one may be made."""
+        return time.monotonic() - self._last_time >= self._spec.checkpoint.min_seconds
+
+    def steps_to_due(self) -> int | None:
+        """Return how many steps lead to the next one that is due by its step; None if there is none."""
+        every = self._spec.checkpoint.every
+        return every - self._plane.runtime.step_index % every if every else None
+
+    def reserve(self, last_step: int) -> None:
+        """Make room for the copy of the state now, if one is due up to a step, so that no step waits for it.
+
+        Raises:
+            CheckpointWriteFailed: there is not enough memory, and ``on_error`` is not "continue".
+        """
+        first = self.steps_to_due()
+        if first is not None and self._plane.runtime.step_index + first <= last_step:
+            self._run(lambda: self.writer.reserve(self._view()))
+
+    def after_step(self, *, everybody_done: bool, time_is_up: bool) -> None:
+        """Move on what is being written, and begin the one that is due after this step.
+
+        everybody_done: whether all ranks have done their part of what is being written. time_is_up: what rank
+        0's clock says.
+
+        Raises:
+            CheckpointWriteFailed: one could not be written, and ``on_error`` is not "continue".
+        """
+        if self.writer.busy:
+            self._run(lambda: self.writer.poll(everybody_done))
+        step, every = self._plane.runtime.step_index, self._spec.checkpoint.every
+        if every and step % every == 0 and time_is_up:
+            self.begin()
+
+    def begin(self, label: str | None = None) -> None:
+        """Begin a checkpoint of the current state (or write it, where that is not asynchronous).
+
+        Raises:
+            CheckpointWriteFailed: as :meth:`after_step`.
+        """
+        self._sequence += 1
+        plane, store = self._plane, self._plane.runtime.device_store()
+        plane.count_checkpoint()
+        step = plane.runtime.step_index
+        self._flush()
+        fingerprint, due = self._fingerprint()
+        header = CheckpointHeader(
+            step_index=step,
+            rows=store.total_rows,
+            schema=store.schema,
+            fingerprint=fingerprint,
+            fingerprint_due=due,
+            sequence=self._sequence,
+            label=label,
+            seed=self._spec.run.seed,
+            parameters=self._model.params.plain(),
+            plan={"partitions": plane.partition_plan.partition_count, "ranks": self._team.size},
+            model={"module": self._spec.model.module, "identity": self._model.identity()},
+            default_ids=store.default_ids,
+        )
+        self._run(lambda: self.writer.submit(header, self._view()))
+        self._last_step = step
+        self._last_time = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointWriteFailed: as :meth:`after_step`.
+        """
+        self._run(self.writer.finish)
+
+    def make_last(self, label: str) -> None:
+        """Write a checkpoint of the current state, unless there is one; its label says why.
+
+        Raises:
+            CheckpointWriteFailed: as :meth:`after_step`.
+        """
+        self.finish()
+        # No step waits for this one, so it needs no copy of the state.
+        self.writer.asynchronous = False
+        if self._last_step != self._plane.runtime.step_index:
+            self.begin(label)
+            self.finish()
+
+    def check_saved(self) -> None:
+        """Check that the state is in a file: a run that is asked to stop says that it was saved.
+
+        Raises:
+            CheckpointWriteFailed: it is not, whatever ``on_error`` says.
+        """
+        step = self._plane.runtime.step_index
+        saved = step_of(self.writer.paths[-1]) if self.writer.paths else self._resumed_from
+        if saved != step:
+            raise CheckpointWriteFailed(
+                f"the run was stopped at step {step}, and that step could not be saved",
+                step=step,
+                hint="make room, then resume: it goes on from the checkpoint before"
+                if saved is not None
+                else "make room, then resume: it begins anew",
+            )
+
+    def _fingerprint(self) -> tuple[ReplayFingerprint, bool]:
+        """Return a checkpoint's fingerprint, and whether it is for the writer to make it behind the steps.
+
+        Ranks cannot make FNV-1a's chain there: its next link is on the rank before.
+        """
+        plane, scheme = self._plane, self._spec.replay.fingerprint
+        known = plane.known_fingerprint()
+        if known is not None:
+            return known, False
+        if scheme == "fnv1a" and self._team.size > 1:
+            return plane.fingerprint(), False
+        return ReplayFingerprint(plane.runtime.step_index, 0, scheme), True
+
+    def _view(self) -> StateView:
+        store = self._plane.runtime.device_store()
+        return StateView(
+            step_index=self._plane.runtime.step_index,
+            rows=store.total_rows,
+            names=store.column_names,
+            ids=None if store.default_ids else store.ids,
+            columns=store.columns,
+            row_offset=store.row_offset,
+            local_rows=store.agent_count,
+        )
+
+    def _run(self, action: Callable[[], object]) -> None:
+        """Run a step of the writer; what becomes of its failures is for ``on_error`` to say."""
+        try:
+            action()
+        except CheckpointFileError as error:
+            if self._spec.checkpoint.on_error == "stop":
+                raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
+            if self._team.rank == 0:
+                sys.stderr.write(f"warning: {error}\n")
+
+
+def storage_options(spec: JobSpec) -> StorageOptions:
+    """Return how a job's checkpoints are stored."""
+    table = spec.checkpoint
+    compression: dict[str, str] = {}
+    if table.compression != "none":
+        compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
+    return StorageOptions(
+        table.layout,
+        compression,
+        chunk_rows=table.chunk_rows,
+        alignment=table.alignment,
+        keep=table.keep,
+        keep_every=table.keep_every,
+        hints=table.hints,
+        shards=table.shards,
+    )
