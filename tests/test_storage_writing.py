@@ -202,6 +202,49 @@ def polled(writer: CheckpointWriter) -> None:
         writer.poll()
 
 
+@pytest.mark.parametrize(
+    ("layout", "compression"), [("sharded", {}), ("single", {}), ("node", {}), ("sharded", {"*": "gzip:1"})]
+)
+def test_the_others_stop_writing_when_one_has_failed(
+    tmp_path: Path, layout: str, compression: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = state(20_000)
+    header = header_of(view)
+    options = options_of(layout, compression, chunk_rows=100)
+    known = threading.Event()
+    looks: list[int] = []
+    real = writing_module.Attempt.go_on
+
+    def go_on(attempt: writing_module.Attempt) -> None:
+        if attempt.team.rank == 1:
+            raise OSError(errno.EIO, "no luck")
+        if looks:
+            # In the middle of its part, until the other one's failure is known.
+            assert known.wait(30)
+            assert attempt.abandoned.wait(30)
+        looks.append(1)
+        real(attempt)
+
+    monkeypatch.setattr(writing_module.Attempt, "go_on", go_on)
+
+    def rank(team: ThreadTeam) -> int | None:
+        writer = CheckpointWriter(tmp_path, team, options)
+        writer.submit(header, cut(view, *bounds(20_000, 2, team.rank)))
+        while not any(team.allgather(writer.failed_here)):
+            pass
+        assert writer.failed_here == (team.rank == 1)
+        known.set()
+        with pytest.raises(CheckpointFileError, match=os.strerror(errno.EIO)) as caught:
+            writer.poll(somebody_failed=True)
+        assert not writer.busy
+        return caught.value.rank
+
+    assert run_ranks(2, rank) == [1, 1]
+    # Of its pieces, at least three, it has not begun the third.
+    assert len(looks) <= 2
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_a_caller_may_sum_up_who_is_done_itself(tmp_path: Path) -> None:
     view = state(20)
 
@@ -327,11 +370,9 @@ def test_what_hdf5_has_not_written_as_given_is_not_published(
 ) -> None:
     view, write_chunked = state(40), writing_module.write_chunked
 
-    def miswrite(
-        descriptor: int, header: CheckpointHeader, given: StateView, options: StorageOptions
-    ) -> None:
+    def miswrite(descriptor: int, header: CheckpointHeader, given: StateView, *how: Any) -> None:
         other = [given.columns[0], given.columns[1] ^ np.uint8(4)]
-        write_chunked(descriptor, header, replace(given, columns=tuple(other)), options)
+        write_chunked(descriptor, header, replace(given, columns=tuple(other)), *how)
 
     monkeypatch.setattr(writing_module, "write_chunked", miswrite)
     with pytest.raises(CheckpointFileError, match="HDF5 has not written what it was given"):

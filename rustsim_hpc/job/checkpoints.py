@@ -76,17 +76,17 @@ class JobCheckpoints:
         if first is not None and self._plane.runtime.step_index + first <= last_step:
             self._run(lambda: self.writer.reserve(self._view()))
 
-    def after_step(self, *, everybody_done: bool, time_is_up: bool) -> None:
+    def after_step(self, *, everybody_done: bool, somebody_failed: bool, time_is_up: bool) -> None:
         """Move on what is being written, and begin the one that is due after this step.
 
-        everybody_done: whether all ranks have done their part of what is being written. time_is_up: what rank
-        0's clock says.
+        everybody_done: whether all ranks have done their part of what is being written. somebody_failed:
+        whether one of them could not. time_is_up: what rank 0's clock says.
 
         Raises:
             CheckpointWriteFailed: one could not be written, and ``on_error`` is not "continue".
         """
         if self.writer.busy:
-            self._run(lambda: self.writer.poll(everybody_done))
+            self._run(lambda: self.writer.poll(everybody_done, somebody_failed=somebody_failed))
         step, every = self._plane.runtime.step_index, self._spec.checkpoint.every
         if every and step % every == 0 and time_is_up:
             self.begin()

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import Profiler, RunProfile
 from rustsim_hpc.control.stepper import Stepper
@@ -28,8 +30,9 @@ from rustsim_hpc.run_folder.folder import RunFolder
 
 # A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
 # alone says: whether a checkpoint may be made by the clock, whether it has met a failure that the others do
-# not know of, and how many steps to make together next.
-_STOP, _WRITTEN, _TIME_IS_UP, _TROUBLE, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41, 1 << 42
+# not know of, and how many steps to make together next. Counted are ranks that have something to tell after
+# the step (that they were asked to stop, or could not write), and those that have written.
+_TELL, _WRITTEN, _TIME_IS_UP, _TROUBLE, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41, 1 << 42
 _FIELD = (1 << 20) - 1
 
 
@@ -163,11 +166,11 @@ class JobRun:
         profiler = self._profiler(stepper)
         start = time.perf_counter()
         stopped: str | None = None
+        stepper.meeting.vote = self._vote
         together = 1
         self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
             watchdog.beat("step", plane.runtime.step_index)
-            stepper.meeting.vote = self._vote()
             before, began = plane.runtime.step_index, time.perf_counter()
             due = self.checkpoints.steps_to_due() or together
             most = min(together, due, target - before)
@@ -182,13 +185,18 @@ class JobRun:
             self.records.after_step(step.fingerprint)
             self._recorded = True
             recorded = time.perf_counter_ns()
-            self._move_checkpoints_on(votes)
+            stop_asked, write_failed = self._told(votes)
+            self.checkpoints.after_step(
+                everybody_done=self._all_written(votes),
+                somebody_failed=write_failed,
+                time_is_up=bool(votes & _TIME_IS_UP),
+            )
             if profiler is not None:
                 log = self.records.log_ns
                 pause = time.perf_counter_ns() - recorded
                 profiler.add(step, stepper.session.compile_seconds, log, recorded - stepped - log, pause)
             self._bar.advance(made)
-            if votes & _FIELD:
+            if stop_asked:
                 reason = stop.stop_requested()
                 stopped = reason.text if reason is not None else "another rank was asked to stop"
         # Ranks wait for the one that compiles.
@@ -206,8 +214,9 @@ class JobRun:
         return Profiler(stepper.work.program, self.team, rows, stepper.session.compile_seconds)
 
     def _vote(self) -> int:
-        vote = _STOP if self._stop.stop_requested() is not None else 0
+        """Return this rank's vote at the end of a step: as late as there is a collective to bring it to."""
         writer = self.checkpoints.writer
+        vote = _TELL if self._stop.stop_requested() is not None or writer.failed_here else 0
         if writer.busy and writer.done_here:
             vote += _WRITTEN
         if self._first:
@@ -217,11 +226,18 @@ class JobRun:
             vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
 
-    def _move_checkpoints_on(self, votes: int) -> None:
+    def _told(self, votes: int) -> tuple[bool, bool]:
+        """Return whether a rank was asked to stop, and whether one could not write a checkpoint."""
+        if not votes & _FIELD:
+            return False, False
+        mine = [self._stop.stop_requested() is not None, self.checkpoints.writer.failed_here]
+        stops, failed = self.team.sum_int64(np.array(mine, np.int64))
+        return bool(stops), bool(failed)
+
+    def _all_written(self, votes: int) -> bool:
         # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
         alone, written = self.team.size == 1, votes >> 20 & _FIELD
-        everybody_done = self.checkpoints.writer.done_here if alone else written == self.team.size
-        self.checkpoints.after_step(everybody_done=everybody_done, time_is_up=bool(votes & _TIME_IS_UP))
+        return self.checkpoints.writer.done_here if alone else written == self.team.size
 
     # -- beginning and end ---------------------------------------------------------------------------
 

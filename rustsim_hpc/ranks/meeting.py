@@ -6,6 +6,7 @@ One small collective, of integers only, so that no order matters. A rank without
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,8 @@ class Meeting:
         team: the ranks.
 
     Attributes:
-        vote: a number that this rank brings to each meeting; ``votes`` is the sum over ranks at the last one.
+        vote: returns the number that this rank brings to a meeting, when it is held; None for 0. ``votes`` is
+            the sum over ranks at the last one.
     """
 
     def __init__(self, work: Work, board: Board, team: Team) -> None:
@@ -52,7 +54,7 @@ class Meeting:
         self._board = board
         self._team = team
         self._dtypes: dict[int, str] = {}
-        self.vote = 0
+        self.vote: Callable[[], int] | None = None
         self.votes = 0
         self._numbers = np.zeros(2, np.int64)
         self._said = self._numbers.data
@@ -77,7 +79,7 @@ class Meeting:
             return None
         states = {slot: self._rank_state(slot) for slot in slots}
         additive = [slot for slot in slots if is_additive(self._work.program.reductions[slot])]
-        parts = [np.array([len(failures), self.vote], np.int64), self._codes(slots)]
+        parts = [np.array([len(failures), self._vote()], np.int64), self._codes(slots)]
         parts += [states[slot].reshape(-1) for slot in additive]
         if with_digests:
             parts.append(self._board.digests.sum(axis=0, dtype=np.uint64).view(np.int64))
@@ -97,18 +99,21 @@ class Meeting:
     def _agree(self, failures: list[PhaseFailure]) -> None:
         """Say how many have failed, and the vote; nothing else."""
         said = self._said
-        said[0], said[1] = len(failures), self.vote
+        said[0], said[1] = len(failures), self._vote()
         self._team.sum_int64(self._numbers)
         if said[0]:
             self._raise(failures)
         self.votes = said[1]
+
+    def _vote(self) -> int:
+        return 0 if self.vote is None else self.vote()
 
     def _alone(
         self, segment: Segment, failures: list[PhaseFailure], frame: Frame, *, with_digests: bool
     ) -> Array | None:
         if failures:
             self._raise(failures)
-        self.votes = self.vote
+        self.votes = self._vote()
         if segment.reductions:
             self._learn(segment.reductions, self._codes(segment.reductions))
             states = {slot: self._rank_state(slot) for slot in segment.reductions}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +192,12 @@ def rows_of(view: StateView) -> int:
     return view.row_stop - view.row_offset
 
 
-def stream(descriptor: int, image: FileImage, view: StateView, hasher: Any = None) -> None:
-    """Write a whole file in the order of its bytes. view: all rows of the file. hasher: sees every byte.
+def stream(
+    descriptor: int, image: FileImage, view: StateView, hasher: Any, go_on: Callable[[], None]
+) -> None:
+    """Write a whole file in the order of its bytes.
+
+    view: all rows of the file. hasher: sees every byte. go_on: called now and then; what it raises ends it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -205,14 +209,18 @@ def stream(descriptor: int, image: FileImage, view: StateView, hasher: Any = Non
             _segment_pieces(part, view, 0) if isinstance(part, Segment) else [(part[0], memoryview(part[1]))]
         )
         for offset, piece in pieces:
-            if hasher is not None:
-                hasher.update(piece)
+            go_on()
+            hasher.update(piece)
             write_at(descriptor, piece, offset)
             begun = start_writeback(descriptor, begun, offset + len(piece))
 
 
-def stream_rows(descriptor: int, image: FileImage, view: StateView, first_row: int) -> None:
+def stream_rows(
+    descriptor: int, image: FileImage, view: StateView, first_row: int, go_on: Callable[[], None]
+) -> None:
     """Write the rows of `view`, and nothing else, into a file that holds `first_row` rows before them.
+
+    go_on: called now and then; what it raises ends it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -220,6 +228,7 @@ def stream_rows(descriptor: int, image: FileImage, view: StateView, first_row: i
     for segment in image.segments:
         begun: int | None = None
         for offset, piece in _segment_pieces(segment, view, first_row):
+            go_on()
             write_at(descriptor, piece, offset)
             begun = start_writeback(descriptor, offset if begun is None else begun, offset + len(piece))
 
@@ -244,9 +253,15 @@ def _segment_pieces(segment: Segment, view: StateView, first_row: int) -> Iterat
 
 
 def write_chunked(
-    descriptor: int, header: CheckpointHeader, view: StateView, options: StorageOptions
+    descriptor: int,
+    header: CheckpointHeader,
+    view: StateView,
+    options: StorageOptions,
+    go_on: Callable[[], None],
 ) -> None:
     """Write a file of the view's rows through HDF5, which compresses the columns that `options` names.
+
+    go_on: called now and then; what it raises ends it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -263,6 +278,7 @@ def write_chunked(
             dataset = create_dataset(file, path, dtype, rows, column, options)
             describe(dataset, header, index, column)
             for first in range(0, rows, options.chunk_rows):
+                go_on()
                 last = min(first + options.chunk_rows, rows)
                 if sink.failure is None:
                     dataset[first:last] = np.frombuffer(column_bytes(view, index, first, last), dtype)

@@ -19,6 +19,10 @@ _SYNC_FILE_RANGE_WRITE = 2
 _WRITEBACK_BYTES = 8 << 20
 
 
+class Abandoned(Exception):
+    """Nobody wants any more what is being written."""
+
+
 class MemorySink(io.RawIOBase):
     """A sparse file in memory: holes take no room and read as zeros."""
 

@@ -17,6 +17,7 @@ from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.collective import check_supported, writes_together
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.sinks import Abandoned
 from rustsim_hpc.storage.writing import Attempt, Phases
 
 
@@ -76,6 +77,11 @@ class CheckpointWriter:
         """Whether this rank has done its part of what is under way, for a caller that sums this up itself."""
         return self._task is None or not self._task.is_alive()
 
+    @property
+    def failed_here(self) -> bool:
+        """Whether this rank could not do its part of what is under way."""
+        return self._task is not None and self.done_here and self._task.error is not None
+
     def reserve(self, view: StateView) -> None:
         """Make room for the copy of the columns of `view` now, so that the first checkpoint does not.
 
@@ -113,17 +119,21 @@ class CheckpointWriter:
         if wait:
             self.finish()
 
-    def poll(self, everybody_done: bool | None = None) -> Path | None:
+    def poll(self, everybody_done: bool | None = None, *, somebody_failed: bool = False) -> Path | None:
         """Move on what is under way, without waiting; return its path when it has just been published.
 
         Collective while `busy`. everybody_done: whether `done_here` holds on all ranks, where the caller
-        knows.
+        knows. somebody_failed: whether `failed_here` holds on one; the others then stop writing, and the
+        error is raised without waiting for all that they had to write.
 
         Raises:
             CheckpointFileError: it failed: the same error on all ranks, and nothing is left of it.
         """
         if self._attempt is None:
             return None
+        if somebody_failed:
+            self._attempt.abandoned.set()
+            return self._advance()
         if everybody_done is None:
             mine = np.array([self.done_here], np.int64)
             everybody_done = int(self.team.sum_int64(mine)[0]) == self.team.size
@@ -216,6 +226,9 @@ class _Task(threading.Thread):
         """Call the function."""
         try:
             self.result = self._function()
+        except Abandoned:
+            # Because of another rank's error, which is the one to tell.
+            self.result = None
         except BaseException as error:  # noqa: BLE001 (kept for the step loop)
             self.error = error
 

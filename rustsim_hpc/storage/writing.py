@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -52,6 +53,7 @@ from rustsim_hpc.storage.proof import (
     render_manifest,
 )
 from rustsim_hpc.storage.receipts import Receipt, check_room, checked
+from rustsim_hpc.storage.sinks import Abandoned
 
 Phases = Generator[Callable[[], Any], "list[Any] | None", None]
 
@@ -73,6 +75,7 @@ class Attempt:
         self.rows = (view.row_offset, view.row_stop)
         self.sums: tuple[int, ...] = ()
         self.published = False
+        self.abandoned = threading.Event()
         self.sharded = team.size > 1 and options.layout != "single"
         self.groups = groups_of(team, self.rows, header.rows, options)
         self.group = self.groups[team.rank]
@@ -139,6 +142,11 @@ class Attempt:
             blocks = yield self.hash_part
             yield lambda: self._on_first(lambda: self.publish_shared(header, blocks))
 
+    def go_on(self) -> None:
+        """Raise Abandoned once another rank has failed: what this one writes is for nothing then."""
+        if self.abandoned.is_set():
+            raise Abandoned
+
     def _on_first(self, function: Callable[[], Any]) -> Any:
         return function() if self.team.rank == 0 else None
 
@@ -169,14 +177,14 @@ class Attempt:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 if self.options.compresses:
-                    write_chunked(descriptor, header, self.view, self.options)
+                    write_chunked(descriptor, header, self.view, self.options, self.go_on)
                     os.fsync(descriptor)
                     check_file(path, header, self.rows, self.rows[0], self.sums)
                     size = os.fstat(descriptor).st_size
                     return size, tuple(hash_blocks(path, 0, block_count(size)))
                 hasher = BlockHasher()
                 image = plan_file(header, *self.rows, self.options)
-                stream(descriptor, image, self.view, hasher)
+                stream(descriptor, image, self.view, hasher, self.go_on)
                 os.fsync(descriptor)
                 return image.size, hasher.finish()
             finally:
@@ -195,7 +203,7 @@ class Attempt:
         with file_errors(path, "write"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                stream_rows(descriptor, image, self.view, self.rows[0] - group.start)
+                stream_rows(descriptor, image, self.view, self.rows[0] - group.start, self.go_on)
                 if self.sharded and self.team.rank == group.first:
                     stream_gaps(descriptor, image)
                 os.fsync(descriptor)
