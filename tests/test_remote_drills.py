@@ -41,8 +41,9 @@ def tasks(**patience):
 
 
 @pytest.fixture
-def plane(tmp_path):
-    """Return what makes a plane over endpoints; all are closed in the end."""
+def plane(tmp_path, worker):
+    """Return what makes a plane over endpoints; all are closed in the end, before their workers are ended."""
+    assert worker
     made = []
 
     def make(executor, *endpoints, **config):
@@ -73,7 +74,7 @@ def fails(driven, text, *, partition=0, steps=1, within=15):
     return error
 
 
-QUICK = {"connect_seconds": 0.7, "answer_seconds": 0.7}
+QUICK = {"connect_seconds": 0.7, "answer_seconds": 0.7, "rejoin_seconds": 0.7}
 BOTH = pytest.mark.parametrize("executor", [resident, tasks])
 
 
@@ -213,7 +214,7 @@ def worker():
 def test_killed_between_steps(plane, survivor, worker, executor):
     """The step fails; a worker started anew at the same place goes on from the same state."""
     first, second = survivor, worker()
-    driven = plane(executor(connect_seconds=1), first.endpoint, second.endpoint)
+    driven = plane(executor(connect_seconds=1, rejoin_seconds=1), first.endpoint, second.endpoint)
     driven.run(3)
     second.end(signal.SIGKILL)
     fails(driven, second.endpoint, partition=1)
@@ -228,7 +229,8 @@ def test_killed_between_steps(plane, survivor, worker, executor):
 def test_killed_in_a_step(plane, survivor, worker, executor, guard):
     """A worker that dies while it runs a phase: the error names its partition; a restore always helps."""
     first, second = survivor, worker()
-    driven = plane(executor(connect_seconds=1), first.endpoint, second.endpoint, guard=rs.StepGuard(guard))
+    patience = {"connect_seconds": 1, "rejoin_seconds": 1}
+    driven = plane(executor(**patience), first.endpoint, second.endpoint, guard=rs.StepGuard(guard))
     driven.run(2)
     kept = driven.plane.checkpoint()
     driven.tripping("kick", [1], "kill")
@@ -269,16 +271,62 @@ def test_stopped_for_longer_than_it_may_take(plane, survivor):
 
 
 def test_restarted_between_steps(plane, worker):
-    """What a restarted worker says is a typed error; the next step brings it the rows anew."""
-    one = worker()
-    driven = plane(resident(connect_seconds=3), one.endpoint)
+    """A worker that was started anew gets its rows again, and the step goes on: the run is told of it."""
+    one, told = worker(), []
+    driven = plane(resident(connect_seconds=3, tell=told.append), one.endpoint)
     driven.run(2)
     assert one.end() == 0
     worker(bind=one.endpoint)
-    with pytest.raises(errors.ExecutorError, match="the session is not known here"):
-        driven.run(1)
     driven.run(2)
     assert driven.stream == expected(4)
+    again = f"the worker at {one.endpoint} had to be begun anew: it has its rows again, step 2 goes on"
+    assert told == [again]
+
+
+def test_restarted_while_it_runs_a_phase(plane, survivor, worker):
+    """A worker that dies in a phase, and is there again some time later: the step goes on."""
+    second = worker()
+    driven = plane(resident(rejoin_seconds=60, tell=print), survivor.endpoint, second.endpoint)
+    driven.run(1)
+    driven.tripping("kick", [1], "kill")
+
+    def start_anew():
+        second.process.wait(60)
+        driven.trip.unlink()
+        worker(bind=second.endpoint)
+
+    starting = threading.Thread(target=start_anew)
+    starting.start()
+    driven.run(2)
+    starting.join()
+    assert second.process.returncode == -signal.SIGKILL
+    assert driven.stream == expected(3)
+
+
+def test_a_worker_that_dies_of_a_step_ends_it(plane, worker):
+    """However often somebody starts it anew: so often as there are retries, and then the step fails."""
+    made = [worker()]
+    driven = plane(resident(rejoin_seconds=60, retries=2, tell=print), made[0].endpoint)
+    driven.run(1)
+    driven.tripping("kick", [0], "kill")
+    failed = threading.Event()
+
+    def start_anew():
+        while not failed.is_set():
+            if made[-1].process.poll() is not None:
+                made.append(worker(bind=made[0].endpoint))
+            failed.wait(0.05)
+
+    starting = threading.Thread(target=start_anew)
+    starting.start()
+    try:
+        fails(driven, made[0].endpoint, within=100)
+    finally:
+        failed.set()
+        starting.join()
+    driven.trip.unlink()
+    driven.run(1)
+    assert driven.stream == expected(2)
 
 
 def test_tasks_of_a_restarted_worker_are_sent_again(plane, worker):
@@ -295,7 +343,8 @@ def test_a_lost_workers_rows_are_made_again(plane, worker):
     """State is fetched from a live worker, and made again where it is lost: no bit is another."""
     first, second = worker(models=SUITE), worker(models=SUITE)
     config = {"model": "suite_kernels", "guard": rs.StepGuard.rollback()}
-    driven = plane(resident(connect_seconds=1), first.endpoint, second.endpoint, **config)
+    patience = {"connect_seconds": 1, "rejoin_seconds": 1}
+    driven = plane(resident(**patience), first.endpoint, second.endpoint, **config)
     driven.run(5)
     first.end(signal.SIGKILL)
     state = driven.plane.runtime.device_store().checkpoint()

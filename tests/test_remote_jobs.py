@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]'")
 
+from remote_peers import wait_for
 from remote_workers import ROOT, WorkerProcess
 
 from rustsim_hpc.cli.common import Session
@@ -103,7 +104,7 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
     """Exit 3, one line that names the worker, the last complete step saved; the run goes on inline."""
     worker = WorkerProcess(models=(MODEL,))
     words = ("run", FLIGHTS, *SMALL, "--steps", 1_000_000, *remote(worker), "--out", tmp_path)
-    quick = ("--set", "remote.connect_seconds=2")
+    quick = ("--set", "remote.connect_seconds=2", "--set", "remote.rejoin_seconds=2")
     command = [sys.executable, "-m", "rustsim_hpc", *map(str, words), *quick]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
@@ -117,6 +118,7 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
     [line] = [line for line in told.splitlines() if line.startswith("Error: ")]
     assert f'worker "remote-0" at {worker.endpoint} ' in line
     assert "partition PartitionId(0)" in line
+    assert "start the worker there again, and the next step (of a job: resume) goes on" in told
     saved = max(open_run(tmp_path).checkpoints())
     assert saved >= 15
     resumed = rustsim("resume", tmp_path, "--executor", "inline", "--steps", saved + 10)
@@ -125,6 +127,32 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
         "verify", tmp_path, "--executor", "inline", "--against", inline / "replay.jsonl", "--steps", 30
     )
     assert verified.returncode == 0, verified.stderr
+
+
+def test_a_worker_started_anew_in_a_run(inline, tmp_path):
+    """The run goes on by itself; stream and outputs are those of a run that lost nobody."""
+    workers, log = [WorkerProcess(models=(MODEL,)) for _ in range(2)], tmp_path / "replay.jsonl"
+    words = ("run", FLIGHTS, *SMALL, "--steps", 1_000_000, *remote(*workers), "--out", tmp_path)
+    patient = ("--set", "remote.rejoin_seconds=100")
+    command = [sys.executable, "-m", "rustsim_hpc", *map(str, words), *patient]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    try:
+        wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 5, 100)
+        assert workers[1].end(signal.SIGKILL) == -signal.SIGKILL
+        workers.append(WorkerProcess(models=(MODEL,), bind=workers[1].endpoint))
+        made = len(log.read_text().splitlines())
+        wait_for(lambda: len(log.read_text().splitlines()) > max(made + 5, 40), 100)
+        run.send_signal(signal.SIGTERM)
+        _, told = run.communicate(timeout=100)
+    finally:
+        run.kill()
+        ended = [worker.end() for worker in workers]
+    assert ended == [0, -signal.SIGKILL, 0]
+    assert run.returncode == 75, told
+    assert f"warning: the worker at {workers[1].endpoint} had to be begun anew" in told
+    assert entries(tmp_path)[:30] == entries(inline)
+    assert (tmp_path / "curve.csv").read_text().startswith((inline / "curve.csv").read_text())
 
 
 # -- the job file --------------------------------------------------------------------------------------

@@ -48,4 +48,4 @@ def _one_error(kind: StepKind, failure: PhaseFailure, step: int, phase_base: int
         error.add_facts(phase=failure.phase or None, phase_index=phase_base + failure.phase_index)
     if failure.trace:
         (error.source if isinstance(error, ExecutorError) else error).__cause__ = PhaseTrace(failure.trace)
-    return error.add_facts(rank=failure.rank, host=failure.host or None, step=step)
+    return error.add_facts(rank=failure.rank, host=failure.host or None, step=step, hint=failure.hint)

@@ -147,7 +147,7 @@ class PhaseFailure:
     ``kind`` is "phase" for an error that a phase raised and "worker" for anything else that ended its
     worker (a death, an exception that is not an ``Exception``). ``phase_index`` is the phase's place in the
     program, None where no phase is known. ``error`` is set where it is one of ours already (a kernel that
-    does not compile), which then knows by itself what it is about.
+    does not compile), which then knows by itself what it is about. ``hint`` says what to do, where known.
     """
 
     partition: PartitionId
@@ -161,6 +161,7 @@ class PhaseFailure:
     host: str = ""
     pid: int = 0
     error: RustsimError | None = None
+    hint: str | None = None
 
 
 class PhaseTrace(Exception):

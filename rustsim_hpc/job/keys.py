@@ -209,8 +209,13 @@ class RemoteTable(_Table):
     )
     retries: Annotated[int, Field(ge=0, le=1_000)] = _key(
         "how often an unanswered request is sent again, over a fresh connection, before its worker counts as "
-        "dead",
+        "dead, and how often in a request a worker that was started anew is brought its rows again",
         1,
+    )
+    rejoin_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _key(
+        "until a connection that broke must stand again: a worker that has died may be started anew at its "
+        "endpoint meanwhile, and the step goes on",
+        15.0,
     )
     keep_steps: Positive = _key(
         "after so many steps the state is fetched from the workers; no more than these have to be made again "

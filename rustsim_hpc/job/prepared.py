@@ -169,8 +169,14 @@ def _remote_executor(spec: JobSpec) -> RemotePartitionExecutor:
         connect_seconds=table.connect_seconds,
         answer_seconds=table.answer_seconds,
         retries=table.retries,
+        rejoin_seconds=table.rejoin_seconds,
         keep_steps=table.keep_steps,
+        tell=_tell,
     )
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"warning: {line}\n")
 
 
 def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:

@@ -44,6 +44,8 @@ llvmlite.binding.set_option("rustsim_hpc", "-runtime-memory-check-threshold=512"
 
 philox.register()
 
+_importing = threading.Lock()
+
 STAGE_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 
 _helpers: dict[tuple[int, str, bool], tuple[DeviceFunction, Any]] = {}
@@ -145,19 +147,25 @@ def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tupl
     # Numba's cache finds a function's module again by name, so it must stand in sys.modules; a module of the
     # same key has the same meaning, and what it has compiled already can be used again.
     name = f"rustsim_hpc_{path.stem}"
-    module = sys.modules.get(name)
-    if module is None:
-        if _content(path) != source.encode():
-            write_atomic(path, source.encode())
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"cannot import {path}")
-        module = importlib.util.module_from_spec(spec)
-        module.__dict__.update(names)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        cache_on_disk(module.stage)
+    with _importing:  # two planes of one process may want the same at once
+        module = sys.modules.get(name)
+        if module is None:
+            module = _imported(name, path, source, names)
     return module, path
+
+
+def _imported(name: str, path: Path, source: str, names: Mapping[str, Any]) -> ModuleType:
+    if _content(path) != source.encode():
+        write_atomic(path, source.encode())
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__.update(names)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    cache_on_disk(module.stage)
+    return module
 
 
 def _content(path: Path) -> bytes:

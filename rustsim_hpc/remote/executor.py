@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
 from rustsim_hpc.errors import ExecutorError, InvalidConfig, MissingEndpoint, RemoteError, Worker
 from rustsim_hpc.executors.work import Task, Work
 from rustsim_hpc.remote.addresses import Address, parse_endpoint
+from rustsim_hpc.remote.contacts import Contacts
 from rustsim_hpc.remote.keys import ClientKeys, read_client_keys
 from rustsim_hpc.remote.link import Patience
 from rustsim_hpc.remote.session import RemoteSession
@@ -29,9 +31,13 @@ class RemotePartitionExecutor:
         keys: a folder made by ``rustsim-hpc worker --make-keys``, or None for workers on the loopback.
         connect_seconds: until a connection must stand.
         answer_seconds: until a request must be answered; compiling is part of the first.
-        retries: how often an unanswered request is sent again before its worker counts as dead.
+        retries: how often an unanswered request is sent again before its worker counts as dead, and how
+            often in a request a worker that was started anew is brought its rows again; 0: never.
+        rejoin_seconds: until a connection that broke must stand again. A worker that has died may be started
+            anew at its endpoint meanwhile: it gets its rows again, and the step goes on.
         keep_steps: after so many steps the state is brought here; of a worker that is lost, no more steps
             than these have to be made again.
+        tell: called with a line that the user should read; a RuntimeWarning if None.
 
     Raises:
         InvalidConfig: a number that cannot be right, keys that cannot be read, or pyzmq is missing.
@@ -46,11 +52,14 @@ class RemotePartitionExecutor:
         connect_seconds: float = 10.0,
         answer_seconds: float = 600.0,
         retries: int = 1,
+        rejoin_seconds: float = 15.0,
         keep_steps: int = 256,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         if keep_steps < 1:
             raise InvalidConfig(f"keep_steps must be at least 1, got {keep_steps}")
-        self._patience = Patience(connect_seconds, answer_seconds, retries)
+        self._patience = Patience(connect_seconds, answer_seconds, retries, rejoin_seconds)
+        self._tell = tell or _warn
         self._keep_steps = keep_steps
         self._keys = client_keys(keys)
 
@@ -63,9 +72,8 @@ class RemotePartitionExecutor:
             ExecutorError: a partition's backend is not external, or the phases are not those of a model.
             InvalidConfig: an endpoint that is none, or that needs keys.
         """
-        return RemoteSession(
-            work, self._shares(work), keys=self._keys, patience=self._patience, keep_steps=self._keep_steps
-        )
+        contacts = Contacts(work, self._keys, self._patience)
+        return RemoteSession(work, self._shares(work), contacts, keep_steps=self._keep_steps, tell=self._tell)
 
     def require(self, endpoints: Iterable[str]) -> None:
         """Check that this executor could speak to workers, as far as that is known without speaking to them.
@@ -103,6 +111,10 @@ def _endpoint_of(task: Task) -> str:
     if not task.backend.endpoint:
         raise ExecutorError(MissingEndpoint(partition))
     return task.backend.endpoint
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)
 
 
 def client_keys(folder: str | Path | None) -> ClientKeys | None:

@@ -14,8 +14,8 @@ from typing import Any
 from rustsim_hpc.errors import ExecutorError, Worker
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.work import Frame, Work
-from rustsim_hpc.modeling.program import Segment
 from rustsim_hpc.modeling.reductions import reset_states
+from rustsim_hpc.remote.requests import values_of
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,4 @@ def _make_one(session: LocalSession, places: range, made: StepMade) -> None:
             message = f"its rows are lost: step {made.step} cannot be made again: {first.message}"
             error = Worker(first.partition, message, phase=first.phase or None, hint="restore a checkpoint")
             raise ExecutorError(error)
-        known |= {name: made.values[name] for name in _names(work, segment)}
-
-
-def _names(work: Work, segment: Segment) -> list[str]:
-    """Return the values that a segment makes."""
-    reduced = [work.program.reductions[slot].name for slot in segment.reductions]
-    return reduced + [name for _, derive in segment.derives for name in derive.names]
+        known |= {name: made.values[name] for name in values_of(work.program, segment)}

@@ -33,6 +33,10 @@ Talk = Generator[Message, Message, T]
 """A conversation: yields requests, is sent their answers, returns what came of it."""
 
 _LOOK_SECONDS = 0.05
+_START_IT = (
+    "start the worker there again, and the next step (of a job: resume) goes on; or resume with another "
+    "--executor or --endpoint. remote.rejoin_seconds: how long a run waits for a worker that is started anew"
+)
 _MOST_LATE = 100
 
 
@@ -44,13 +48,18 @@ class Patience:
         connect: seconds until a connection must stand.
         answer: seconds until a request must be answered; compiling a model's kernels is part of the first.
         retries: how often a request is sent again, over a fresh connection, before the worker counts as dead.
+        rejoin: seconds until a connection that broke must stand again: a worker that has died may be started
+            anew meanwhile.
     """
 
     connect: float = 10.0
     answer: float = 600.0
     retries: int = 1
+    rejoin: float = 15.0
 
     def __post_init__(self) -> None:
+        if not self.rejoin >= 0:
+            raise InvalidConfig(f"rejoin must be a number of seconds from 0, got {self.rejoin!r}")
         for name in ("connect", "answer"):
             if not getattr(self, name) > 0:
                 raise InvalidConfig(
@@ -61,7 +70,14 @@ class Patience:
 
 
 class LinkError(Exception):
-    """A worker cannot be used: it is not there, does not answer, or answers what cannot be."""
+    """A worker cannot be used: it is not there, does not answer, or answers what cannot be.
+
+    ``hint`` says what to do, where that is known.
+    """
+
+    def __init__(self, text: str, *, hint: str | None = None) -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 class Refused(LinkError):
@@ -70,6 +86,11 @@ class Refused(LinkError):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+    @property
+    def anew(self) -> bool:
+        """Whether the worker is there but knows nothing of the session: it was started anew, or ended it."""
+        return self.code == "unknown"
 
 
 class Link:
@@ -90,6 +111,7 @@ class Link:
         self._patience = patience
         self._session = token_hex(16)
         self._number = 0
+        self._stood = False
         self.socket = ClientSocket(address, keys)
         self._fresh(first=True)
         self._sent: Message | None = None
@@ -148,7 +170,8 @@ class Link:
                 raise LinkError("answered a question that was not asked")
             if answer.number < sent.number:
                 continue
-            self._sent, self._open = None, True
+            self._sent = None
+            self._is_open()
             if answer.kind == "refused":
                 raise Refused(answer.fields["code"], answer.fields["text"])
             if answer.kind != ANSWER_OF[sent.kind]:
@@ -170,22 +193,32 @@ class Link:
             if event == "shut":
                 self._again(sent, "broke off the connection")
                 return
-        if not self._open and now > self._since + self._patience.connect:
-            trouble = f"{self._trouble}, and then " if self._trouble else ""
-            raise LinkError(f"{trouble}could not be reached within {self._patience.connect:g} s")
-        if now > self._deadline:
+        if not self._open:
+            seconds = self._patience.rejoin if self._stood else self._patience.connect
+            if now > self._since + seconds:
+                trouble = f"{self._trouble}, and then " if self._trouble else ""
+                raise LinkError(f"{trouble}could not be reached within {seconds:g} s", hint=_START_IT)
+        elif now > self._deadline:
             self._again(sent, f"did not answer within {self._patience.answer:g} s")
 
     def _take(self, event: str) -> None:
-        self._open = event == "open"
+        if event == "open":
+            self._is_open()
+            return
+        self._open = False
         if event == "refused":
             text = "cannot shake hands: it has other keys, does not know this client's, or is no worker"
             raise LinkError(text)
 
+    def _is_open(self) -> None:
+        if not self._open:
+            self._deadline = time.monotonic() + self._patience.answer
+        self._open = self._stood = True
+
     def _again(self, request: Message, trouble: str) -> None:
         """Send a request again over a fresh connection; raise LinkError if that was done often enough."""
         if self._tries >= self._patience.retries:
-            raise LinkError(trouble)
+            raise LinkError(trouble, hint=_START_IT)
         self._tries += 1
         self._trouble = trouble
         self._fresh()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,26 +12,34 @@ from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
 from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.proof.fingerprint import fnv1a_bytes
+from rustsim_hpc.remote.contacts import Contacts
 from rustsim_hpc.remote.journal import Journal, StepMade, make_again
-from rustsim_hpc.remote.keys import ClientKeys
-from rustsim_hpc.remote.link import Link, LinkError, Patience, Talk, converse
+from rustsim_hpc.remote.link import LinkError, Refused, Talk, converse
 from rustsim_hpc.remote.messages import Malformed
-from rustsim_hpc.remote.share import Share, failure_of, model_of, warn_of_differences
+from rustsim_hpc.remote.requests import Request, RunRequests, values_of
+from rustsim_hpc.remote.share import Share, failure_of, warn_of_differences
 from rustsim_hpc.remote.talks import (
-    Opening,
     Reports,
     digest_of_pieces,
     fetch_talk,
     hash_talk,
-    load_talk,
-    open_talk,
     run_talk,
-    value_fields,
 )
 
 Array = np.ndarray[Any, Any]
 
 _JOURNAL_BYTES = 64 << 20
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Question(Protocol[T_co]):
+    """Returns a conversation with the worker of a share."""
+
+    def __call__(self, share: Share, *, anew: bool) -> Talk[T_co]:
+        """``anew``: it has heard nothing of the step under way but its rows and what it made of them."""
+        ...
 
 
 class RemoteSession:
@@ -40,46 +47,40 @@ class RemoteSession:
 
     While workers hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`). A
     worker is told of a commit by the side that the next request calls the current one. Of a worker that is
-    lost, the rows are made again here, from the state that was here last and the values of the steps since.
+    lost, the rows are made again here, from the state that was here last and the values of the steps since;
+    where it has been started anew meanwhile, it gets them, makes its part of the step under way once more,
+    and the step goes on.
 
     Args:
         work: the bound program.
         shares: its partitions by worker.
-        keys: None for workers on the loopback.
-        patience: how long to wait.
+        contacts: how its workers are reached.
         keep_steps: steps after which the state is brought here without being asked for.
-
-    Raises:
-        ExecutorError: the phases are not those of a model that workers could have.
+        tell: called with a line that the user should read.
     """
 
     def __init__(
         self,
         work: Work,
         shares: Sequence[Share],
+        contacts: Contacts,
         *,
-        keys: ClientKeys | None,
-        patience: Patience,
         keep_steps: int,
+        tell: Callable[[str], None],
     ) -> None:
         self.work = work
         self.board = new_board(work)
         self.compile_seconds = 0.0
-        self._model = model_of(work).sha256
         self._shares = list(shares)
-        self._keys, self._patience, self._keep_steps = keys, patience, keep_steps
-        self._links: dict[int, Link] = {}
-        # A plane that is dropped without being closed must not leave its connections behind.
-        self._end = weakref.finalize(self, _hang_up, self._links)
+        self._contacts, self._keep_steps, self._tell = contacts, keep_steps, tell
         self._journal = Journal()
         self._made: StepMade | None = None
+        self._frame: Frame | None = None
         self._step = 0
-        self._attempt = 0
-        self._values: dict[str, Any] | None = None
-        self._sent: dict[str, Any] = {}
         self._lost = ""
         active = [place for place, segment in enumerate(work.program.segments) if segment.items]
         self._first, self._last = (active[0], active[-1]) if active else (0, 0)
+        self._requests = RunRequests(self._first)
 
     # -- a segment -----------------------------------------------------------------------------------
 
@@ -93,21 +94,20 @@ class RemoteSession:
         if failures:
             return failures
         try:
-            fields, data = self._request(segment, frame)
+            news = self._requests.following(segment, frame)
         except LinkError as error:
             return [failure_of(share.blame(error)) for share in self._shares]
-        talks: list[tuple[Link, Talk[Reports]]] = []
-        for share in self._shares:
-            own = fields | {"side": self._side() ^ share.base}
-            link = self._links[share.places.start]
-            talks.append(
-                (link, run_talk(link, self.work, self.board, share.tasks, items.reductions, data, own))
-            )
-        results = converse(talks)
+        if segment != OBSERVE:
+            self._frame = frame
+        side, slots = self._side(), items.reductions
+
+        def talk(share: Share, *, anew: bool) -> Talk[Reports]:
+            request = self._requests.again(segment, frame, frame.values) if anew else news
+            return self._running(share, request, side, slots)
+
+        results = self._ask(self._shares, talk, segment)
         failures = [
-            found
-            for pair in zip(self._shares, results, strict=True)
-            for found in self._take(*pair, items.reductions)
+            found for pair in zip(self._shares, results, strict=True) for found in self._take(*pair, slots)
         ]
         if not failures and segment == self._last:
             self._made = StepMade(frame.step_index, frame.repeat, self._side(), frame.values)
@@ -116,32 +116,16 @@ class RemoteSession:
                 share.promise = (self._made.after, digests.tolist()) if frame.want_digest else None
         return failures
 
-    def _request(self, segment: int, frame: Frame) -> tuple[dict[str, Any], list[Any]]:
-        """Return the fields and frames of a request: the values are those that workers do not know yet."""
-        if segment == self._first:
-            self._attempt += 1
-        afresh = frame.values is not self._values
-        if afresh:
-            self._values, self._sent = frame.values, {}
-        news = {name: value for name, value in frame.values.items() if self._sent.get(name) is not value}
-        values, data = value_fields(news)
-        self._sent = dict(frame.values)
-        fields = {
-            "step": frame.step_index,
-            "segment": segment,
-            "attempt": self._attempt,
-            "repeat": frame.repeat,
-            "want_digest": bool(frame.want_digest),
-            "afresh": afresh,
-            "values": values,
-        }
-        return fields, data
+    def _running(self, share: Share, request: Request, side: int, slots: Sequence[int]) -> Talk[Reports]:
+        (fields, data), link = request, self._contacts[share]
+        own = fields | {"side": side ^ share.base}
+        return run_talk(link, self.work, self.board, share.tasks, slots, data, own)
 
     def _take(
         self, share: Share, result: Reports | LinkError, slots: Sequence[int]
     ) -> Sequence[PhaseFailure]:
         if isinstance(result, LinkError):
-            self._give_up(share)
+            self._contacts.give_up(share)
             return [failure_of(share.blame(result))]
         places = slice(share.places.start, share.places.stop)
         self.board.times[places] = result.times
@@ -151,7 +135,7 @@ class RemoteSession:
             self.board.states[slot][places] = states
         self.compile_seconds = max(self.compile_seconds, result.compile_seconds)
         if result.failures and not self.work.program.swapped:
-            self._give_up(share)  # its rows are half made, in place
+            self._contacts.give_up(share)  # its rows are half made, in place
         return result.failures
 
     # -- where the state is --------------------------------------------------------------------------
@@ -228,10 +212,10 @@ class RemoteSession:
         if not behind or not self.work.program.written:
             return
         memory, reach = self.work.memory, [share for share in behind if share.loaded]
-        talks = [(self._links[share.places.start], self._fetching(share)) for share in reach]
+        talks = [(self._contacts[share], self._fetching(share)) for share in reach]
         for share, result in zip(reach, converse(talks), strict=True):
             if isinstance(result, LinkError):
-                self._give_up(share)
+                self._contacts.give_up(share)
                 continue
             for column, pieces in zip(self.work.program.written, result, strict=True):
                 target = memory.array(column, int(memory.parity[column]))[share.rows]
@@ -245,7 +229,7 @@ class RemoteSession:
         work, rows = self.work, share.rows
         columns = [(column, work.memory.schema.dtypes[column]) for column in work.program.written]
         fetched = yield from fetch_talk(
-            self._links[share.places.start],
+            self._contacts[share],
             columns,
             rows.stop - rows.start,
             share.first_row,
@@ -292,72 +276,106 @@ class RemoteSession:
                 array = memory.array(column, int(memory.parity[column]))
                 state = fnv1a_bytes(state, array[share.rows])
                 continue
-            link = share.link
-            if link is None:
-                raise ExecutorError(share.blame(LinkError("is lost")))
-            talk = hash_talk(link, step, self._side() ^ share.base, column, other=other, state=state)
-            [result] = converse([(link, talk)])
+            result: int | LinkError = LinkError("is lost")
+            if share.link is not None:
+
+                def talk(share: Share, *, anew: bool, state: int = state) -> Talk[int]:  # noqa: ARG001
+                    link, side = self._contacts[share], self._side() ^ share.base
+                    return hash_talk(link, step, side, column, other=other, state=state)
+
+                [result] = self._ask([share], talk, 0)
             if isinstance(result, LinkError):
-                self._give_up(share)
+                self._contacts.give_up(share)
                 raise ExecutorError(share.blame(result))
             state = result
         return state
 
     # -- workers come and go -------------------------------------------------------------------------
 
-    def _load(self, shares: Sequence[Share]) -> list[PhaseFailure]:
-        """Open sessions for shares and send them their rows."""
-        self._values = None
-        talks = []
-        for share in shares:
-            fresh = share.link is None
-            link = share.link or Link(share.address, self._keys, self._patience)
-            share.link = self._links[share.places.start] = link
-            share.base = self._side()
-            talks.append((link, self._loading(share, link, fresh=fresh)))
-        results = converse(talks)
-        failures = []
+    def _ask(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
+        """Lead a conversation with the worker of each share; again with one that was started anew."""
+        results = converse([(self._contacts[share], talk(share, anew=False)) for share in shares])
+        for _ in range(self._contacts.patience.retries):
+            anew = [place for place, result in enumerate(results) if _started_anew(result)]
+            # A step that has failed elsewhere is not worth the trouble.
+            if not anew or any(_failed(result) for result in results):
+                break
+            fresh = self._begin_anew([shares[place] for place in anew], talk, segment)
+            for place, result in zip(anew, fresh, strict=True):
+                results[place] = result
+        return results
+
+    def _begin_anew(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
+        """Bring workers that have forgotten everything to where the others are, and ask them once more."""
+        self._settle()
+        # What the step under way has made so far; of one that is made but not committed, everything.
+        behind = max(segment, 0) if self._made is None else self._last + 1
+        aside = self.work.program.swapped if segment == OBSERVE and self._made is None else ()
+        self.work.memory.swap(aside)  # see `_prepare`
+        try:
+            for share in shares:
+                self._contacts.give_up(share)
+                self._make_again(share)
+            talks = [
+                (self._contacts.begin(share), self._catching_up(share, talk, behind)) for share in shares
+            ]
+            results = converse(talks)
+        except ExecutorError as error:
+            return [LinkError(str(error.source))] * len(shares)
+        finally:
+            self.work.memory.swap(aside)
         for share, result in zip(shares, results, strict=True):
-            if isinstance(result, LinkError):
-                self._give_up(share)
-                failures.append(failure_of(share.blame(result)))
-                continue
-            share.loaded = True
-            if result is not None:
-                warn_of_differences(share.address.endpoint, result)
-        return failures
+            if not isinstance(result, LinkError):
+                text = "had to be begun anew: it has its rows again"
+                self._tell(f"the worker at {share.address.endpoint} {text}, step {self._step} goes on")
+        return results
 
-    def _loading(self, share: Share, link: Link, *, fresh: bool) -> Talk[dict[str, str] | None]:
-        work, rows, memory = self.work, share.rows, self.work.memory
-        ids = None if work.ids is None else work.ids[rows]
-        facts = None
-        if fresh:
-            facts = yield from open_talk(link, self._opening(share, ids), share.endpoint)
-        columns = [
-            memory.array(column, int(memory.parity[column]))[rows] for column in range(len(memory.schema))
-        ]
-        yield from load_talk(link, ids, columns, share.first_row, self._step)
-        return facts
+    def _catching_up(self, share: Share, talk: Question[T], behind: int) -> Talk[T]:
+        """Bring a fresh session a share's rows, let it make the first segments of the step, and ask it."""
+        facts = yield from self._loading(share, fresh=True)
+        frame, known = self._frame, dict[str, Any]()
+        for number, segment in enumerate(self.work.program.segments[:behind]):
+            assert frame is not None  # noqa: S101 (a step is under way)
+            if segment.items:
+                request = self._requests.again(number, frame, known)
+                reports = yield from self._running(share, request, self._side(), segment.reductions)
+                if reports.failures:
+                    text = f"failed at what it had done before: {reports.failures[0].message}"
+                    raise LinkError(f"was begun anew, and then {text}")
+            known |= {name: frame.values[name] for name in values_of(self.work.program, segment)}
+        self._have(share, facts)
+        return (yield from talk(share, anew=True))
 
-    def _opening(self, share: Share, ids: Array | None) -> Opening:
-        program = self.work.program
-        return Opening(
-            work=self.work,
-            tasks=share.tasks,
-            model=self._model,
-            phases=program.phase_names[: program.phase_count],
-            observers=True,
-            two_sided=bool(program.swapped),
-            ids=ids,
-        )
+    def _load(self, shares: Sequence[Share]) -> list[PhaseFailure]:
+        """Bring workers the rows of their shares, in new sessions where there are none."""
+        self._requests.forget()
+        failures, left = list[PhaseFailure](), self._contacts.patience.retries
+        while shares:
+            fresh = [share.link is None for share in shares]
+            links = [share.link or self._contacts.begin(share) for share in shares]
+            talks = [self._loading(share, fresh=new) for share, new in zip(shares, fresh, strict=True)]
+            anew = []
+            results = converse(list(zip(links, talks, strict=True)))
+            for share, result in zip(shares, results, strict=True):
+                if not isinstance(result, LinkError):
+                    self._have(share, result)
+                    continue
+                self._contacts.give_up(share)
+                if _started_anew(result) and left:
+                    anew.append(share)
+                else:
+                    failures.append(failure_of(share.blame(result)))
+            shares, left = anew, left - 1
+        return sorted(failures, key=lambda failure: failure.partition.value)
 
-    def _give_up(self, share: Share) -> None:
-        """Let go of a worker; another session is begun when it is needed again."""
-        share.loaded = False
-        self._links.pop(share.places.start, None)
-        if share.link is not None:
-            share.link.close(politely=True)
-            share.link = None
+    def _loading(self, share: Share, *, fresh: bool) -> Talk[dict[str, str] | None]:
+        return self._contacts.loading(share, self._step, self._side(), fresh=fresh)
+
+    def _have(self, share: Share, facts: dict[str, str] | None) -> None:
+        """Note that a worker has its rows; ``facts``: of its machine, where its session is fresh."""
+        share.loaded = True
+        if facts is not None:
+            warn_of_differences(share.address.endpoint, facts)
 
     def close(self) -> None:
         """Bring the state here and end the sessions; calling it again does nothing."""
@@ -366,10 +384,14 @@ class RemoteSession:
                 self.work.memory.take_back()
         finally:
             for share in self._shares:
-                self._give_up(share)
+                self._contacts.give_up(share)
 
 
-def _hang_up(links: dict[int, Link]) -> None:
-    for link in links.values():
-        link.close(politely=True)
-    links.clear()
+def _started_anew(result: object) -> bool:
+    return isinstance(result, Refused) and result.anew
+
+
+def _failed(result: object) -> bool:
+    if isinstance(result, Reports):
+        return bool(result.failures)
+    return isinstance(result, LinkError) and not _started_anew(result)

@@ -58,7 +58,8 @@ class Share:
         """Return the typed error of a worker that cannot be used."""
         assignment = self.tasks[0].assignment
         label = f'"{assignment.worker}" ' if assignment.worker else ""
-        return Worker(assignment.partition_id, f"worker {label}at {self.address.endpoint} {error}")
+        text = f"worker {label}at {self.address.endpoint} {error}"
+        return Worker(assignment.partition_id, text, hint=error.hint)
 
 
 def model_of(work: Work) -> ModelReference:
@@ -85,6 +86,7 @@ def failure_of(error: Any) -> PhaseFailure:
         message=error.message,
         kind="worker",
         host=socket.gethostname(),
+        hint=error.hint,
     )
 
 

@@ -12,7 +12,7 @@ from rustsim_hpc.errors import KernelError
 from rustsim_hpc.executors.work import Board, PhaseFailure, Task, Work
 from rustsim_hpc.proof.fingerprint import digest_column
 from rustsim_hpc.remote.identity import work_identity
-from rustsim_hpc.remote.link import Link, LinkError, Talk
+from rustsim_hpc.remote.link import Link, Talk
 from rustsim_hpc.remote.messages import (
     Frame,
     Malformed,
@@ -218,17 +218,3 @@ def _failure(told: Sequence[Any], work: Work, tasks: Sequence[Task]) -> PhaseFai
         pid=pid,
         error=error,
     )
-
-
-def value_fields(values: dict[str, Any]) -> tuple[list[list[Any]], list[Frame]]:
-    """Return values of reductions and derived values as a field and the frames of a request "run".
-
-    Raises:
-        LinkError: one is of a dtype that does not travel.
-    """
-    arrays = {name: np.asarray(value) for name, value in values.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in DTYPES:
-            raise LinkError(f'cannot be sent the value "{name}", which is {array.dtype}')
-    fields = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
-    return fields, [packed(array) for array in arrays.values()]

@@ -55,7 +55,7 @@ class ZmqPartitionClient:
         model: the model's module, as a job names it: the path of a Python file, or an importable name.
         seed: seed of the random numbers, as the plane's model has it.
         keys: a folder made by ``rustsim-hpc worker --make-keys``, or None for workers on the loopback.
-        connect_seconds, answer_seconds, retries: see
+        connect_seconds, answer_seconds, retries, rejoin_seconds: see
             :class:`~rustsim_hpc.remote.executor.RemotePartitionExecutor`.
 
     Raises:
@@ -72,8 +72,9 @@ class ZmqPartitionClient:
         connect_seconds: float = 10.0,
         answer_seconds: float = 600.0,
         retries: int = 1,
+        rejoin_seconds: float = 15.0,
     ) -> None:
-        self._patience = Patience(connect_seconds, answer_seconds, retries)
+        self._patience = Patience(connect_seconds, answer_seconds, retries, rejoin_seconds)
         self._keys = client_keys(keys)
         self._model, self._reference = load_model(model)
         self._seed = seed
@@ -98,7 +99,7 @@ class ZmqPartitionClient:
             raise Worker(partition, error.message, hint=error.hint) from error
         if isinstance(result, LinkError):
             label = f'"{context.worker}" ' if context.worker else ""
-            raise Worker(partition, f"worker {label}at {endpoint} {result}") from result
+            raise Worker(partition, f"worker {label}at {endpoint} {result}", hint=result.hint) from result
         reports, columns = result
         for failure in reports.failures:
             raise _error_of(failure)

@@ -1,0 +1,95 @@
+"""A client's links to the workers of its shares: begun when they are needed, given up when they are lost."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+
+from rustsim_hpc.executors.work import Work
+from rustsim_hpc.remote.keys import ClientKeys
+from rustsim_hpc.remote.link import Link, Patience, Talk
+from rustsim_hpc.remote.share import Share, model_of
+from rustsim_hpc.remote.talks import Opening, load_talk, open_talk
+
+Array = np.ndarray[Any, Any]
+
+
+class Contacts:
+    """The links of one session.
+
+    Args:
+        work: the bound program.
+        keys: None for workers on the loopback.
+        patience: how long to wait.
+
+    Raises:
+        ExecutorError: the phases are not those of a model that workers could have.
+    """
+
+    def __init__(self, work: Work, keys: ClientKeys | None, patience: Patience) -> None:
+        self._work = work
+        self._model = model_of(work).sha256
+        self._keys, self.patience = keys, patience
+        self._links: dict[int, Link] = {}
+        # A plane that is dropped without being closed must not leave its connections behind.
+        self._end = weakref.finalize(self, _hang_up, self._links)
+
+    def __getitem__(self, share: Share) -> Link:
+        return self._links[share.places.start]
+
+    def begin(self, share: Share) -> Link:
+        """Return a link for a share that has none."""
+        share.link = self._links[share.places.start] = Link(share.address, self._keys, self.patience)
+        return share.link
+
+    def loading(self, share: Share, step: int, side: int, *, fresh: bool) -> Talk[dict[str, str] | None]:
+        """Bring a worker the rows that are on the current sides here; ``fresh``: open its session first.
+
+        Args:
+            share: whose rows.
+            step: whose state they are.
+            side: parity of the written columns, which is the worker's side 0 from now on.
+            fresh: the session is to be opened.
+
+        Returns:
+            What the worker says of its machine, where its session was opened.
+        """
+        work, rows, memory, link = self._work, share.rows, self._work.memory, self[share]
+        share.base = side
+        ids = None if work.ids is None else work.ids[rows]
+        facts = None
+        if fresh:
+            facts = yield from open_talk(link, self._opening(share, ids), share.endpoint)
+        columns = [
+            memory.array(column, int(memory.parity[column]))[rows] for column in range(len(memory.schema))
+        ]
+        yield from load_talk(link, ids, columns, share.first_row, step)
+        return facts
+
+    def _opening(self, share: Share, ids: Array | None) -> Opening:
+        program = self._work.program
+        return Opening(
+            work=self._work,
+            tasks=share.tasks,
+            model=self._model,
+            phases=program.phase_names[: program.phase_count],
+            observers=True,
+            two_sided=bool(program.swapped),
+            ids=ids,
+        )
+
+    def give_up(self, share: Share) -> None:
+        """Let go of a worker; another session is begun when it is needed again."""
+        share.loaded = False
+        self._links.pop(share.places.start, None)
+        if share.link is not None:
+            share.link.close(politely=True)
+            share.link = None
+
+
+def _hang_up(links: dict[int, Link]) -> None:
+    for link in links.values():
+        link.close(politely=True)
+    links.clear()
