@@ -107,6 +107,7 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         endpoints = ["tcp://127.0.0.1:5555", "tcp://[::1]:5555"]
         keys = "keys"
         connect_seconds = 1.5
+        rejoin_seconds = 0
         answer_seconds = 60
         retries = 2
         keep_steps = 100
