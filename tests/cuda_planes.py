@@ -18,9 +18,13 @@ class Devices:
     def __init__(self, **given):
         self.given = given
         self.made = {}
+        self.calls = []
 
     def __call__(self, ordinal):
-        return self.made.setdefault(ordinal, StandInDevice(ordinal, **self.given))
+        if ordinal not in self.made:
+            self.made[ordinal] = StandInDevice(ordinal, **self.given)
+            self.made[ordinal].calls = self.calls
+        return self.made[ordinal]
 
 
 def facts_of(ordinal):

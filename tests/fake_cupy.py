@@ -89,18 +89,25 @@ class FakeCupy(types.ModuleType):
                 typed(standin.synchronise)
 
             def record(self):
-                return types.SimpleNamespace(stream=self.ptr, synchronize=self.synchronize)
+                return Event(self.ptr)
 
             def wait_event(self, event):
                 standin.order(event.stream, self.ptr)
+
+        class Event:
+            def __init__(self, stream):
+                self.stream = stream
+                self.mark = typed(standin.mark) if stream == 0 else None
+
+            def synchronize(self):
+                typed(standin.synchronise) if self.mark is None else typed(standin.wait, self.mark)
 
         def memcpy_async(target, source, size, kind, stream):
             if kind == HOST_TO_DEVICE:
                 assert stream == 0
                 typed(standin.put, target, host(source, size))
             elif kind == DEVICE_TO_HOST:
-                assert stream == 1
-                typed(standin.get, source, host(target, size))
+                typed(standin.get, source, host(target, size), stream)
             else:
                 assert (kind, stream) == (DEVICE_TO_DEVICE, 0)
                 typed(standin.move, source, target, size)
@@ -148,6 +155,7 @@ class FakeCupy(types.ModuleType):
             Memory=Memory,
             MemoryPointer=lambda memory, offset: (memory, offset),
             Stream=Stream,
+            get_elapsed_time=lambda first, then: standin.nanoseconds(first.mark, then.mark) / 1e6,
             alloc_pinned_memory=lambda size: memoryview(bytearray(size)),
             driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
             function=types.SimpleNamespace(Module=Module),

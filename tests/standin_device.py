@@ -1,11 +1,12 @@
 """A device that is none: its own address space, limited memory, queues that run late, in any order, faults.
 
-It does what rustsim_hpc.state.device.Device says and nothing more: nothing queued happens before
-`synchronise` (or memory is given back), the two streams are interleaved at random but for what `order` says,
+It does what rustsim_hpc.state.device.Device says and nothing more: nothing queued happens before `wait` or
+`synchronise` (or memory is given back), the streams are interleaved at random but for what `order` says,
 memory holds garbage until written, and buffers are not arrays. Kernels are PTX, and run on `ptx_machine`.
 """
 
 import random
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,6 +33,15 @@ class StandInBuffer:
     __getitem__ = __len__ = __iter__ = __buffer__ = __array__
 
 
+class Mark:
+    """A place in the queue of launches. `reached`: when it was passed (ns). `lost`: why it never will be."""
+
+    reached = lost = None
+
+    def reach(self):
+        self.reached = time.perf_counter_ns()
+
+
 class StandInDevice:
     """See the module.
 
@@ -51,7 +61,10 @@ class StandInDevice:
         self.capacity = capacity
         self.resident_threads = resident_threads
         self.faults = {}
-        self.counts = dict.fromkeys(("upload", "download", "launch", "copy", "load", "synchronise"), 0)
+        self.counts = dict.fromkeys(
+            ("upload", "download", "launch", "copy", "give", "take", "load", "wait", "synchronise"), 0
+        )
+        self.calls = []  # what was asked for, in order: (ordinal, what); several devices may share a list
         self.images = []
         self.live = {}
         self._memory = np.full(capacity, 0xA5, np.uint8)
@@ -59,6 +72,9 @@ class StandInDevice:
         self._tickets = [0, 0]  # how many operations were ever queued on each stream
         self._done = [0, 0]
         self._choice = random.Random(seed)
+        self._pinned = []
+        self._marks = []
+        self._launched = self._made = 0
 
     # -- memory --------------------------------------------------------------------------------------
 
@@ -120,16 +136,40 @@ class StandInDevice:
         start, size, to = self._range(source).start, source.nbytes, self._range(target).start
         self._queue(0, lambda: self._write(to, self._memory[start : start + size].copy()))
 
+    def pinned(self, words):
+        memory = np.full(words, 0x5A5A, np.int64)
+        self._pinned.append(memory)
+        return memory
+
+    def _require_pinned(self, memory):
+        if not any(memory is known for known in self._pinned):
+            raise AssertionError("not pinned memory")
+
+    def give(self, data, buffer):
+        self._fault("give")
+        self._require(buffer, data.nbytes)
+        self._require_pinned(data)
+        start = self._range(buffer).start
+        self._queue(0, lambda: self._write(start, data.view(np.uint8)))
+
+    def take(self, buffer, out):
+        self._fault("take")
+        self._require(buffer, out.nbytes)
+        self._require_pinned(out)
+        out[...] = 0x5A5A  # what the host must not look at yet
+        start, target = self._range(buffer).start, out.view(np.uint8)
+        self._queue(0, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size]))
+
     # By address, as CUDA's own calls have it; the host's memory is looked at when the queue comes to it.
 
     def put(self, target, data):
         self._fault("upload")
         self._queue(0, lambda: self._write(target - BASE, data))
 
-    def get(self, source, out):
+    def get(self, source, out, stream):
         self._fault("download")
         start = source - BASE
-        self._queue(1, lambda: out.__setitem__(slice(None), self._memory[start : start + out.size]))
+        self._queue(stream, lambda: out.__setitem__(slice(None), self._memory[start : start + out.size]))
 
     def move(self, source, target, size):
         self._fault("copy")
@@ -155,9 +195,11 @@ class StandInDevice:
         if not blocks or any(not isinstance(argument, np.generic) for argument in arguments):
             raise AssertionError("a launch takes NumPy scalars, and at least one block")
         fails = self.faults.get("kernel") == self.counts["launch"]
+        self._launched += 1
         self._queue(0, lambda: self._execute(kernel, blocks, threads, list(arguments), fails))
 
     def _execute(self, kernel, blocks, threads, arguments, fails):
+        self._made += 1
         if fails:
             del self.faults["kernel"]
             raise DeviceError(f"device {self.ordinal}: an illegal memory access was encountered")
@@ -173,13 +215,36 @@ class StandInDevice:
         self._tickets[stream] += 1
         self._queues[stream].append(("do", operation))
 
+    def mark(self):
+        mark = Mark()
+        self._marks = [known for known in self._marks if known.reached is None and known.lost is None]
+        self._marks.append(mark)
+        self._queue(0, mark.reach)
+        return mark
+
+    def wait(self, mark):
+        self._fault("wait")
+        self._drain(until=mark)
+        if mark.lost is not None:
+            raise mark.lost
+
+    def nanoseconds(self, first, then):
+        if first.reached is None or then.reached is None:
+            raise AssertionError("a mark that nobody has waited for")
+        return then.reached - first.reached
+
+    @property
+    def busy(self):
+        """Whether launches are queued that have not been made."""
+        return self._launched > self._made
+
     def synchronise(self):
         self._fault("synchronise")
         self._drain()
 
-    def _drain(self):
-        """Run what is queued: the streams in turn, as chance has it."""
-        while any(self._queues):
+    def _drain(self, until=None):
+        """Run what is queued, up to a mark if it says so: the streams in turn, as chance has it."""
+        while any(self._queues) and (until is None or until.reached is None):
             ready = [stream for stream in (0, 1) if self._is_ready(stream)]
             stream = self._choice.choice(ready)
             what = self._queues[stream].pop(0)
@@ -187,9 +252,12 @@ class StandInDevice:
                 self._done[stream] += 1
                 try:
                     what[1]()
-                except DeviceError:
+                except DeviceError as error:
+                    for mark in self._marks:
+                        mark.lost = error if mark.reached is None else None
                     for queue in self._queues:
                         queue.clear()
+                    self._made = self._launched
                     self._done = list(self._tickets)
                     raise
 
@@ -200,6 +268,7 @@ class StandInDevice:
         return what[0] == "do" or self._done[what[1]] >= what[2]
 
     def _fault(self, what):
+        self.calls.append((self.ordinal, what))
         self.counts[what] = self.counts.get(what, 0) + 1
         if self.faults.get(what) == self.counts[what]:
             del self.faults[what]

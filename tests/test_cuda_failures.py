@@ -52,7 +52,7 @@ def test_memory_that_runs_out_on_the_way(number):
 # -- devices that fail -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["upload", "download", "launch", "copy", "load", "synchronise", "kernel"])
+@pytest.mark.parametrize("what", ["upload", "give", "take", "launch", "copy", "load", "wait", "kernel"])
 @pytest.mark.parametrize("number", [1, 4])
 def test_whatever_fails_undoes_the_step(what, number):
     devices = Devices()

@@ -37,9 +37,9 @@ def test_steps_failures_and_restores(cupy, model, tmp_path):
     driven.run(2)
     kept = driven.plane.checkpoint()
     before = driven.everything()
-    for what in ("launch", "download", "synchronise"):
+    for what in ("launch", "download", "wait"):
         if what == "launch" and model == "suite_model":
-            what = "synchronise"  # noqa: PLW2901 (its phases are no kernels)
+            what = "wait"  # noqa: PLW2901 (its phases are no kernels)
         cupy.standin.faults[what] = cupy.standin.counts[what] + 1
         with pytest.raises(errors.ExecutorError, match=f"{what} refused"):
             driven.run(1)
@@ -101,6 +101,37 @@ def test_data_larger_than_the_pinned_buffers(cupy, monkeypatch, size):
     for buffer in buffers:
         made.release(buffer)
     assert not cupy.standin.live
+
+
+def test_small_uploads_wait_for_none_before_them(cupy):
+    made = CupyDevice(0)
+    data = np.random.default_rng(1).integers(0, 2**63, (65, 3))
+    buffers = [made.allocate(24) for _ in data]
+    for row, buffer in zip(data[:64], buffers, strict=False):
+        made.upload(buffer, row)
+    assert not cupy.standin.counts["wait"]
+    made.upload(buffers[64], data[64])
+    assert cupy.standin.counts["wait"] == 1, "its piece is the first one's"
+    out = made.pinned(3)
+    for row, buffer in zip(data, buffers, strict=True):
+        made.take(buffer, out)
+        made.wait(made.mark())
+        assert np.array_equal(out, row)
+
+
+def test_pinned_memory_goes_there_and_back_behind_what_is_queued(cupy):
+    made = CupyDevice(0)
+    there, back = made.pinned(4), made.pinned(4)
+    buffer = made.allocate(32)
+    there[:] = 7
+    made.give(there, buffer)
+    first = made.mark()
+    made.take(buffer, back)
+    there[:] = 9, 8, 7, 6  # before the queue has come to it
+    then = made.mark()
+    made.wait(then)
+    assert back.tolist() == [9, 8, 7, 6]
+    assert made.nanoseconds(first, then) >= 0
 
 
 def test_its_errors_are_typed(cupy):

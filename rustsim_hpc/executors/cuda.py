@@ -48,12 +48,14 @@ class CudaSession:
         self.board = new_board(work)
         self.runs: list[PartitionRun] = []
         self._on_devices: list[DeviceRun] = []
+        self._here: list[PartitionRun] = []
         self._stages = StageCache(work)
         self._lost: RustsimError | None = None
         self._require_room(devices)
         for place, task in enumerate(work.tasks):
             if not isinstance(task.backend, CudaDevice):
-                self.runs.append(PartitionRun(work, task, self.board, place, self._stages))
+                self._here.append(PartitionRun(work, task, self.board, place, self._stages))
+                self.runs.append(self._here[-1])
                 continue
             try:
                 device = devices[task.backend.device_ordinal]
@@ -89,7 +91,11 @@ class CudaSession:
         return sum(up for up, _ in moved), sum(down for _, down in moved)
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """Run one segment on every partition, in order."""
+        """Run one segment on every partition.
+
+        All of it is queued on all devices before anything is waited for, and partitions of this CPU run
+        meanwhile.
+        """
         program, memory = self.work.program, self.work.memory
         items = program.observe if segment == OBSERVE else program.segments[segment]
         if items is None:  # nothing observes
@@ -97,13 +103,16 @@ class CudaSession:
         if memory.keeper is not self:
             for run in self._on_devices:
                 run.columns.forget()
-        failures = [self._run_one(run, items, frame) for run in self.runs]
-        return [failure for failure in failures if failure is not None]
+        memory.keeper = self
+        for run in self._on_devices:
+            run.begin(items, frame)
+        found = {id(run): self._run_here(run, items, frame) for run in self._here}
+        found |= {id(run): run.end(frame) for run in self._on_devices}
+        return [failure for run in self.runs if (failure := found[id(run)]) is not None]
 
-    def _run_one(self, run: PartitionRun, items: Segment, frame: Frame) -> PhaseFailure | None:
+    def _run_here(self, run: PartitionRun, items: Segment, frame: Frame) -> PhaseFailure | None:
         memory = self.work.memory
-        # A partition of the CPU works on the rows here, which are nobody else's.
-        memory.keeper = self if run in self._on_devices else None
+        memory.keeper = None  # a partition of the CPU works on the rows here, which are nobody else's
         try:
             return run.run(items, frame)
         finally:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.executors.device_columns import DeviceColumns
-from rustsim_hpc.executors.device_stage import DeviceStages, Partition
+from rustsim_hpc.executors.device_stage import DeviceStage, DeviceStages, Partition
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache, status_text
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
-from rustsim_hpc.modeling.program import ColumnCall, KernelStage
+from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.state.device import Device
 from rustsim_hpc.state.schema import DTYPES
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """What was queued up to a mark: phases in order, and stages that count something."""
+
+    phases: tuple[int, ...]
+    stages: tuple[DeviceStage, ...]
+    mark: Any
+
+
 class DeviceRun(PartitionRun):
     """Runs segments of a program on one partition of a device.
+
+    A segment is queued as a whole (`begin`) and then waited for (`end`), so that devices work at once.
 
     Args:
         device: the device.
@@ -43,12 +54,62 @@ class DeviceRun(PartitionRun):
         super().__init__(work, task, board, place, stages)
         self.device = device
         self.columns = DeviceColumns(device, work, task)
-        partition = Partition(device, self.columns, work, task, board, place, fma=fma)
-        self._device_stages = DeviceStages(partition)
+        self._partition = Partition(device, self.columns, work, task, board, place, fma=fma)
+        self._device_stages = DeviceStages(self._partition)
         self._digest_only: dict[int, KernelStage] = {}
+        self._flying: list[_Flight] = []
+        self._unsettled: list[int] = []
+        self._told = False
+        self._begun: Any = None  # mark behind what has been waited for
+        self._refused: PhaseFailure | None = None
+
+    # -- a segment: all of it is queued, and then waited for -----------------------------------------
+
+    def begin(self, segment: Segment, frame: Frame) -> None:
+        """Queue a segment's items in order; what fails is told by `end`."""
+        self._flying, self._unsettled, self._told, self._begun = [], [], False, None
+        self._partition.set_clock(frame)
+        self._refused = self.run(segment, frame)
+
+    def end(self, frame: Frame) -> PhaseFailure | None:
+        """Wait for what was queued, item by item, and take what it counted; return what failed first."""
+        times, status = self._board.times[self._place], self._status
+        try:
+            while self._flying:
+                flight = self._flying[0]
+                self._phase = status[1] = flight.phases[0]
+                self.device.wait(flight.mark)
+                spent = self.device.nanoseconds(self._begun, flight.mark) // len(flight.phases)
+                for phase in flight.phases:  # one launch for all of them: nobody can say which took how long
+                    times[phase] += spent
+                self._begun = flight.mark
+                for staged in flight.stages:
+                    staged.settle(frame)
+                if status[0]:
+                    self._phase = status[2]
+                    raise ValueError(status_text(self.work, frame.step_index, status))
+                del self._unsettled[: len(flight.phases)], self._flying[0]
+        except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
+            return self._failure(error, "phase")
+        return self._refused
+
+    def _start(self, phases: Sequence[int]) -> None:
+        """Note what is going to be queued; the first time set the mark from which time counts."""
+        self._unsettled += phases
+        if self._begun is None:
+            self._begun = self.device.mark()
+
+    def _queue(self, phases: Sequence[int], staged: DeviceStage | None) -> None:
+        """Queue a stage that was prepared, if there is one, and a mark behind it and what came before."""
+        if staged is not None:
+            if not self._told:
+                self._partition.give_clock()
+                self._told = True
+            staged.queue()
+        stages = () if staged is None else (staged,)
+        self._flying.append(_Flight(tuple(phases), stages, self.device.mark()))
 
     def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
-        start = time.perf_counter_ns()
         staged = self._device_stages.get(stage, frame)
         if staged.made.draws and frame.step_index + frame.repeat - 1 > MAX_STEP:
             raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
@@ -56,13 +117,10 @@ class DeviceRun(PartitionRun):
             self._board.codes[self._place, slot] = DTYPES.index(dtype)
         status[1] = stage.ops[0].phase
         if self.task.start < self.task.stop:
-            staged.launch(frame)
-        spent = (time.perf_counter_ns() - start) // len(stage.ops)
-        for op in stage.ops:  # one launch for all of them: nobody can say which took how long
-            self._board.times[self._place, op.phase] += spent
-        if status[0]:
-            self._phase = status[2]
-            raise ValueError(status_text(self.work, frame.step_index, status))
+            phases = [op.phase for op in stage.ops]
+            self._start(phases)
+            staged.prepare(frame)
+            self._queue(phases, staged)
 
     # -- device phases -------------------------------------------------------------------------------
 
@@ -72,10 +130,10 @@ class DeviceRun(PartitionRun):
             self._run_column_phase(call, frame, self.task.start, self.task.stop)
 
     def _run_column_phase(self, call: ColumnCall, frame: Frame, start: int, stop: int) -> None:
-        began = time.perf_counter_ns()
         twin = call.column_phase.device
         if twin is None:
             raise DeviceError(f'phase "{call.column_phase.name}" cannot run on a CUDA device')
+        self._start([call.phase])
         self._bring(call)
         schema = self.work.memory.schema
         parts = [
@@ -86,12 +144,12 @@ class DeviceRun(PartitionRun):
             context = replace(context, random=_DeviceRandom(context.random, self.device))
         with self.device.views(schema, parts, stop - start, call.writable) as columns:
             twin(context, columns, stop - start)
+        staged = None
         if frame.want_digest and call.digests and start < stop:
             stage = self._digest_only.setdefault(call.phase, KernelStage((), digests=call.digests))
-            digest = Frame(frame.step_index, want_digest=True)
-            self._device_stages.get(stage, digest).launch(digest)
-        self.device.synchronise()
-        self._board.times[self._place, call.phase] += time.perf_counter_ns() - began
+            staged = self._device_stages.get(stage, frame)
+            staged.prepare(frame)
+        self._queue([call.phase], staged)
 
     def _bring(self, call: ColumnCall) -> None:
         """See to it that a phase finds on the device what it sees, and note what it writes."""
@@ -109,9 +167,14 @@ class DeviceRun(PartitionRun):
     # -- failures ------------------------------------------------------------------------------------
 
     def _failure(self, error: BaseException, kind: str) -> PhaseFailure:
-        if isinstance(error, DeviceError | DeviceMemoryError):
-            return replace(super()._failure(error, "worker"), message=message_of(error))
-        return super()._failure(error, kind)
+        if not isinstance(error, DeviceError | DeviceMemoryError):
+            return super()._failure(error, kind)
+        text, names = message_of(error), self.work.program.phase_names
+        # A device tells of a failure when somebody waits or asks for more: it may be of all that is queued.
+        suspects = [names[phase] for phase in self._unsettled]
+        if isinstance(error, DeviceError) and len(suspects) > 1:
+            text += f" (in one of the phases {', '.join(suspects)})"
+        return replace(super()._failure(error, "worker"), message=text)
 
     def close(self) -> None:
         """Give the device's memory back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,7 @@ from rustsim_hpc.state.device import COMPUTE, TRANSFER, Buffer, Device
 
 Array = np.ndarray[Any, Any]
 
-# Scalars, and before all arrays: their places are the same in the flat list.
-_STEP, _REPEAT, _WANT_DIGEST = (FIXED.index(name) for name in ("step", "repeat", "want_digest"))
+_CLOCK_WORDS = 3
 _MOST_REPLICAS = 32
 _ACCUMULATOR_WORDS = 2**17
 
@@ -60,18 +60,38 @@ class Partition:
         self.board, self.place, self.fma = board, place, fma
         self.rows = task.stop - task.start
         self.moved = 0
-        self._kept: dict[Any, tuple[Buffer, DeviceArray]] = {}
+        self._kept: dict[Any, tuple[Buffer, DeviceArray, Frame | None]] = {}
+        self._clock = device.pinned(_CLOCK_WORDS)
 
-    def kept(self, name: Any, value: Any, *, changes: bool) -> Any:
-        """Return a read-only array on the device, uploaded once, or each time if it changes; or a scalar."""
+    def set_clock(self, frame: Frame) -> None:
+        """Say what `give_clock` shall tell; what it told before has been waited for."""
+        self._clock[:] = frame.step_index, frame.repeat, frame.want_digest
+
+    def give_clock(self) -> None:
+        """Queue to tell the device which step it is."""
+        self.device.give(self._clock, self._clock_there)
+
+    @cached_property
+    def _clock_there(self) -> Buffer:
+        return self.columns.hold(8 * _CLOCK_WORDS)
+
+    @property
+    def clock(self) -> DeviceArray:
+        """What kernels read the step's index, the steps to make and whether to digest from."""
+        return DeviceArray(self._clock_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False)
+
+    def kept(self, name: Any, value: Any, frame: Frame | None = None) -> Any:
+        """Return a read-only array on the device, uploaded once, or once for each frame; or a scalar."""
         array = np.asarray(value)
         if array.ndim == 0:
             return array[()]
         known = self._kept.get(name)
         if known is not None and (known[1].shape, known[1].dtype) == (array.shape, array.dtype):
-            if changes:
-                self.device.upload(known[0], np.ascontiguousarray(array))
-            return known[1]
+            buffer, there, seen = known
+            if seen is not frame:
+                self.device.upload(buffer, np.ascontiguousarray(array))
+                self._kept[name] = buffer, there, frame
+            return there
         if known is not None:
             self.columns.let_go(known[0])
             del self._kept[name]
@@ -79,7 +99,7 @@ class Partition:
         buffer = self.columns.hold(array.nbytes)
         self.device.upload(buffer, np.ascontiguousarray(array))
         there = DeviceArray(buffer.address, array.shape, array.dtype, writable=False)
-        self._kept[name] = buffer, there
+        self._kept[name] = buffer, there, frame
         return there
 
 
@@ -118,12 +138,14 @@ class DeviceStage:
         self._accumulators = partition.columns.hold(8 * self._words)
         self._at_first = partition.columns.hold(8 * self._words)
         partition.device.upload(self._at_first, self._empty)
+        self._found = partition.device.pinned(self._words)
         self._values = partition.columns.hold(8 * self._threads if self.made.can_fail else 0)
         capability = partition.device.compute_capability
         image = self.made.image(self._arguments(frame), capability, fma=partition.fma)
         self._kernel = partition.device.load(image.ptx, image.entry)
         self._reads, self._writes = reads_and_writes(stage)
         self._flat: dict[tuple[bytes, int], tuple[list[Any], list[int]]] = {}
+        self._next: list[Any] = []
 
     def _arrange(self, work: Work) -> None:
         """Decide on the grid and on the places of the accumulators."""
@@ -152,36 +174,45 @@ class DeviceStage:
 
     # -- one launch ----------------------------------------------------------------------------------
 
-    def launch(self, frame: Frame) -> None:
-        """Run the stage, wait for it, and take what it has counted to the board.
+    def prepare(self, frame: Frame) -> None:
+        """Bring to the device what it lacks for a launch, and note what the launch will have written there.
+
+        Raises:
+            DeviceError: the device has failed.
+            DeviceMemoryError: a value has no room there.
+        """
+        own = self._own
+        for column, side in self._reads:
+            own.columns.bring(column, side)
+        self._next = self._flat_arguments(frame)
+        for column, side in self._writes:
+            own.columns.wrote(column, side)
+
+    def queue(self) -> None:
+        """Queue the launch that was prepared, and that what it counts comes here; nothing is waited for.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        device = self._own.device
+        if self._words:
+            device.copy(self._at_first, self._accumulators)
+        device.launch(self._kernel, self._threads // BLOCK, BLOCK, self._next)
+        if self._words:
+            device.take(self._accumulators, self._found)
+
+    def settle(self, frame: Frame) -> None:
+        """Take what the stage has counted to the board, when what was queued has been waited for.
 
         A failure is written to the board's status as the CPU's stages do.
 
         Raises:
             DeviceError: the device has failed.
         """
-        own = self._own
-        for column, side in self._reads:
-            own.columns.bring(column, side)
-        arguments = self._flat_arguments(frame)
-        if self._words:
-            own.device.copy(self._at_first, self._accumulators)
-        for column, side in self._writes:
-            own.columns.wrote(column, side)
-        own.device.launch(self._kernel, self._threads // BLOCK, BLOCK, arguments)
-        found = self._download(self._accumulators, self._words)
-        if self.made.can_fail and found[0] != NEVER:
-            self._tell(int(found[0]), frame)
+        if self.made.can_fail and self._found[0] != NEVER:
+            self._tell(int(self._found[0]), frame)
         else:
-            self._take(found, frame)
-
-    def _download(self, buffer: Buffer, words: int) -> Array:
-        device, found = self._own.device, np.empty(words, np.int64)
-        if words:
-            device.order(COMPUTE, TRANSFER)
-            device.download(buffer, found)
-        device.synchronise()
-        return found
+            self._take(self._found, frame)
 
     def _take(self, found: Array, frame: Frame) -> None:
         """Add up what the replicas of the accumulators have counted."""
@@ -199,7 +230,10 @@ class DeviceStage:
     def _tell(self, failed: int, frame: Frame) -> None:
         own = self._own
         trouble = self.made.trouble(failed, own.work.tile, frame.repeat)
-        values = self._download(self._values, self._threads)
+        values = np.empty(self._threads, np.int64)
+        own.device.order(COMPUTE, TRANSFER)
+        own.device.download(self._values, values)
+        own.device.synchronise()
         value = int(values[(trouble.row - own.work.first_row - own.task.start) % self._threads])
         op = self.stage.ops[trouble.place]
         code = KEY_OUT_OF_RANGE if isinstance(op, ReduceOp) else NOT_REPRESENTABLE
@@ -211,7 +245,7 @@ class DeviceStage:
         """Return what a launch takes: made once for each way that the sides stand, but for what changes."""
         own = self._own
         taken = [argument for argument in self.made.arguments if argument.source == "value"]
-        values = [own.kept(("value", a.key), frame.values[a.key], changes=True) for a in taken]
+        values = [own.kept(("value", a.key), frame.values[a.key], frame) for a in taken]
         key = own.work.memory.sides(), own.moved
         if key not in self._flat:
             given = self._arguments(frame)
@@ -221,9 +255,6 @@ class DeviceStage:
             }
             self._flat[key] = flat_arguments(given), [places[a.name] for a in taken]
         flat, changing = self._flat[key]
-        flat[_STEP] = np.int64(frame.step_index)
-        flat[_REPEAT] = np.int64(frame.repeat)
-        flat[_WANT_DIGEST] = np.int64(frame.want_digest)
         for place, value in zip(changing, values, strict=True):
             if not isinstance(value, DeviceArray):
                 flat[place] = value
@@ -235,9 +266,7 @@ class DeviceStage:
         fixed = {
             "rows": np.int64(own.rows),
             "first_row": np.int64(work.first_row + own.task.start),
-            "step": np.int64(frame.step_index),
-            "repeat": np.int64(frame.repeat),
-            "want_digest": np.int64(frame.want_digest),
+            "clock": own.clock,
             "replicas": np.int64(self._replicas),
             "tile": np.int64(work.tile),
             "failed": self._part(slice(0, 1), np.int64),
@@ -262,9 +291,9 @@ class DeviceStage:
             case "param":
                 return work.params[key]
             case "table":
-                return own.kept(("table", key), work.tables[key], changes=False)
+                return own.kept(("table", key), work.tables[key])
             case "value":
-                return own.kept(("value", key), frame.values[key], changes=True)
+                return own.kept(("value", key), frame.values[key], frame)
             case "key":
                 return np.uint64(work.stream_key(key))
             case "state":
@@ -276,7 +305,7 @@ class DeviceStage:
                 return np.int64(work.bins[key])
             case "digest_keys":
                 keys = digest_keys(key + 1, work.memory.schema.dtypes[key].itemsize)
-                return own.kept(("digest", key), keys.reshape(-1), changes=False)
+                return own.kept(("digest", key), keys.reshape(-1))
         raise AssertionError(argument.source)
 
 

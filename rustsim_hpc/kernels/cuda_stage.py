@@ -32,10 +32,7 @@ from rustsim_hpc.state.schema import Schema
 BLOCK = 256
 """Threads of a block."""
 
-FIXED = (
-    "rows", "first_row", "step", "repeat", "want_digest", "replicas", "tile", "failed", "values", "digests",
-    "ids",
-)  # fmt: skip
+FIXED = ("rows", "first_row", "clock", "replicas", "tile", "failed", "values", "digests", "ids")
 """The first arguments of a stage; what they are is said at `CudaStage`."""
 
 NEVER = np.iinfo(np.int64).max
@@ -89,10 +86,11 @@ class Trouble:
 class CudaStage:
     """A stage of a program as a CUDA kernel.
 
-    The fixed arguments: rows, the first one's global row, the step's index, the steps to make, whether to
-    digest (0 or 1), the number of replicas that accumulators have, the rows of the CPU's tiles (all int64);
-    `failed` int64 (1,), what failed first (see :meth:`trouble`); `values` int64 (threads,), the value that
-    failed first in each thread; `digests` uint64 (replicas * columns,); `ids` uint64, empty for default ids.
+    The fixed arguments: rows, the first one's global row, `clock` int64 (3,): the step's index, the steps to
+    make, whether to digest (0 or 1); the number of replicas that accumulators have, the rows of the CPU's
+    tiles; `failed` int64 (1,), what failed first (see :meth:`trouble`); `values` int64 (threads,), the value
+    that failed first in each thread; `digests` uint64 (replicas * columns,); `ids` uint64, empty for default
+    ids.
 
     Attributes:
         source: what was generated.
@@ -247,6 +245,7 @@ class _Writer:
                 f"def stage({', '.join(names)}):",
                 "    thread = np.int64(cuda.grid(1))",
                 "    threads = np.int64(cuda.gridsize(1))",
+                "    step, repeat, want_digest = clock[0], clock[1], clock[2]",
                 f"    replica = (thread // {BLOCK}) % replicas",
                 *(f"    {line}" for line in self.head),
                 "    i = thread",

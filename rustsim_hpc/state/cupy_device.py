@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 
 _PINNED_BYTES: Final = 16 * 2**20
 """Of each of two buffers."""
+_SMALL_BYTES: Final = 2**15
+_SMALL_PIECES: Final = 64
+"""Small uploads have pieces of their own, so many that no stage waits for one of them."""
 _NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation."""
 
@@ -56,8 +59,8 @@ class CupyDevice:
             self.compute_capability = int(facts["major"]), int(facts["minor"])
             self.resident_threads = int(facts["multiProcessorCount"] * facts["maxThreadsPerMultiProcessor"])
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER)]
-        self._pinned: Array | None = None
-        self._busy: list[Any] = [None, None]
+        self._large = _Ring(cupy, 2, _PINNED_BYTES)
+        self._small = _Ring(cupy, _SMALL_PIECES, _SMALL_BYTES)
         self._modules: list[Any] = []
 
     def _guard(self) -> _Guard:
@@ -85,61 +88,57 @@ class CupyDevice:
         with self._guard():
             buffer.memory = None
 
-    def _half(self, number: int) -> Array:
-        """Return one of two pinned buffers, when nothing that is queued uses it any more."""
-        if self._pinned is None:
-            memory = self._cupy.cuda.alloc_pinned_memory(2 * _PINNED_BYTES)
-            self._pinned = np.frombuffer(memory, np.uint8, 2 * _PINNED_BYTES).reshape(2, -1)
-        if self._busy[number % 2] is not None:
-            self._busy[number % 2].synchronize()
-        half: Array = self._pinned[number % 2]
-        return half
-
-    def _pieces(self, data: Array) -> list[tuple[int, Array]]:
-        flat = data.reshape(-1).view(np.uint8)
-        return [(at, flat[at : at + _PINNED_BYTES]) for at in range(0, flat.size, _PINNED_BYTES)]
-
     def upload(self, buffer: Any, data: Array) -> None:
-        """Copy from the host through pinned memory: one half is filled while the other one is on its way."""
+        """Copy from the host through pinned memory: one piece is filled while another one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyHostToDevice
         stream = self._streams[COMPUTE]
+        ring = self._small if data.nbytes <= _SMALL_BYTES else self._large
         with self._guard():
-            for number, (at, piece) in enumerate(self._pieces(data)):
-                half = self._half(number)
-                half[: piece.size] = piece
-                copy(buffer.address + at, half.ctypes.data, piece.size, kind, stream.ptr)
-                self._busy[number % 2] = stream.record()
+            for at, part in ring.cut(data):
+                number, piece = ring.next()
+                piece[: part.size] = part
+                copy(buffer.address + at, piece.ctypes.data, part.size, kind, stream.ptr)
+                ring.busy[number] = stream.record()
 
     def download(self, buffer: Any, out: Array) -> None:
-        """Copy to the host through pinned memory: one half is emptied while the other one is on its way."""
+        """Copy to the host through pinned memory: one piece is emptied while another one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyDeviceToHost
-        stream = self._streams[TRANSFER]
+        stream, ring = self._streams[TRANSFER], self._large
         with self._guard():
             before: tuple[Array, int] | None = None
-            for number, (at, piece) in enumerate(self._pieces(out)):
-                half = self._half(number)
-                copy(half.ctypes.data, buffer.address + at, piece.size, kind, stream.ptr)
-                self._busy[number % 2] = stream.record()
+            for at, part in ring.cut(out):
+                number, piece = ring.next()
+                copy(piece.ctypes.data, buffer.address + at, part.size, kind, stream.ptr)
+                ring.busy[number] = stream.record()
                 if before is not None:
-                    self._empty(*before)
-                before = piece, number
+                    ring.empty(*before)
+                before = part, number
             if before is not None:
-                self._empty(*before)
+                ring.empty(*before)
 
-    def _empty(self, piece: Array, number: int) -> None:
-        piece[...] = self._half(number)[: piece.size]
+    def pinned(self, words: int) -> Array:
+        """Return pinned memory of the host."""
+        with self._guard():
+            return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(8 * max(words, 1)), np.int64, words)
+
+    def give(self, data: Array, buffer: Any) -> None:
+        """Copy pinned memory to the device."""
+        runtime = self._cupy.cuda.runtime
+        self._copy(buffer.address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice)
+
+    def take(self, buffer: Any, out: Array) -> None:
+        """Copy to pinned memory, on the stream of launches."""
+        runtime = self._cupy.cuda.runtime
+        self._copy(out.ctypes.data, buffer.address, out.nbytes, runtime.memcpyDeviceToHost)
 
     def copy(self, source: Any, target: Any) -> None:
         """Copy within the device."""
         runtime = self._cupy.cuda.runtime
+        self._copy(target.address, source.address, source.nbytes, runtime.memcpyDeviceToDevice)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
         with self._guard():
-            runtime.memcpyAsync(
-                target.address,
-                source.address,
-                source.nbytes,
-                runtime.memcpyDeviceToDevice,
-                self._streams[COMPUTE].ptr,
-            )
+            self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, self._streams[COMPUTE].ptr)
 
     def array(self, data: Array) -> Any:
         """Return a CuPy array of the same values."""
@@ -183,11 +182,63 @@ class CupyDevice:
         with self._guard():
             self._streams[then].wait_event(self._streams[first].record())
 
+    def mark(self) -> Any:
+        """Record an event on the stream of launches."""
+        with self._guard():
+            return self._streams[COMPUTE].record()
+
+    def wait(self, mark: Any) -> None:
+        """Wait for an event."""
+        with self._guard():
+            mark.synchronize()
+
+    def nanoseconds(self, first: Any, then: Any) -> int:
+        """Return the time between two events."""
+        with self._guard():
+            return int(1e6 * self._cupy.cuda.get_elapsed_time(first, then))
+
     def synchronise(self) -> None:
         """Wait for both streams."""
         with self._guard():
             for stream in self._streams:
                 stream.synchronize()
+
+
+class _Ring:
+    """Pieces of pinned memory, used in turn.
+
+    busy: for each piece the event behind the last copy that uses it.
+    """
+
+    def __init__(self, cupy: Any, pieces: int, nbytes: int) -> None:
+        self._cupy, self._nbytes, self._memory = cupy, nbytes, np.zeros((0, 0), np.uint8)
+        self._last = -1
+        self.busy: list[Any] = [None] * pieces
+
+    def cut(self, data: Array) -> list[tuple[int, Array]]:
+        """Return parts of data, each with its offset, that fit into a piece."""
+        flat = data.reshape(-1).view(np.uint8)
+        return [(at, flat[at : at + self._nbytes]) for at in range(0, flat.size, self._nbytes)]
+
+    def next(self) -> tuple[int, Array]:
+        """Return the next piece and its number, when nothing that is queued uses it any more."""
+        self._last = (self._last + 1) % len(self.busy)
+        return self._last, self._free(self._last)
+
+    def _free(self, number: int) -> Array:
+        if not self._memory.size:
+            total = len(self.busy) * self._nbytes
+            memory = self._cupy.cuda.alloc_pinned_memory(total)
+            self._memory = np.frombuffer(memory, np.uint8, total).reshape(len(self.busy), -1)
+        if self.busy[number] is not None:
+            self.busy[number].synchronize()
+            self.busy[number] = None
+        piece: Array = self._memory[number]
+        return piece
+
+    def empty(self, part: Array, number: int) -> None:
+        """Take from a piece what was copied to it."""
+        part[...] = self._free(number)[: part.size]
 
 
 class CupyColumns(Sequence[Any]):

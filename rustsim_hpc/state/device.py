@@ -1,8 +1,9 @@
 """What the CUDA executor asks of a device; :mod:`rustsim_hpc.state.cupy_device` gives it.
 
 A device has its own address space: a :class:`Buffer` is not an array, and its bytes come and go by `upload`
-and `download` alone. Work is queued on one of two streams, each in order; between the two there is no order
-but what `order` asks for; nothing is known to have happened before `synchronise`.
+and `download` alone, or, a few of them and without a wait, by `give` and `take` through pinned memory. Work
+is queued on one of two streams, each in order; between the two there is no order but what `order` asks for;
+nothing is known to have happened before `wait` or `synchronise`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,22 @@ class Device(Protocol):
         ...
 
     def upload(self, buffer: Buffer, data: Array) -> None:
-        """Queue a copy from the host (contiguous); the data may change as soon as this returns."""
+        """Queue a copy from the host (contiguous); the data may change as soon as this returns.
+
+        Large ones wait for the copies before them: no room of the host is needed for all of them.
+        """
+        ...
+
+    def pinned(self, words: int) -> Array:
+        """Return memory of the host, int64 (words,), that `give` and `take` may use."""
+        ...
+
+    def give(self, data: Array, buffer: Buffer) -> None:
+        """Queue a copy to the device of pinned memory, as it is when the queue comes to it; never waits."""
+        ...
+
+    def take(self, buffer: Buffer, out: Array) -> None:
+        """Queue a copy to pinned memory, behind what was launched before; never waits."""
         ...
 
     def download(self, buffer: Buffer, out: Array) -> None:
@@ -93,6 +109,18 @@ class Device(Protocol):
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on stream `then` from now on wait for what is queued on `first` so far."""
+        ...
+
+    def mark(self) -> Any:
+        """Return a mark behind all that is queued on the stream of launches so far."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Wait until everything before a mark has happened."""
+        ...
+
+    def nanoseconds(self, first: Any, then: Any) -> int:
+        """Return how long the device took from one mark to a later one; both have been waited for."""
         ...
 
     def synchronise(self) -> None:
