@@ -119,7 +119,9 @@ def answer_to(request, kind, data=(), **fields):
     return [bytes(frame) for frame in Message(kind, request.session, request.number, fields, data).frames()]
 
 
-OPENED = {"cpu": "", "libm": "", "host": ""}
+OPENED = {
+    "host": "", "cpu": "", "architecture": "", "cores": 1, "system": "", "libm": {}, "versions": {},
+}  # fmt: skip
 
 
 def header(text):

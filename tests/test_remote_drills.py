@@ -142,7 +142,7 @@ def test_a_late_answer(plane, executor, serving):
 
 LIES = {
     "is no message": lambda request: [b"hello"],
-    "of another version": lambda request: [b"rustsim-hpc remote 2\n{}"],
+    "of another version": lambda request: [b"rustsim-hpc remote 1\n{}"],
     "another kind": lambda request: answer_to(request, "closed"),
     "another session": lambda request: [
         frame.replace(request.session.encode(), b"0" * 32) for frame in answer_to(request, "opened", **OPENED)

@@ -21,6 +21,7 @@ from rustsim_hpc.cli.main import _run as run_command
 from rustsim_hpc.job.launch import plan_job
 from rustsim_hpc.job.spec import Override, read_job
 from rustsim_hpc.proof.replay_log import read_replay_log
+from rustsim_hpc.run_folder.environment import worker_facts
 from rustsim_hpc.run_folder.reader import open_run
 
 FLIGHTS = ROOT / "jobs" / "us_flights.toml"
@@ -79,9 +80,17 @@ def test_stream_is_that_of_inline(workers, inline, tmp_path):
 def test_resumed_and_verified(workers, inline, tmp_path):
     stopped = rustsim("run", FLIGHTS, *SMALL, "--steps", 12, *remote(*workers), "--out", tmp_path)
     assert stopped.returncode == 0, stopped.stderr
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [one["endpoint"] for one in record["remote_workers"]] == [one.endpoint for one in workers]
+    assert record["remote_workers"][0] == {**worker_facts(), "ranks": [0], "endpoint": workers[0].endpoint}
+    assert record["sessions"][0]["remote_workers"] == record["remote_workers"]
+    record["sessions"][0]["remote_workers"][1]["cpu"] = "Abacus 3"
+    (tmp_path / "run.json").write_text(json.dumps(record))
     # The folder remembers its workers.
     resumed = rustsim("resume", tmp_path, "--steps", 30, "--json")
     assert resumed.returncode == 0, resumed.stderr
+    assert "warning: CPU model: " in resumed.stderr
+    assert "Abacus 3" in resumed.stderr
     said = json.loads(resumed.stdout.splitlines()[-1])
     assert (said["resumed_from"], said["executor"]) == (12, "remote")
     assert entries(tmp_path) == entries(inline)

@@ -12,9 +12,11 @@ from test_endpoint import external
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
+from rustsim_hpc.remote import server
 from rustsim_hpc.remote.executor import RemotePartitionExecutor
 from rustsim_hpc.remote.installed import InstalledModels
 from rustsim_hpc.remote.server import WorkerLimits, WorkerServer
+from rustsim_hpc.run_folder import environment
 
 ROWS = 5000
 
@@ -120,6 +122,22 @@ def test_forgetting_before_every_request_changes_nothing(drive, workers, monkeyp
     inline.plane.observe(inline.executor)
     assert driven.plane.values.keys() == inline.plane.values.keys()
     assert len(told) >= 6 * 3  # two segments and an observation of six steps, each by one at least
+
+
+def test_machines_that_differ_are_told_once(drive, workers, monkeypatch):
+    told, own = [], environment.worker_facts()
+    monkeypatch.setattr(server, "worker_facts", lambda: {**own, "cpu": "Abacus 3"})
+    driven = drive(told)
+    driven.run(1)
+    for worker in workers:
+        worker.forget()
+    driven.run(1)
+    ends = [worker.server.endpoint for worker in workers]
+    [line] = [line for line in told if "Abacus" in line]
+    assert line.startswith("this process and its remote workers have different CPU models: ")
+    assert f"Abacus 3 on {', '.join(ends)};" in line
+    machines = driven.plane.stepper(driven.executor).session.machines
+    assert {name: found["cpu"] for name, found in machines.items()} == dict.fromkeys(ends, "Abacus 3")
 
 
 def test_without_retries_the_step_fails_and_the_next_one_goes_on(drive, workers):

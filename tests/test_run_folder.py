@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +600,21 @@ def test_other_machines_are_noticed() -> None:
     assert [(host["host"], host["ranks"]) for host in hosts] == [("a", [0, 2]), ("b", [1])]
 
 
+def test_remote_workers_of_other_machines_are_noticed() -> None:
+    own = environment.worker_facts()
+    assert (own["architecture"], own["versions"]["numba"]) == (platform.machine(), version("numba"))
+    same, odd = dict(own), {**own, "versions": {**own["versions"], "numba": "0.1"}, "cpu": "Abacus 3"}
+    workers = environment.by_endpoint([{"tcp://a:1": same, "tcp://b:1": odd}, {"tcp://b:1": odd}])
+    assert [(one["endpoint"], one["ranks"]) for one in workers] == [("tcp://a:1", [0]), ("tcp://b:1", [0, 1])]
+    assert environment.mixtures([own, workers[0]], "all have") == []
+    cpus, versions = environment.mixtures([own, *workers], "all have")
+    assert cpus.startswith("all have different CPU models: ")
+    assert "Abacus 3 on tcp://b:1" in cpus
+    assert "numba 0.1, llvmlite" in versions
+    assert environment.machines_of({"hosts": [own], "remote_workers": []}) == [own]
+    assert environment.machines_of({"hosts": [own], "remote_workers": workers}) == workers
+
+
 def test_other_devices_are_noticed() -> None:
     def on(name: str) -> dict[str, str]:
         return {"name": name, "compute_capability": "9.0", "libdevice": "ab"}
@@ -612,7 +629,8 @@ def test_other_devices_are_noticed() -> None:
     assert "device" not in hosts[0]
     [line] = environment.mixtures(hosts)
     kinds = [f"G{k} (compute capability 9.0, libdevice ab) on {host}" for k, host in ((1, "a"), (2, "b"))]
-    assert line == f"the ranks of this run have different CUDA devices: {'; '.join(kinds)}"
+    rows = "a model's own exp or cos may depend on which rows they have"
+    assert line == f"the ranks of this run have different CUDA devices: {'; '.join(kinds)}; {rows}"
     assert environment.differences(hosts[:1], hosts[:1]) == []
     assert environment.differences(hosts[1:], environment.by_host([{"host": "b"}])) == [
         "CUDA device: G2 (compute capability 9.0, libdevice ab) then, none now"

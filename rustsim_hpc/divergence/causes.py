@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rustsim_hpc.divergence.side import RunSide
-from rustsim_hpc.run_folder.environment import differences
+from rustsim_hpc.run_folder.environment import differences, machines_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def environment_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> 
         for name in before
         if name in after and before[name] != after[name] and name in _MATTERS
     ]
-    hosts: list[Sequence[Mapping[str, Any]]] = [record.get("hosts") or [] for record in (then, now)]
+    hosts = [machines_of(record) for record in (then, now)]
     return lines + (differences(hosts[0], hosts[1]) if hosts[0] and hosts[1] else [])
 
 

@@ -297,7 +297,8 @@ def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> R
     hosts = team.gather(host_facts(device_of(prepared)))
     record: dict[str, Any] = {
         "versions": versions(),
-        "hosts": team.bcast(by_host(hosts) if hosts is not None else None),
+        # What remote workers are like is told by those who speak to them.
+        "hosts": team.bcast(by_host(hosts) if hosts is not None and prepared.executor != "remote" else None),
         "partitions": prepared.partitions,
         "model": prepared.spec.model.module,
     }

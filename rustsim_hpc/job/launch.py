@@ -180,7 +180,7 @@ def _session(folder: RunFolder, team: Team) -> Iterator[_Session]:
     """Hold a run's folder; whatever ends the session early is recorded in it."""
     session = _Session(folder)
     for line in mixtures(folder.record["sessions"][-1]["hosts"] if team.rank == 0 else []):
-        _say(team, f"warning: {line}; a model's own exp or cos may depend on which rows they have")
+        _say(team, f"warning: {line}")
     try:
         yield session
     except Exception as error:

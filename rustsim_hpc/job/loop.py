@@ -131,6 +131,7 @@ class JobRun:
             if self.forked:
                 self.checkpoints.begin("fork")
             result = self._loop(watchdog)
+            self._note_workers(tell=False)  # one may have been started anew on another machine
             watchdog.beat("end", self.plane.runtime.step_index)
             self.checkpoints.make_last("end" if result.stopped is None else f"stopped: {result.stopped}")
             if result.stopped is not None:
@@ -181,6 +182,8 @@ class JobRun:
             together = max(1, votes // _TOGETHER)
             if votes & _TROUBLE:
                 agree(self.team, self.records.trouble)
+            if before == begun:
+                self._note_workers(tell=self.resumed_from is not None)
             stepped = time.perf_counter_ns()
             self.records.after_step(step.fingerprint)
             self._recorded = True
@@ -238,6 +241,12 @@ class JobRun:
         # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
         alone, written = self.team.size == 1, votes >> 20 & _FIELD
         return self.checkpoints.writer.done_here if alone else written == self.team.size
+
+    def _note_workers(self, *, tell: bool) -> None:
+        assert self._stepper is not None  # noqa: S101 (the loop has made it)
+        for line in self.records.note_workers(self._stepper.session):
+            if tell:
+                self._warn(f"warning: {line}")
 
     # -- beginning and end ---------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import numpy as np
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import RunProfile
 from rustsim_hpc.control.stepping import Executor
+from rustsim_hpc.errors import OutputError
+from rustsim_hpc.executors.base import ResidentSession
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase
@@ -19,6 +21,7 @@ from rustsim_hpc.proof.replay_log import ReplayHeader
 from rustsim_hpc.proof.replay_writer import ReplayLogWriter
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.run_folder.environment import by_endpoint, differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.run_folder.metrics_log import MetricsLog
 from rustsim_hpc.run_folder.output_set import OutputSet
@@ -121,6 +124,32 @@ class JobRecords:
         if due:
             self._plane.observe(executor)
             self._write_outputs(step, None)
+
+    def note_workers(self, session: ResidentSession) -> list[str]:
+        """Put what is known of remote workers' machines into the run's record. Collective.
+
+        Returns:
+            How they differ from the machines of the session before, on rank 0.
+
+        Raises:
+            OutputError: the record cannot be written; the same on every rank.
+        """
+        known = getattr(session, "machines", None)
+        if known is None:
+            return []
+        found = self._team.gather(known)
+        failure: Exception | None = None
+        lines: list[str] = []
+        if found is not None:
+            workers = by_endpoint(found)
+            try:
+                self._folder.update(remote_workers=workers, session={"remote_workers": workers})
+            except OutputError as error:
+                failure = error
+            last = self._folder.record["sessions"][-2:]
+            lines = differences(*map(machines_of, last)) if len(last) > 1 else []
+        agree(self._team, failure)
+        return lines
 
     def after_step(self, fingerprint: ReplayFingerprint | None) -> None:
         """Put a step's fingerprint into the log and its due values into the outputs. Collective.

@@ -11,7 +11,7 @@ from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.proof.fingerprint import hex64
-from rustsim_hpc.run_folder.environment import differences
+from rustsim_hpc.run_folder.environment import differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.state.columns import DeviceSoaStore
@@ -75,9 +75,14 @@ def last_sequence(folder: Path) -> int:
 
 
 def machine_differences(folder: RunFolder) -> list[str]:
-    """Return how the machines of this session differ from those of the one before, on rank 0."""
+    """Return how the machines of this session differ from those of the one before, on rank 0.
+
+    Remote workers are known once they have been spoken to: `JobRecords.note_workers` tells of them.
+    """
     sessions = folder.record.get("sessions", [])
-    return differences(sessions[-2]["hosts"], sessions[-1]["hosts"]) if len(sessions) > 1 else []
+    if len(sessions) < 2 or sessions[-1]["executor"] == "remote":
+        return []
+    return differences(*map(machines_of, sessions[-2:]))
 
 
 def lineage_of(parent: Path, spec: JobSpec, loaded: LoadedCheckpoint) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,8 +13,18 @@ from rustsim_hpc.remote.keys import ClientKeys
 from rustsim_hpc.remote.link import Link, Patience, Talk
 from rustsim_hpc.remote.share import Share, model_of
 from rustsim_hpc.remote.talks import Opening, load_talk, open_talk
+from rustsim_hpc.run_folder.environment import mixtures, worker_facts
 
 Array = np.ndarray[Any, Any]
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Question(Protocol[T_co]):
+    """Returns a conversation with the worker of a share."""
+
+    def __call__(self, share: Share, *, anew: bool) -> Talk[T_co]:
+        """``anew``: it has heard nothing of the step under way but its rows and what it made of them."""
+        ...
 
 
 class Contacts:
@@ -24,6 +35,9 @@ class Contacts:
         keys: None for workers on the loopback.
         patience: how long to wait.
 
+    Attributes:
+        machines: what workers have said of theirs, by endpoint.
+
     Raises:
         ExecutorError: the phases are not those of a model that workers could have.
     """
@@ -32,6 +46,8 @@ class Contacts:
         self._work = work
         self._model = model_of(work).sha256
         self._keys, self.patience = keys, patience
+        self.machines: dict[str, Mapping[str, Any]] = {}
+        self._differ: set[str] = set()
         self._links: dict[int, Link] = {}
         # A plane that is dropped without being closed must not leave its connections behind.
         self._end = weakref.finalize(self, _hang_up, self._links)
@@ -44,7 +60,7 @@ class Contacts:
         share.link = self._links[share.places.start] = Link(share.address, self._keys, self.patience)
         return share.link
 
-    def loading(self, share: Share, step: int, side: int, *, fresh: bool) -> Talk[dict[str, str] | None]:
+    def loading(self, share: Share, step: int, side: int, *, fresh: bool) -> Talk[Mapping[str, Any] | None]:
         """Bring a worker the rows that are on the current sides here; ``fresh``: open its session first.
 
         Args:
@@ -79,6 +95,14 @@ class Contacts:
             two_sided=bool(program.swapped),
             ids=ids,
         )
+
+    def new_differences(self) -> list[str]:
+        """Return what was not returned before of how the known machines differ, in words."""
+        known = [{"endpoint": name, **found} for name, found in self.machines.items()]
+        lines = mixtures([worker_facts(), *known], "this process and its remote workers have")
+        news = [line for line in lines if line not in self._differ]
+        self._differ.update(news)
+        return news
 
     def give_up(self, share: Share) -> None:
         """Let go of a worker; another session is begun when it is needed again."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from rustsim_hpc.state.schema import DTYPES
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"rustsim-hpc remote "
 MAX_FRAME = 1 << 20
 """Bytes of a frame at most: a header (a partition takes about fifty in the longest one), or part of an array.
@@ -125,6 +125,10 @@ def _flag(value: Any) -> bool:
     return value is True or value is False
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= 100 and all(map(_text(1_000), value.values()))
+
+
 def _params(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= 10_000 and all(map(_param, value.values()))
 
@@ -204,7 +208,15 @@ REQUESTS: dict[str, dict[str, Check]] = {
 """Fields of every request, by kind."""
 
 ANSWERS: dict[str, dict[str, Check]] = {
-    "opened": {"cpu": _text(1_000), "libm": _text(1_000), "host": _text(255)},
+    "opened": {
+        "host": _text(255),
+        "cpu": _text(1_000),
+        "architecture": _text(100),
+        "cores": _COUNT,
+        "system": _text(1_000),
+        "libm": _texts,
+        "versions": _texts,
+    },
     "loaded": {},
     "begun": {},
     "ran": {"failures": _list(_FAILURE), "compile_ns": _COUNT},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rustsim_hpc.remote.messages import (
     read_message,
 )
 from rustsim_hpc.remote.sockets import Peer, WorkerSocket
-from rustsim_hpc.run_folder.environment import cpu_model, libm
+from rustsim_hpc.run_folder.environment import worker_facts
 
 _TICK_SECONDS = 0.25
 _PEERS_TOLD = 1_000
@@ -182,16 +181,7 @@ class WorkerServer:
         held = HeldPartitions(work, self._limits.threads)
         self._sessions[request.session] = _Session(peer, held, request.number, [], time.monotonic())
         self._served += 1
-        facts = libm()
-        return (
-            "opened",
-            {
-                "cpu": cpu_model(),
-                "libm": f"{facts.get('library')} {facts.get('blake2b')}",
-                "host": socket.gethostname()[:255],
-            },
-            [],
-        )
+        return "opened", worker_facts(), []
 
     # -- what must not grow --------------------------------------------------------------------------
 

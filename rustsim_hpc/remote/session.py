@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,12 +12,12 @@ from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
 from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.proof.fingerprint import fnv1a_bytes
-from rustsim_hpc.remote.contacts import Contacts
+from rustsim_hpc.remote.contacts import Contacts, Question
 from rustsim_hpc.remote.journal import Journal, StepMade, make_again
 from rustsim_hpc.remote.link import LinkError, Refused, Talk, converse
 from rustsim_hpc.remote.messages import Malformed
 from rustsim_hpc.remote.requests import Request, RunRequests, values_of
-from rustsim_hpc.remote.share import Share, failure_of, warn_of_differences
+from rustsim_hpc.remote.share import Share, failure_of
 from rustsim_hpc.remote.talks import (
     Reports,
     digest_of_pieces,
@@ -31,15 +31,6 @@ Array = np.ndarray[Any, Any]
 _JOURNAL_BYTES = 64 << 20
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Question(Protocol[T_co]):
-    """Returns a conversation with the worker of a share."""
-
-    def __call__(self, share: Share, *, anew: bool) -> Talk[T_co]:
-        """``anew``: it has heard nothing of the step under way but its rows and what it made of them."""
-        ...
 
 
 class RemoteSession:
@@ -57,6 +48,9 @@ class RemoteSession:
         contacts: how its workers are reached.
         keep_steps: steps after which the state is brought here without being asked for.
         tell: called with a line that the user should read.
+
+    Attributes:
+        machines: what workers have said of theirs, by endpoint.
     """
 
     def __init__(
@@ -78,6 +72,7 @@ class RemoteSession:
         self._frame: Frame | None = None
         self._step = 0
         self._lost = ""
+        self.machines = contacts.machines
         active = [place for place, segment in enumerate(work.program.segments) if segment.items]
         self._first, self._last = (active[0], active[-1]) if active else (0, 0)
         self._requests = RunRequests(self._first)
@@ -328,6 +323,7 @@ class RemoteSession:
             if not isinstance(result, LinkError):
                 text = "had to be begun anew: it has its rows again"
                 self._tell(f"the worker at {share.address.endpoint} {text}, step {self._step} goes on")
+        self._tell_differences()
         return results
 
     def _catching_up(self, share: Share, talk: Question[T], behind: int) -> Talk[T]:
@@ -366,16 +362,21 @@ class RemoteSession:
                 else:
                     failures.append(failure_of(share.blame(result)))
             shares, left = anew, left - 1
+        self._tell_differences()
         return sorted(failures, key=lambda failure: failure.partition.value)
 
-    def _loading(self, share: Share, *, fresh: bool) -> Talk[dict[str, str] | None]:
+    def _loading(self, share: Share, *, fresh: bool) -> Talk[Mapping[str, Any] | None]:
         return self._contacts.loading(share, self._step, self._side(), fresh=fresh)
 
-    def _have(self, share: Share, facts: dict[str, str] | None) -> None:
+    def _have(self, share: Share, facts: Mapping[str, Any] | None) -> None:
         """Note that a worker has its rows; ``facts``: of its machine, where its session is fresh."""
         share.loaded = True
         if facts is not None:
-            warn_of_differences(share.address.endpoint, facts)
+            self.machines[share.address.endpoint] = facts
+
+    def _tell_differences(self) -> None:
+        for line in self._contacts.new_differences():
+            self._tell(line)
 
     def close(self) -> None:
         """Bring the state here and end the sessions; calling it again does nothing."""

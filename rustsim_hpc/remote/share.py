@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,6 @@ from rustsim_hpc.executors.work import PhaseFailure, Task, Work
 from rustsim_hpc.modeling.model_source import ModelReference
 from rustsim_hpc.remote.addresses import Address
 from rustsim_hpc.remote.link import Link, LinkError
-from rustsim_hpc.run_folder.environment import cpu_model, libm
 
 
 @dataclass
@@ -88,12 +85,3 @@ def failure_of(error: Any) -> PhaseFailure:
         host=socket.gethostname(),
         hint=error.hint,
     )
-
-
-def warn_of_differences(endpoint: str, facts: Mapping[str, str]) -> None:
-    """Warn where a worker's machine may give other bits for exp or cos."""
-    here = {"cpu": cpu_model(), "libm": f"{libm().get('library')} {libm().get('blake2b')}"}
-    for name, value in here.items():
-        if facts[name] != value:
-            text = f"the worker at {endpoint} has the {name} {facts[name]}, this machine {value}"
-            warnings.warn(f"{text}: exp or cos may give other bits", RuntimeWarning, stacklevel=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,10 @@ class Opening:
         )
 
 
-def open_talk(link: Link, opening: Opening, endpoint: str) -> Talk[dict[str, str]]:
+def open_talk(link: Link, opening: Opening, endpoint: str) -> Talk[Mapping[str, Any]]:
     """Open a session; returns what the worker says of its machine."""
     answer = yield opening.request(link, endpoint)
-    return dict(answer.fields)
+    return answer.fields
 
 
 def load_talk(

@@ -14,6 +14,7 @@ from typing import Any
 
 from rustsim_hpc.version import __version__
 
+_COMPILING = ("numpy", "numba", "llvmlite")
 PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "mpi4py")
 
 
@@ -70,7 +71,7 @@ def libm() -> dict[str, str]:
 
 
 def host_facts(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return this machine's host name, CPU model, number of cores that may be used, system and libm.
+    """Return this machine's host name, CPU model, architecture, cores that may be used, system and libm.
 
     device: what this rank's CUDA device is, if it has one; it becomes ``device``.
     """
@@ -79,6 +80,7 @@ def host_facts(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
         **own,
         "host": socket.gethostname(),
         "cpu": cpu_model(),
+        "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libm": libm(),
@@ -100,11 +102,30 @@ def by_host(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(hosts.values())
 
 
+def worker_facts() -> dict[str, Any]:
+    """Return what a remote worker tells of its machine: `host_facts`, and ``versions``."""
+    return {**host_facts(), "versions": versions()}
+
+
+def by_endpoint(facts: Iterable[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return facts of remote workers, which ranks 0, 1, … know by endpoint, with the ``ranks`` of each."""
+    workers: dict[str, dict[str, Any]] = {}
+    for rank, known in enumerate(facts):
+        for endpoint, own in known.items():
+            workers.setdefault(endpoint, {"endpoint": endpoint, **own, "ranks": []})["ranks"].append(rank)
+    return list(workers.values())
+
+
+def machines_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the machines that computed a session of a run, or a run: its remote workers, or its hosts."""
+    return list(session.get("remote_workers") or session.get("hosts") or [])
+
+
 def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return lines that say in what the hosts of two runs differ so that exp or cos may give other bits.
 
-    ``then`` and ``now`` are lists that `by_host` or `host_facts` made. The engine's own random numbers and
-    reductions do not depend on these.
+    ``then`` and ``now`` are lists that `by_host`, `by_endpoint` or `host_facts` made. The engine's own random
+    numbers and reductions do not depend on these.
     """
     lines = []
     for label, of in (("CPU model", _cpu_of), ("math library", _libm_of), ("CUDA device", _devices_of)):
@@ -114,26 +135,39 @@ def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, An
     return lines
 
 
-def mixtures(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
+def mixtures(hosts: Sequence[Mapping[str, Any]], whose: str = "the ranks of this run have") -> list[str]:
     """Return lines that say in what the hosts of one run differ among themselves, as `differences` does.
 
-    There exp or cos may give other bits when ranks and rows are dealt out otherwise.
+    There exp or cos may give other bits when ranks and rows are dealt out otherwise. Remote workers are
+    called by their ``endpoint``; ``whose`` begins each line.
     """
     lines = []
-    for label, of in (("CPU models", _cpu_of), ("math libraries", _libm_of), ("CUDA devices", _devices_of)):
+    for label, of in (
+        ("CPU models", _cpu_of),
+        ("math libraries", _libm_of),
+        ("CUDA devices", _devices_of),
+        ("versions", _versions_of),
+    ):
         found: dict[str, list[str]] = {}
         for host in hosts:
             for kind in of(host):
-                found.setdefault(kind, []).append(str(host.get("host", "unknown")))
+                found.setdefault(kind, []).append(str(host.get("endpoint") or host.get("host", "unknown")))
         if len(found) > 1:
             parts = (f"{kind} on {_some(names)}" for kind, names in sorted(found.items()))
-            lines.append(f"the ranks of this run have different {label}: {'; '.join(parts)}")
+            rows = "a model's own exp or cos may depend on which rows they have"
+            lines.append(f"{whose} different {label}: {'; '.join(parts)}; {rows}")
     return lines
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _versions_of(host: Mapping[str, Any]) -> list[str]:
+    """Return what compiled code depends on, in words; ranks whose versions differ are not let start."""
+    known = host.get("versions")
+    return [] if known is None else [", ".join(f"{name} {known.get(name, 'none')}" for name in _COMPILING)]
 
 
 def _cpu_of(host: Mapping[str, Any]) -> list[str]:

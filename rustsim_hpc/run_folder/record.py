@@ -7,6 +7,7 @@
     fingerprint_scheme, command                        the newest session's job
     ranks, versions, hosts, cpu_models, libm           the newest session's machines; where ranks are on CUDA
                                                        devices, a host has ``devices``: one entry a rank
+    remote_workers                                     its remote workers' machines, once they were spoken to
     lineage                                            null, or parent, run_id, step, fingerprint, changes
     status ("running" | "done" | "stopped" | "failed"), step_index, fingerprint, started, ended
     sessions                                           one entry a process (team) that ran or resumed it
@@ -106,6 +107,7 @@ def begin_session(
         "hosts": hosts,
         "cpu_models": sorted({host["cpu"] for host in hosts}),
         "libm": sorted({" ".join(host["libm"].values()) for host in hosts}),
+        "remote_workers": [],
     }
     time = now()
     record.update(known | machine | {"lineage": lineage, "status": "running", "ended": None})
