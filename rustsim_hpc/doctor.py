@@ -1,7 +1,7 @@
 """What this machine and installation offer: versions, cores, memory, disk, MPI, HDF5, Numba's cache, GPU.
 
-Libraries that can take the process down with them (MPI, HDF5, CUDA) are asked in a process of their own, so
-that one that is broken is a line of the report and not its end.
+Libraries that can take the process down with them (MPI, HDF5, ZeroMQ, CUDA) are asked in a process of their
+own, so that one that is broken is a line of the report and not its end.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ cupy.cuda.get_current_stream().synchronize()
 MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=got, source=0)
 print(json.dumps({"aware": bool((sent == got).all())}))
 """
+_ZMQ_PROBE: Final = """
+import json, zmq
+print(json.dumps({"library": f"libzmq {zmq.zmq_version()}", "curve": bool(zmq.has("curve"))}))
+"""
 _COMPILER_PROBE: Final = """
 import json
 from rustsim_hpc.kernels.cuda_compile import why_no_compiler
@@ -86,6 +90,7 @@ def examine(folder: Path | None = None) -> Report:
         "machine": _machine(),
         "disk": _disk(folder or Path.cwd(), problems),
         "mpi": _mpi(problems),
+        "remote workers": _remote(problems),
         "hdf5": _hdf5(problems),
         "numba": _numba(problems),
         "gpu": _gpu(),
@@ -233,6 +238,21 @@ def _family(text: str) -> str:
     if "open mpi" in lowered or "openrte" in lowered:
         return "Open MPI"
     return "MPICH" if "hydra" in lowered or "mpich" in lowered else "unknown"
+
+
+def _remote(problems: dict[str, str]) -> dict[str, Any]:
+    """Return whether remote workers can be used, and beyond this machine: that takes CURVE."""
+    if _version("pyzmq") is None:
+        return {"pyzmq": 'not installed (pip install "rustsim-hpc[remote]")'}
+    found, failure = _probe(_ZMQ_PROBE)
+    if failure:
+        problems["pyzmq"] = f"{failure}; pip install --force-reinstall pyzmq"
+    elif not found["curve"]:
+        problems["pyzmq"] = (
+            "built without CURVE, so remote workers cannot be used: pip install --force-reinstall pyzmq "
+            "takes the wheel, which has it"
+        )
+    return {"pyzmq": _version("pyzmq"), **found}
 
 
 def _hdf5(problems: dict[str, str]) -> dict[str, Any]:

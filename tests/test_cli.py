@@ -291,7 +291,19 @@ def test_doctor(call: Call) -> None:
     code, out, _ = call("doctor", "--json")
     assert code == 0
     report = json.loads(out)
-    assert set(report) == {"python", "packages", "machine", "disk", "mpi", "hdf5", "numba", "gpu", "problems"}
+    sections = (
+        "python",
+        "packages",
+        "machine",
+        "disk",
+        "mpi",
+        "remote workers",
+        "hdf5",
+        "numba",
+        "gpu",
+        "problems",
+    )
+    assert tuple(report) == sections
     assert "rustsim-hpc" in call("doctor")[1]
 
 

@@ -49,6 +49,30 @@ def test_crossed_mpi_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "cannot load MPI library" in (doctor._mpi(problems), problems["mpi4py"])[1]
 
 
+def test_remote_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda _: "27.3.0")
+    problems: dict[str, str] = {}
+    monkeypatch.setattr(doctor, "_probe", lambda _: ({"library": "libzmq 4.3.5", "curve": True}, ""))
+    assert doctor._remote(problems) == {"pyzmq": "27.3.0", "library": "libzmq 4.3.5", "curve": True}
+    assert problems == {}
+    monkeypatch.setattr(doctor, "_probe", lambda _: ({"library": "libzmq 4.3.5", "curve": False}, ""))
+    assert doctor._remote(problems)["curve"] is False
+    assert problems.pop("pyzmq").startswith("built without CURVE")
+    monkeypatch.setattr(doctor, "_probe", lambda _: ({}, "ImportError: libzmq.so.5"))
+    assert doctor._remote(problems) == {"pyzmq": "27.3.0"}
+    assert "ImportError: libzmq.so.5" in problems["pyzmq"]
+    monkeypatch.setattr(doctor, "_version", lambda _: None)
+    assert "rustsim-hpc[remote]" in doctor._remote(problems)["pyzmq"]
+
+
+def test_real_remote_workers() -> None:
+    zmq = pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]'")
+    found = doctor.examine()["remote workers"]
+    assert found["pyzmq"] == zmq.__version__
+    assert found["library"] == f"libzmq {zmq.zmq_version()}"
+    assert found["curve"] == bool(zmq.has("curve"))
+
+
 def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/nowhere")
     problems: dict[str, str] = {}
