@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,7 +14,8 @@ from storage_cases import ALL, bounds, cut, header_of, same_bits, state
 from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
 
-from rustsim_hpc.errors import CheckpointFileError, JobError
+from rustsim_hpc.errors import CheckpointFileError, ColumnMemoryError, JobError
+from rustsim_hpc.proof.fingerprint import StateView
 from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.state.schema import Column, Schema
 from rustsim_hpc.storage import (
@@ -35,7 +37,9 @@ from rustsim_hpc.storage import (
     verify,
     write_checkpoint,
 )
+from rustsim_hpc.storage import proof as proof_module
 from rustsim_hpc.storage import reading as reading_module
+from rustsim_hpc.storage import restoring as restoring_module
 from rustsim_hpc.storage.proof import BLOCK_BYTES, Manifest, parse_manifest, render_manifest
 
 
@@ -51,6 +55,13 @@ def write(
 
     run_ranks(size, rank)
     return header
+
+
+def write_all(folder: Path, view: StateView, schema: Schema, size: int) -> Path:
+    """Write a whole state by `size` ranks; return its path."""
+    header = header_of(view, schema)
+    shares = [cut(view, *bounds(view.rows, size, rank)) for rank in range(size)]
+    return run_ranks(size, lambda team: write_checkpoint(folder, header, shares[team.rank], team))[0]
 
 
 def whole(header: CheckpointHeader) -> tuple[int, int]:
@@ -478,10 +489,14 @@ def test_values_that_hdf5_reads_otherwise_are_refused(
     path, read_file = checkpoint_path(tmp_path, 100), reading_module.read_file
 
     def misread(
-        file: Path, header: CheckpointHeader, start: int, out: dict[int, np.ndarray], at: int
+        file: Path, header: CheckpointHeader, start: int, out: dict[int, np.ndarray], at: int, done: Any
     ) -> None:
-        read_file(file, header, start, out, at)
-        out[1][3] ^= 1
+        def also_wrong(index: int, first: int, end: int) -> None:
+            if index == 1:
+                out[1][3] ^= 1
+            done(index, first, end)
+
+        read_file(file, header, start, out, at, also_wrong)
 
     monkeypatch.setattr(reading_module, "read_file", misread)
     refuse(path, "what was read of state is not what was written")
@@ -506,7 +521,7 @@ def test_any_bytes_as_a_proof_are_refused(tmp_path: Path, data: bytes) -> None:
 def test_a_checkpoint_is_verified_piece_by_piece(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading_module, "_PIECE_ROWS", 7)
+    monkeypatch.setattr(restoring_module, "_PIECE_ROWS", 7)
     view = state(100, ALL, custom_ids=True)
     header = header_of(view, ALL, scheme)
     path = run_ranks(
@@ -670,6 +685,73 @@ def test_two_bad_ones_of_the_same_step_have_two_names(tmp_path: Path) -> None:
         names.append(move_aside(checkpoint_path(tmp_path, 100), "why not").name)
     assert names == [f"step_0000000100.h5.bad{number}" for number in ("", "2", "3")]
     assert (tmp_path / "step_0000000100.proof.json.bad3").exists()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("custom_ids", [True, False])
+def test_rows_are_read_to_where_they_stay(tmp_path: Path, size: int, custom_ids: bool) -> None:
+    given = state(100, ALL, custom_ids=custom_ids)
+    path = write_all(tmp_path, given, ALL, 2)
+
+    def rank(team: Team) -> None:
+        mine = bounds(100, size, team.rank)
+        rooms: list[StateView] = []
+
+        def room_for(header: CheckpointHeader, start: int, stop: int) -> StateView:
+            rooms.append(restoring_module.fresh_room(header, start, stop))
+            return rooms[-1]
+
+        found = load(path, team, lambda header: mine, room_for)
+        assert found.rows is rooms[0]
+        assert same_bits(rooms[0], cut(given, *mine))
+
+    run_ranks(size, rank)
+
+
+def test_threads_that_find_memory_beside_the_proof_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 9 * BLOCK_BYTES // 16
+    monkeypatch.setattr(proof_module, "_THREADED_BLOCKS", 1)
+    schema = Schema((Column("x", "float64"), Column("flag", "bool")))
+    given = state(rows, schema, seed=5)
+    path = write_all(tmp_path, given, schema, 1)
+    assert same_bits(load(path, SoloTeam(), lambda header: (0, rows)).rows, given)
+    parts = [(0, rows // 3 + 1), (rows // 3 + 1, rows - 5), (rows - 5, rows)]
+
+    def rank(team: Team) -> None:
+        found = load(path, team, lambda header: parts[team.rank])
+        assert same_bits(found.rows, cut(given, *parts[team.rank]))
+
+    run_ranks(3, rank)
+    with path.open("r+b") as file:
+        file.seek(-BLOCK_BYTES // 2, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 64]))
+    refuse(path, "are not those that were written")
+
+
+def test_room_that_cannot_be_had_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
+    write(tmp_path, 8, 2)
+    path = checkpoint_path(tmp_path, 100)
+
+    def rank(team: Team) -> int | None:
+        def room_for(header: CheckpointHeader, start: int, stop: int) -> StateView:
+            if team.rank == 1:
+                raise ColumnMemoryError("no more")
+            return restoring_module.fresh_room(header, start, stop)
+
+        with pytest.raises(ColumnMemoryError, match="no more") as caught:
+            load(path, team, lambda header: bounds(8, 2, team.rank), room_for)
+        return caught.value.rank
+
+    assert run_ranks(2, rank) == [1, 1]
+    # A file that does not hold is told first: it is to be moved aside, whoever asks for it.
+    with path.open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(CheckpointFileError, match="are not those that were written"):
+        run_ranks(2, rank)
 
 
 def test_a_failure_to_read_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:

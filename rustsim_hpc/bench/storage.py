@@ -19,7 +19,7 @@ from rustsim_hpc.bench.setting import MODELS, Size
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage.header import CheckpointHeader
-from rustsim_hpc.storage.reading import load_newest
+from rustsim_hpc.storage.restoring import load_newest
 from rustsim_hpc.storage.writer import CheckpointWriter
 
 Array = np.ndarray[Any, Any]

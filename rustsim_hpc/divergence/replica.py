@@ -21,7 +21,7 @@ from rustsim_hpc.errors import CheckpointFileError, ColumnMemoryError
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job.plan import rank_part, size, worker_count
 from rustsim_hpc.job.prepared import Prepared, prepare
-from rustsim_hpc.job.restored import forked_rows, restored_store
+from rustsim_hpc.job.restored import RestoredStore, forked_rows
 from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.proof.fingerprint import digest_value, fnv1a_bytes, fnv1a_header, fnv1a_ids, fnv1a_names
 from rustsim_hpc.proof.replay import ReplayMode
@@ -31,7 +31,7 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionPlan
 from rustsim_hpc.storage.header import CheckpointHeader
-from rustsim_hpc.storage.reading import load
+from rustsim_hpc.storage.restoring import load
 
 Beat = Callable[[str, int], None]
 
@@ -209,8 +209,9 @@ class Bench:
         return Replica(side, prepared, store, 0)
 
     def _restored(self, prepared: Prepared, path: Path) -> DeviceSoaStore:
-        loaded = load(path, self.team, lambda header: forked_rows(prepared, header))
-        return on_all(self.team, lambda: restored_store(prepared, loaded))
+        restored = RestoredStore(prepared)
+        load(path, self.team, lambda header: forked_rows(prepared, header), restored.room_for)
+        return restored.take()
 
 
 def checkpoint_rows(path: Path, team: Team) -> Rows:

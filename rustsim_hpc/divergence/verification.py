@@ -40,7 +40,7 @@ from rustsim_hpc.errors import (
 from rustsim_hpc.job.keys import JobSpec, ReplayTable
 from rustsim_hpc.job.prepared import Prepared, cut_of, device_of, executor_of, prepare
 from rustsim_hpc.job.progress import Progress
-from rustsim_hpc.job.restored import forked_rows, restored_store
+from rustsim_hpc.job.restored import RestoredStore, forked_rows
 from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.job.watchdog import Watchdog
@@ -51,7 +51,7 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_host, host_facts, versions
 from rustsim_hpc.run_folder.folder import DIVERGENCE
 from rustsim_hpc.state.columns import DeviceSoaStore
-from rustsim_hpc.storage.reading import load
+from rustsim_hpc.storage.restoring import load
 
 EXIT_DIFFERENT: Final = 4
 
@@ -248,8 +248,9 @@ def _first_state(prepared: Prepared, own: RunSide) -> tuple[DeviceSoaStore, int]
     path = dict(own.checkpoints).get(own.origin)
     if path is None:
         raise CheckpointFileError(f"{own.name} cannot be run again: {own.why_not}", damaged=False)
-    loaded = load(path, team, lambda header: forked_rows(prepared, header))
-    return on_all(team, lambda: restored_store(prepared, loaded)), own.origin
+    restored = RestoredStore(prepared)
+    load(path, team, lambda header: forked_rows(prepared, header), restored.room_for)
+    return restored.take(), own.origin
 
 
 def _plane(prepared: Prepared, store: DeviceSoaStore, step: int, log: ReplayLog) -> EngineControlPlane:

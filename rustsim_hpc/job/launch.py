@@ -18,11 +18,11 @@ from rustsim_hpc.job.loop import JobRun, LoopResult
 from rustsim_hpc.job.plan import RunPlan, partition_count, plan_run, worker_count
 from rustsim_hpc.job.prepared import Prepared, bind, cut_of, executor_of, facts, prepare, replay_mode
 from rustsim_hpc.job.restored import (
+    RestoredStore,
     forked_rows,
     last_sequence,
     lineage_of,
     machine_differences,
-    restored_store,
     rows_for,
     set_aside_later,
 )
@@ -39,7 +39,8 @@ from rustsim_hpc.run_folder.folder import RunFolder, fresh_folder
 from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.storage.folder import move_aside, sweep
-from rustsim_hpc.storage.reading import load_newest, on_first_rank
+from rustsim_hpc.storage.reading import on_first_rank
+from rustsim_hpc.storage.restoring import load_newest
 
 EXIT_FAILED: Final = 3
 """Exit code after an error that nobody expected."""
@@ -93,17 +94,19 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
         aside = move_aside(path, reason)
         _say(team, f"warning: {path.name} does not prove itself and was moved aside ({aside.name}): {reason}")
 
-    loaded = load_newest(folder.checkpoints, team, lambda header: rows_for(prepared, header), at, reject)
+    restored = RestoredStore(prepared)
+    loaded = load_newest(
+        folder.checkpoints, team, lambda header: rows_for(prepared, header), at, reject, restored.room_for
+    )
     if loaded is None:
         return _first_store(prepared), None
     step = loaded.header.step_index
     if at is not None:
         on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
-    store = on_all(team, lambda: restored_store(prepared, loaded))
     on_all(team, lambda: folder.update(session={"resumed_from": step}))
     for line in machine_differences(folder):
         _say(team, f"warning: {line}")
-    return store, step
+    return restored.take(), step
 
 
 def fork_run(
@@ -140,13 +143,19 @@ def _parents_store(
     def reject(path: Path, reason: str) -> None:
         _say(team, f"warning: {path.name} of the parent does not prove itself and is passed over: {reason}")
 
+    restored = RestoredStore(prepared)
     loaded = load_newest(
-        parent / "checkpoints", team, lambda header: forked_rows(prepared, header), at, reject
+        parent / "checkpoints",
+        team,
+        lambda header: forked_rows(prepared, header),
+        at,
+        reject,
+        restored.room_for,
     )
     if loaded is None:
         raise CheckpointFileError(f"{parent} has no checkpoint to start from", damaged=False)
     lineage = on_all(team, lambda: lineage_of(parent, prepared.spec, loaded))
-    return on_all(team, lambda: restored_store(prepared, loaded)), loaded.header.step_index, lineage
+    return restored.take(), loaded.header.step_index, lineage
 
 
 def plan_job(spec: JobSpec, ranks: int) -> RunPlan:

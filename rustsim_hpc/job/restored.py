@@ -10,7 +10,7 @@ from typing import Any
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
-from rustsim_hpc.proof.fingerprint import hex64
+from rustsim_hpc.proof.fingerprint import StateView, hex64
 from rustsim_hpc.run_folder.environment import differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.run_folder.reader import open_run
@@ -18,7 +18,8 @@ from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.memory import ColumnMemory
 from rustsim_hpc.storage.folder import list_checkpoints, move_aside, step_of
 from rustsim_hpc.storage.header import CheckpointHeader
-from rustsim_hpc.storage.reading import LoadedCheckpoint, read_header
+from rustsim_hpc.storage.reading import read_header
+from rustsim_hpc.storage.restoring import LoadedCheckpoint
 
 
 def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
@@ -105,13 +106,40 @@ def _flat(job: dict[str, Any]) -> dict[str, Any]:
     return {f"{table}.{key}": value for table, keys in job.items() for key, value in keys.items()}
 
 
-def restored_store(prepared: Prepared, loaded: LoadedCheckpoint) -> DeviceSoaStore:
-    """Return a store of this rank's rows of a checkpoint."""
-    view, part = loaded.rows, prepared.part
-    rows = part.row_stop - part.row_start
-    memory = ColumnMemory(prepared.model.schema, rows, prepared.kind, with_ids=view.ids is not None)
-    for column, values in enumerate(view.columns):
-        memory.current(column)[:] = values
-    if view.ids is not None and memory.ids is not None:
-        memory.ids[:] = view.ids
-    return DeviceSoaStore(memory, row_offset=part.row_start, total_rows=prepared.spec.run.agents)
+class RestoredStore:
+    """The store that a checkpoint is read into, made once the checkpoint's header is known.
+
+    Args:
+        prepared: the job that it is for.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._store: DeviceSoaStore | None = None
+
+    def room_for(self, header: CheckpointHeader, start: int, stop: int) -> StateView:
+        """Return the store's arrays for rows [start, stop) of a checkpoint; those of the attempt before go.
+
+        Raises:
+            ColumnMemoryError: the memory cannot be had.
+        """
+        if self._store is not None:
+            self._store.close()
+        schema, ids = self._prepared.model.schema, not header.default_ids
+        memory = ColumnMemory(schema, stop - start, self._prepared.kind, with_ids=ids)
+        self._store = store = DeviceSoaStore(memory, row_offset=start, total_rows=header.rows)
+        return StateView(
+            step_index=header.step_index,
+            rows=header.rows,
+            names=store.column_names,
+            ids=memory.ids,
+            columns=store.columns,
+            row_offset=start,
+            local_rows=stop - start,
+        )
+
+    def take(self) -> DeviceSoaStore:
+        """Return the store, which holds what has been read into it."""
+        if self._store is None:
+            raise AssertionError("no checkpoint was read")
+        return self._store

@@ -1,8 +1,8 @@
 """Checkpoints as files: one logical HDF5 file, written by all ranks, proved before and after reading.
 
 docs/checkpoint_format.md has the tree and the rules. `header` says what a checkpoint tells of itself,
-`proof` has the checksums, `hdf5` the tree, `folder` the names and the publishing, `reading` and `writer`
-what others call.
+`proof` has the checksums, `hdf5` the tree, `folder` the names and the publishing, `reading`, `restoring`
+and `writer` what others call.
 """
 
 from rustsim_hpc.storage.folder import (
@@ -17,15 +17,8 @@ from rustsim_hpc.storage.folder import (
 )
 from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, LAYOUTS, CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.proof import Manifest, proof_path
-from rustsim_hpc.storage.reading import (
-    LoadedCheckpoint,
-    load,
-    load_newest,
-    prove,
-    read_header,
-    read_rows,
-    verify,
-)
+from rustsim_hpc.storage.reading import prove, read_header, read_rows
+from rustsim_hpc.storage.restoring import LoadedCheckpoint, load, load_newest, verify
 from rustsim_hpc.storage.writer import CheckpointWriter, write_checkpoint
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,12 +301,17 @@ def create_dataset(
 
 
 def read_file(
-    path: Path, header: CheckpointHeader, start: int, out: dict[int, NDArray[Any]], at: int
+    path: Path,
+    header: CheckpointHeader,
+    start: int,
+    out: Mapping[int, NDArray[Any]],
+    at: int,
+    done: Callable[[int, int, int], object] | None = None,
 ) -> None:
     """Read rows of a proven file into arrays. start: first row wanted, counted in the file.
 
     out: array of each column wanted (-1: the ids); filled from element `at` on, with as many rows as fit
-    the file.
+    the file. done: called with a column and the elements [first, end) of its array, once they are there.
 
     Raises:
         CheckpointFileError: the file lacks a column, or has it in another form.
@@ -330,6 +335,8 @@ def read_file(
                     count = min(len(dataset) - start, len(out[index]) - at)
                     if count > 0:
                         dataset.read_direct(out[index], np.s_[start : start + count], np.s_[at : at + count])
+                        if done is not None:
+                            done(index, at, at + count)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             if isinstance(error, CheckpointFileError):
                 raise

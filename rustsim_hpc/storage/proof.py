@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +29,8 @@ _NECK = b'",\n "proof": '
 _TAIL = b"}\n"
 _HEX = 32
 _THREADED_BLOCKS = 16
+# Small enough to stay in a core's cache between being read and being hashed.
+_READ_BYTES = 1 << 20
 # Not the content is wrong, but it could not be reached; what these say of a disk's content, nobody knows.
 _OUT_OF_REACH = {
     errno.EACCES,
@@ -228,19 +230,22 @@ def hash_blocks(path: Path, first: int, last: int) -> list[str]:
         try:
             size = os.fstat(descriptor).st_size
             # Not mapped into memory: a file that is cut meanwhile would end the process.
-            buffer = memoryview(bytearray(BLOCK_BYTES))
+            buffer = memoryview(bytearray(_READ_BYTES))
             for block in range(first, last):
                 offset = block * BLOCK_BYTES
-                length = min(BLOCK_BYTES, size - offset)
-                got = 0
-                while got < length:
-                    count = os.preadv(descriptor, [buffer[got:length]], offset + got)
+                end = min(offset + BLOCK_BYTES, size)
+                checksum = xxhash.xxh3_128()
+                while offset < end:
+                    count = os.preadv(descriptor, [buffer[: end - offset]], offset)
                     if count == 0:
                         break
-                    got += count
-                if got == 0 or got < length:
-                    raise CheckpointFileError(message=f"{path}: it ends at byte {offset + got}: it was cut")
-                found.append(xxhash.xxh3_128_hexdigest(buffer[:got]))
+                    checksum.update(buffer[:count])
+                    offset += count
+                if offset < end or end <= block * BLOCK_BYTES:
+                    raise CheckpointFileError(
+                        message=f"{path}: it ends at byte {min(offset, end)}: it was cut"
+                    )
+                found.append(checksum.hexdigest())
         finally:
             os.close(descriptor)
     return found
@@ -268,8 +273,13 @@ def check_size(folder: Path, file: FileProof) -> None:
         )
 
 
-def check_blocks(folder: Path, work: list[tuple[FileProof, int, int]]) -> None:
-    """Compare blocks of files with their proof. work: files with first and last (exclusive) block.
+def check_blocks(
+    folder: Path, work: list[tuple[FileProof, int, int]], beside: Sequence[Callable[[], object]] = ()
+) -> None:
+    """Compare blocks of files with their proof.
+
+    work: files with first and last (exclusive) block. beside: what the same threads may do at the same time;
+    not done without threads.
 
     Raises:
         CheckpointFileError: one differs; the first in the order given.
@@ -296,5 +306,8 @@ def check_blocks(folder: Path, work: list[tuple[FileProof, int, int]]) -> None:
             check(piece)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="rustsim-proof") as pool:
+        more = [pool.submit(call) for call in beside]
         for _ in pool.map(check, pieces):
             pass
+        for call in more:
+            call.result()
