@@ -76,7 +76,7 @@ class FakeCupy(types.ModuleType):
 
             def __init__(self, null=False, non_blocking=False):
                 assert non_blocking, "the legacy stream would wait for everything"
-                self.ptr = Stream.made % 2
+                self.ptr = Stream.made % 3
                 Stream.made += 1
 
             def __enter__(self):
@@ -86,7 +86,7 @@ class FakeCupy(types.ModuleType):
                 return None
 
             def synchronize(self):
-                typed(standin.synchronise)
+                typed(standin.synchronise, self.ptr)
 
             def record(self):
                 return Event(self.ptr)
@@ -100,7 +100,10 @@ class FakeCupy(types.ModuleType):
                 self.mark = typed(standin.mark) if stream == 0 else None
 
             def synchronize(self):
-                typed(standin.synchronise) if self.mark is None else typed(standin.wait, self.mark)
+                if self.mark is None:
+                    typed(standin.synchronise, self.stream)
+                else:
+                    typed(standin.wait, self.mark)
 
         def memcpy_async(target, source, size, kind, stream):
             if kind == HOST_TO_DEVICE:

@@ -6,6 +6,7 @@ memory holds garbage until written, and buffers are not arrays. Kernels are PTX,
 """
 
 import random
+import threading
 import time
 from contextlib import contextmanager
 
@@ -68,9 +69,10 @@ class StandInDevice:
         self.images = []
         self.live = {}
         self._memory = np.full(capacity, 0xA5, np.uint8)
-        self._queues = [[], []]
-        self._tickets = [0, 0]  # how many operations were ever queued on each stream
-        self._done = [0, 0]
+        self._queues = [[], [], []]
+        self._tickets = [0, 0, 0]  # how many operations were ever queued on each stream
+        self._done = [0, 0, 0]
+        self._lock = threading.RLock()
         self._choice = random.Random(seed)
         self._pinned = []
         self._marks = []
@@ -121,7 +123,7 @@ class StandInDevice:
         bytes_, where = data.reshape(-1).view(np.uint8).copy(), self._range(buffer)
         self._queue(0, lambda: self._write(where.start, bytes_))
 
-    def download(self, buffer, out):
+    def download(self, buffer, out, stream=1):
         self._fault("download")
         self._require(buffer, out.nbytes)
         if not out.flags.c_contiguous or not out.flags.writeable:
@@ -129,7 +131,9 @@ class StandInDevice:
         target = out.reshape(-1).view(np.uint8)
         target[...] = 0x5A  # what the host must not look at yet
         start = self._range(buffer).start
-        self._queue(1, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size]))
+        self._queue(
+            stream, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size])
+        )
 
     def copy(self, source, target):
         self._fault("copy")
@@ -209,11 +213,13 @@ class StandInDevice:
             raise DeviceError(f"device {self.ordinal}: {error}") from error
 
     def order(self, first, then):
-        self._queues[then].append(("wait", first, self._tickets[first]))
+        with self._lock:
+            self._queues[then].append(("wait", first, self._tickets[first]))
 
     def _queue(self, stream, operation):
-        self._tickets[stream] += 1
-        self._queues[stream].append(("do", operation))
+        with self._lock:
+            self._tickets[stream] += 1
+            self._queues[stream].append(("do", operation))
 
     def mark(self):
         mark = Mark()
@@ -238,14 +244,18 @@ class StandInDevice:
         """Whether launches are queued that have not been made."""
         return self._launched > self._made
 
-    def synchronise(self):
+    def synchronise(self, *streams):
         self._fault("synchronise")
-        self._drain()
+        self._drain(streams or (0, 1))
 
-    def _drain(self, until=None):
-        """Run what is queued, up to a mark if it says so: the streams in turn, as chance has it."""
-        while any(self._queues) and (until is None or until.reached is None):
-            ready = [stream for stream in (0, 1) if self._is_ready(stream)]
+    def _drain(self, streams=(0, 1, 2), until=None):
+        """Run what is queued on streams, or up to a mark: all streams in turn, as chance has it."""
+        with self._lock:
+            self._drain_alone(streams, until)
+
+    def _drain_alone(self, streams, until):
+        while any(self._queues[k] for k in streams) and (until is None or until.reached is None):
+            ready = [stream for stream in (0, 1, 2) if self._is_ready(stream)]
             stream = self._choice.choice(ready)
             what = self._queues[stream].pop(0)
             if what[0] == "do":

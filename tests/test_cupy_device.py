@@ -12,7 +12,7 @@ import rustsim_hpc as rs
 from rustsim_hpc import errors
 from rustsim_hpc.state import cuda_found, cupy_device
 from rustsim_hpc.state.cupy_device import CupyDevice
-from rustsim_hpc.state.device import COMPUTE, TRANSFER
+from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER
 
 pytestmark = needs_compiler
 
@@ -101,6 +101,19 @@ def test_data_larger_than_the_pinned_buffers(cupy, monkeypatch, size):
     for buffer in buffers:
         made.release(buffer)
     assert not cupy.standin.live
+
+
+def test_a_download_beside_the_steps_has_a_stream_of_its_own(cupy, monkeypatch):
+    monkeypatch.setattr(cupy_device, "_PINNED_BYTES", 1000)
+    made = CupyDevice(0)
+    data = np.random.default_rng(1).integers(0, 256, 5003, np.uint8)
+    buffer, out = made.allocate(data.nbytes), np.zeros_like(data)
+    made.upload(buffer, data)
+    made.order(COMPUTE, ASIDE)
+    made.upload(made.allocate(8), np.zeros(1))  # queued on, and not waited for
+    made.download(buffer, out, ASIDE)
+    made.synchronise(ASIDE)
+    assert np.array_equal(out, data)
 
 
 def test_small_uploads_wait_for_none_before_them(cupy):

@@ -161,9 +161,7 @@ class ColumnarRuntime:
         Raises:
             ExecutorError: rows are with a worker that is lost, and cannot be made again.
         """
-        keeper = self._store.memory.keeper
-        if keeper is not None:
-            keeper.refresh()
+        self._store.memory.refresh()
 
     def add_cpu_phase(self, name: str, fn: object) -> None:
         """Add a phase ``fn(context, columns, rows)`` that runs over all rows of this rank.

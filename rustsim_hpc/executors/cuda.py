@@ -6,13 +6,17 @@ plan run in the calling thread. The rank's own memory is a mirror, brought up to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, ExecutorError, RustsimError, Worker
 from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResult, describe
-from rustsim_hpc.executors.device_columns import Place, needed_bytes
+from rustsim_hpc.executors.device_columns import CopyAside, Place, needed_bytes
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, Segment
@@ -25,6 +29,7 @@ from rustsim_hpc.state.partition import PartitionExecutionBackend, PartitionId
 if TYPE_CHECKING:
     from rustsim_hpc.executors.device_run import DeviceRun
 
+Array = np.ndarray[Any, Any]
 CudaDevice = PartitionExecutionBackend.CudaDevice
 
 
@@ -51,6 +56,7 @@ class CudaSession:
         self._here: list[PartitionRun] = []
         self._stages = StageCache(work)
         self._lost: RustsimError | None = None
+        self._warned = False
         self._require_room(devices)
         for place, task in enumerate(work.tasks):
             if not isinstance(task.backend, CudaDevice):
@@ -142,14 +148,55 @@ class CudaSession:
         side = int(memory.parity[column]) ^ int(other)
         return fnv1a_bytes(state, memory.array(column, side))
 
+    def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
+        """Copy the current values within the devices; return what brings them here, beside the steps.
+
+        Where a device has no room for that, its values are brought here at once, and a warning says so.
+
+        Raises:
+            ExecutorError: a device has failed.
+        """
+        if self._lost is not None:
+            raise self._lost
+        memory = self.work.memory
+        under_way: list[tuple[DeviceRun, CopyAside]] = []
+        for run in self._here:
+            rows = slice(run.task.start, run.task.stop)
+            for values, place in zip(out, memory.places(), strict=True):
+                np.copyto(values[rows], place[rows])
+        for run in self._on_devices:
+            own = [values[run.task.start : run.task.stop] for values in out]
+            try:
+                under_way.append((run, run.columns.copy_aside(own)))
+            except DeviceMemoryError as error:
+                self._warn_of_waiting(error)
+                self._asked(run, partial(run.columns.copy_now, own))
+            except DeviceError as error:
+                raise _of_worker(run.task, error) from error
+
+        def finish() -> None:
+            for run, copy in under_way:
+                self._asked(run, copy.finish)
+
+        return finish
+
+    def _warn_of_waiting(self, error: DeviceMemoryError) -> None:
+        if not self._warned:
+            self._warned = True
+            text = f"{error}; steps wait while checkpoints are brought to the host"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _asked(self, run: DeviceRun, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except DeviceError as error:
+            raise _of_worker(run.task, error) from error
+
     def _fetch(self, sides: Iterable[tuple[int, int]]) -> None:
         memory = self.work.memory
         places: list[Place] = [(column, int(memory.parity[column]) ^ side) for column, side in sides]
         for run in self._on_devices:
-            try:
-                run.columns.fetch(places)
-            except DeviceError as error:
-                raise _of_worker(run.task, error) from error
+            self._asked(run, partial(run.columns.fetch, places))
 
     def close(self) -> None:
         """Bring the state here and give the devices' memory back; calling it again does nothing.

@@ -7,19 +7,58 @@ kernel reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.errors import RustsimError
 from rustsim_hpc.executors.work import Task, Work
-from rustsim_hpc.state.device import COMPUTE, TRANSFER, Buffer, Device
+from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER, Buffer, Device
 from rustsim_hpc.state.memory import ColumnMemory
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]
 """A column and one of its two buffers, by the buffer's own number: which is current, parity says."""
+
+
+class CopyAside:
+    """Copies on a device that are on their way here, brought by who first waits for them.
+
+    Args:
+        device: where they are.
+        parts: each copy, and the array that it goes to.
+    """
+
+    def __init__(self, device: Device, parts: list[tuple[Buffer, Array]]) -> None:
+        self._device, self._parts = device, parts
+        self._lock = threading.Lock()
+        self._error: RustsimError | None = None
+
+    def finish(self) -> None:
+        """Wait until they are here. Any thread may call this, and again.
+
+        Raises:
+            DeviceError: the device has failed; so it is told to everyone who waits.
+        """
+        with self._lock:
+            parts, self._parts = self._parts, []
+            try:
+                for buffer, out in parts:
+                    self._device.download(buffer, out, ASIDE)
+                if parts:
+                    self._device.synchronise(ASIDE)
+            except RustsimError as error:
+                self._error = error
+            if self._error is not None:
+                raise self._error
+
+    def settle(self) -> None:
+        """Wait until nothing of it is under way, however it ends."""
+        with suppress(RustsimError):
+            self.finish()
 
 
 def needed_bytes(work: Work, task: Task) -> int:
@@ -53,6 +92,8 @@ class DeviceColumns:
         self._good_there: set[Place] = set()
         self._behind_here: set[Place] = set()
         self._held: list[Buffer] = []
+        self._spare: dict[int, Buffer] = {}
+        self._aside: CopyAside | None = None
         rows = task.stop - task.start
         sizes = [rows * dtype.itemsize for dtype in self._memory.schema.dtypes]
         try:
@@ -128,11 +169,69 @@ class DeviceColumns:
         self.device.synchronise()
         self._behind_here.difference_update(behind)
 
+    def copy_aside(self, out: Sequence[Array]) -> CopyAside:
+        """Copy the current sides within the device, to be brought to arrays beside the steps that follow.
+
+        What is not behind here is copied here and now. The copies on the device stay for the next time.
+
+        Args:
+            out: for each column the rows of this partition, contiguous.
+
+        Raises:
+            DeviceMemoryError: there is no room for the copies; nothing is taken.
+            DeviceError: the device has failed.
+        """
+        if self._aside is not None:
+            self._aside.settle()  # it has the copies that are made anew
+        places = [self.place(column, 0) for column in range(len(out))]
+        behind = [place for place in places if place in self._behind_here]
+        self._make_spare([column for column, _ in behind])
+        parts = []
+        for place, values in zip(places, out, strict=True):
+            if place not in behind:
+                np.copyto(values, self._here(place))
+                continue
+            spare = self._spare[place[0]]
+            self.device.copy(self._buffers[place], spare)
+            self.moved[1] += values.nbytes
+            parts.append((spare, values))
+        if parts:
+            self.device.order(COMPUTE, ASIDE)
+        self._aside = CopyAside(self.device, parts)
+        return self._aside
+
+    def _make_spare(self, columns: Sequence[int]) -> None:
+        made: list[int] = []
+        try:
+            for column in columns:
+                if column not in self._spare:
+                    self._spare[column] = self.hold(self.of(column, 0).nbytes)
+                    made.append(column)
+        except RustsimError:
+            for column in made:
+                self.let_go(self._spare.pop(column))
+            raise
+
+    def copy_now(self, out: Sequence[Array]) -> None:
+        """Bring the current sides here, and copy them.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        places = [self.place(column, 0) for column in range(len(out))]
+        self.fetch(places)
+        for place, values in zip(places, out, strict=True):
+            np.copyto(values, self._here(place))
+
     def _here(self, place: Place) -> Array:
         return self._memory.array(*place)[self._rows]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back; what is copied aside comes here first."""
+        if self._aside is not None:
+            self._aside.settle()
+            self._aside = None
+        self._spare.clear()
         for buffer in self._held:
             self.device.release(buffer)
         self._held.clear()

@@ -117,7 +117,7 @@ class JobCheckpoints:
             model={"module": self._spec.model.module, "identity": self._model.identity()},
             default_ids=store.default_ids,
         )
-        self._run(lambda: self.writer.submit(header, self._view()))
+        self._run(lambda: self.writer.submit(header, self._view(), store.memory))
         self._last_step = step
         self._last_time = time.monotonic()
 
@@ -173,13 +173,14 @@ class JobCheckpoints:
         return ReplayFingerprint(plane.runtime.step_index, 0, scheme), True
 
     def _view(self) -> StateView:
+        """Return this rank's rows, the columns where they belong: their values may be with a keeper."""
         store = self._plane.runtime.device_store()
         return StateView(
             step_index=self._plane.runtime.step_index,
             rows=store.total_rows,
             names=store.column_names,
             ids=None if store.default_ids else store.ids,
-            columns=store.columns,
+            columns=store.memory.places(),
             row_offset=store.row_offset,
             local_rows=store.agent_count,
         )

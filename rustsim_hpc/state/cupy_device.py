@@ -11,7 +11,7 @@ import numpy as np
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.state.cuda_found import why_no_device
-from rustsim_hpc.state.device import COMPUTE, TRANSFER
+from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER
 from rustsim_hpc.state.schema import Schema
 
 Array = np.ndarray[Any, Any]
@@ -58,8 +58,8 @@ class CupyDevice:
             self.name = facts["name"].decode()
             self.compute_capability = int(facts["major"]), int(facts["minor"])
             self.resident_threads = int(facts["multiProcessorCount"] * facts["maxThreadsPerMultiProcessor"])
-            self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER)]
-        self._large = _Ring(cupy, 2, _PINNED_BYTES)
+            self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER, ASIDE)]
+        self._large = [_Ring(cupy, 2, _PINNED_BYTES) for _ in self._streams]
         self._small = _Ring(cupy, _SMALL_PIECES, _SMALL_BYTES)
         self._modules: list[Any] = []
 
@@ -92,7 +92,7 @@ class CupyDevice:
         """Copy from the host through pinned memory: one piece is filled while another one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyHostToDevice
         stream = self._streams[COMPUTE]
-        ring = self._small if data.nbytes <= _SMALL_BYTES else self._large
+        ring = self._small if data.nbytes <= _SMALL_BYTES else self._large[COMPUTE]
         with self._guard():
             for at, part in ring.cut(data):
                 number, piece = ring.next()
@@ -100,16 +100,16 @@ class CupyDevice:
                 copy(buffer.address + at, piece.ctypes.data, part.size, kind, stream.ptr)
                 ring.busy[number] = stream.record()
 
-    def download(self, buffer: Any, out: Array) -> None:
+    def download(self, buffer: Any, out: Array, stream: int = TRANSFER) -> None:
         """Copy to the host through pinned memory: one piece is emptied while another one is on its way."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyDeviceToHost
-        stream, ring = self._streams[TRANSFER], self._large
+        queue, ring = self._streams[stream], self._large[stream]
         with self._guard():
             before: tuple[Array, int] | None = None
             for at, part in ring.cut(out):
                 number, piece = ring.next()
-                copy(piece.ctypes.data, buffer.address + at, part.size, kind, stream.ptr)
-                ring.busy[number] = stream.record()
+                copy(piece.ctypes.data, buffer.address + at, part.size, kind, queue.ptr)
+                ring.busy[number] = queue.record()
                 if before is not None:
                     ring.empty(*before)
                 before = part, number
@@ -197,11 +197,11 @@ class CupyDevice:
         with self._guard():
             return int(1e6 * self._cupy.cuda.get_elapsed_time(first, then))
 
-    def synchronise(self) -> None:
-        """Wait for both streams."""
+    def synchronise(self, *streams: int) -> None:
+        """Wait for streams."""
         with self._guard():
-            for stream in self._streams:
-                stream.synchronize()
+            for stream in streams or (COMPUTE, TRANSFER):
+                self._streams[stream].synchronize()
 
 
 class _Ring:

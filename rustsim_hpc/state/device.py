@@ -2,7 +2,7 @@
 
 A device has its own address space: a :class:`Buffer` is not an array, and its bytes come and go by `upload`
 and `download` alone, or, a few of them and without a wait, by `give` and `take` through pinned memory. Work
-is queued on one of two streams, each in order; between the two there is no order but what `order` asks for;
+is queued on one of three streams, each in order; between two there is no order but what `order` asks for;
 nothing is known to have happened before `wait` or `synchronise`.
 """
 
@@ -22,6 +22,8 @@ COMPUTE: Final = 0
 """The stream of uploads and launches."""
 TRANSFER: Final = 1
 """The stream of downloads."""
+ASIDE: Final = 2
+"""The stream of downloads that go on beside the steps. A thread of its own may use it."""
 
 
 class Buffer(Protocol):
@@ -81,7 +83,7 @@ class Device(Protocol):
         """Queue a copy to pinned memory, behind what was launched before; never waits."""
         ...
 
-    def download(self, buffer: Buffer, out: Array) -> None:
+    def download(self, buffer: Buffer, out: Array, stream: int = TRANSFER) -> None:
         """Queue a copy to the host (contiguous, writable); it is there after `synchronise`."""
         ...
 
@@ -123,6 +125,6 @@ class Device(Protocol):
         """Return how long the device took from one mark to a later one; both have been waited for."""
         ...
 
-    def synchronise(self) -> None:
-        """Wait until everything queued has happened."""
+    def synchronise(self, *streams: int) -> None:
+        """Wait until everything queued on these streams has happened; without any: on the first two."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from rustsim_hpc.errors import ColumnMemoryError
 from rustsim_hpc.state.backing import Backing, Buffers, Heap, Kind, Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from rustsim_hpc.state.schema import Schema
 
@@ -46,6 +46,18 @@ class Keeper(Protocol):
 
     def fnv1a(self, state: int, column: int, *, other: bool) -> int:
         """Carry a FNV-1a chain on over a column where it is: its current side, or the other one."""
+
+
+@runtime_checkable
+class CopyingKeeper(Keeper, Protocol):
+    """A keeper that can copy the current values while steps go on."""
+
+    def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
+        """See :meth:`ColumnMemory.copy_aside`."""
+
+
+def _nothing() -> None:
+    """Wait for what is done."""
 
 
 def _closed() -> ColumnMemoryError:
@@ -197,6 +209,32 @@ class ColumnMemory:
     def other(self, column: int) -> Array:
         """Return the side of a column that the next step may write."""
         return self.array(column, 1 - int(self.parity[column]))
+
+    def places(self) -> tuple[Array, ...]:
+        """Return where the current values of all columns belong; with a keeper they may not be there."""
+        return tuple(self.array(column, int(side)) for column, side in enumerate(self.parity))
+
+    def refresh(self) -> None:
+        """See to it that the current values are in their places."""
+        if self.keeper is not None:
+            self.keeper.refresh()
+
+    def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
+        """Copy the current values of all columns, as steps may change them as soon as this returns.
+
+        Args:
+            out: for each column an array of its dtype, all rows.
+
+        Returns:
+            What waits until the copy is in ``out``; any thread may call it. Only a keeper leaves something to
+            wait for.
+        """
+        keeper = self.keeper
+        if isinstance(keeper, CopyingKeeper):
+            return keeper.copy_aside(out)
+        for column, values in enumerate(out):
+            np.copyto(values, self.current(column))
+        return _nothing
 
     def take_back(self, user: object = None) -> None:
         """Make the state this memory's own again, unless ``user`` is who keeps it."""

@@ -15,6 +15,7 @@ from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.proof.fingerprint import StateView
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.state.memory import ColumnMemory
 from rustsim_hpc.storage.collective import check_supported, writes_together
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.sinks import Abandoned
@@ -101,21 +102,28 @@ class CheckpointWriter:
             error = _no_memory(failure)
         agree(self.team, error)
 
-    def submit(self, header: CheckpointHeader, view: StateView) -> None:
+    def submit(self, header: CheckpointHeader, view: StateView, memory: ColumnMemory | None = None) -> None:
         """Start a checkpoint of this rank's rows, `view`, when the one before is finished. Collective.
+
+        memory: where the columns of `view` have their places, if their values may be with a keeper.
 
         Raises:
             CheckpointFileError: the one before failed, and this one is not started; or this one cannot be.
+            ExecutorError: the values are lost.
         """
         self.finish()
         attempt = Attempt(self.folder, header, view, self.team, self.options)
         wait = attempt.collective or not self.asynchronous
+        arrived: Callable[[], None] | None = None
         if not wait:
-            attempt.view = self._snapshot(view, attempt)
+            attempt.view, arrived = self._snapshot(view, attempt, memory)
+        elif memory is not None:
+            self._all_well(attempt, memory.refresh)
         self._attempt = attempt
         # Alone there is nobody to agree with, and the phases need no steps in between.
         self._phases = attempt.phases() if self.team.size > 1 else _in_one(attempt)
-        self._start(next(self._phases), wait=wait)
+        first = next(self._phases)
+        self._start(first if arrived is None else _after(arrived, first), wait=wait)
         if wait:
             self.finish()
 
@@ -183,25 +191,43 @@ class CheckpointWriter:
     def _clear(self) -> None:
         self._attempt = self._phases = self._task = None
 
-    def _snapshot(self, view: StateView, attempt: Attempt) -> StateView:
-        error = None
+    def _all_well(self, attempt: Attempt, action: Callable[[], Any]) -> Any:
+        """Return what an action gives; if it fails on one rank, take the attempt back on all. Collective."""
+        error: Exception | None = None
+        made = None
         try:
-            self._room_for(view)
+            made = action()
         except MemoryError as failure:
             error = _no_memory(failure)
+        except RustsimError as failure:
+            error = failure
         try:
             agree(self.team, error)
         except RustsimError:
             attempt.take_back()
             raise
-        columns = tuple(self._buffers[: len(view.columns)])
-        for buffer, column in zip(columns, view.columns, strict=True):
-            np.copyto(buffer, column)
+        return made
+
+    def _snapshot(
+        self, view: StateView, attempt: Attempt, memory: ColumnMemory | None
+    ) -> tuple[StateView, Callable[[], None] | None]:
+        """Return a view of a copy of the state, and what waits for the copy where there is something left."""
+
+        def copy() -> Callable[[], None] | None:
+            self._room_for(view)
+            columns = self._buffers[: len(view.columns)]
+            if memory is not None:
+                return memory.copy_aside(columns)
+            for buffer, column in zip(columns, view.columns, strict=True):
+                np.copyto(buffer, column)
+            return None
+
+        arrived = self._all_well(attempt, copy)
         ids = None
         if view.ids is not None:
             ids = self._buffers[-1]
             np.copyto(ids, view.ids)
-        return replace(view, columns=columns, ids=ids)
+        return replace(view, columns=tuple(self._buffers[: len(view.columns)]), ids=ids), arrived
 
     def _room_for(self, view: StateView) -> None:
         wanted = [*view.columns, *([] if view.ids is None else [view.ids])]
@@ -236,6 +262,16 @@ class _Task(threading.Thread):
         """Wait for the end, if it was ever started as a thread."""
         if self.ident is not None:
             super().join(timeout)
+
+
+def _after(arrived: Callable[[], None], phase: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a phase wait for the copy of the state that it writes."""
+
+    def run() -> Any:
+        arrived()
+        return phase()
+
+    return run
 
 
 def _in_one(attempt: Attempt) -> Phases:
