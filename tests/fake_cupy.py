@@ -91,8 +91,24 @@ class FakeCupy(types.ModuleType):
             def record(self):
                 return Event(self.ptr)
 
+            def begin_capture(self, mode=None):
+                assert self.ptr == 0
+                typed(standin._fault, "capture")
+                standin.begin_capture()
+
+            def end_capture(self):
+                return Graph(standin.end_capture())
+
             def wait_event(self, event):
                 standin.order(event.stream, self.ptr)
+
+        class Graph:
+            def __init__(self, made):
+                self.made = made
+
+            def launch(self, stream=None):
+                assert stream.ptr == 0, "the current stream is another one"
+                typed(standin.replay, self.made)
 
         class Event:
             def __init__(self, stream):

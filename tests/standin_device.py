@@ -77,6 +77,7 @@ class StandInDevice:
         self._pinned = []
         self._marks = []
         self._launched = self._made = 0
+        self._graph = self._recorder = None  # what is being recorded, and by which thread
 
     # -- memory --------------------------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ class StandInDevice:
         return self.capacity - sum(_rounded(buffer.nbytes) for buffer in self.live.values())
 
     def allocate(self, nbytes):
+        self._not_recording()
         self._fault("allocate")
         self.counts["memory"] = self.counts.get("memory", 0) + 1
         if self.faults.get("memory") == self.counts["memory"]:
@@ -137,8 +139,12 @@ class StandInDevice:
 
     def copy(self, source, target):
         self._fault("copy")
-        start, size, to = self._range(source).start, source.nbytes, self._range(target).start
-        self._queue(0, lambda: self._write(to, self._memory[start : start + size].copy()))
+        self._move(self._range(source).start, self._range(target).start, source.nbytes)
+
+    def _move(self, start, to, size):
+        self._record(
+            lambda: self._queue(0, lambda: self._write(to, self._memory[start : start + size].copy()))
+        )
 
     def pinned(self, words):
         memory = np.full(words, 0x5A5A, np.int64)
@@ -154,31 +160,73 @@ class StandInDevice:
         self._require(buffer, data.nbytes)
         self._require_pinned(data)
         start = self._range(buffer).start
-        self._queue(0, lambda: self._write(start, data.view(np.uint8)))
+        self._record(lambda: self._queue(0, lambda: self._write(start, data.view(np.uint8))))
 
     def take(self, buffer, out):
         self._fault("take")
         self._require(buffer, out.nbytes)
         self._require_pinned(out)
-        out[...] = 0x5A5A  # what the host must not look at yet
         start, target = self._range(buffer).start, out.view(np.uint8)
-        self._queue(0, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size]))
+
+        def queue():
+            out[...] = 0x5A5A  # what the host must not look at yet
+            self._queue(0, lambda: target.__setitem__(slice(None), self._memory[start : start + target.size]))
+
+        self._record(queue)
+
+    def capture(self, queue):
+        self._fault("capture")
+        graph = self.begin_capture()
+        try:
+            queue()
+        finally:
+            self.end_capture()
+        return graph
+
+    def begin_capture(self):
+        self._not_recording()
+        self._graph, self._recorder = [], threading.get_ident()
+        return self._graph
+
+    def end_capture(self):
+        graph, self._graph = self._graph, None
+        return graph
+
+    def replay(self, graph):
+        self._fault("replay")
+        for queue in graph:
+            queue()
+
+    def _record(self, queue):
+        """Queue something, or make it a part of the graph that is being recorded."""
+        if self._recording:
+            self._graph.append(queue)
+        else:
+            queue()
+
+    @property
+    def _recording(self):
+        """Whether this thread records a graph; what others queue is not a part of it."""
+        return self._graph is not None and self._recorder == threading.get_ident()
 
     # By address, as CUDA's own calls have it; the host's memory is looked at when the queue comes to it.
 
     def put(self, target, data):
         self._fault("upload")
-        self._queue(0, lambda: self._write(target - BASE, data))
+        self._record(lambda: self._queue(0, lambda: self._write(target - BASE, data)))
 
     def get(self, source, out, stream):
         self._fault("download")
         start = source - BASE
-        self._queue(stream, lambda: out.__setitem__(slice(None), self._memory[start : start + out.size]))
+        self._record(
+            lambda: self._queue(
+                stream, lambda: out.__setitem__(slice(None), self._memory[start : start + out.size])
+            )
+        )
 
     def move(self, source, target, size):
         self._fault("copy")
-        start = source - BASE
-        self._queue(0, lambda: self._write(target - BASE, self._memory[start : start + size].copy()))
+        self._move(source - BASE, target - BASE, size)
 
     def window(self, buffer):
         return self._memory[self._range(buffer)]
@@ -195,12 +243,16 @@ class StandInDevice:
         return machine
 
     def launch(self, kernel, blocks, threads, arguments):
-        self._fault("launch")
         if not blocks or any(not isinstance(argument, np.generic) for argument in arguments):
             raise AssertionError("a launch takes NumPy scalars, and at least one block")
+        values = list(arguments)
+        self._record(lambda: self._queue_launch(kernel, blocks, threads, values))
+
+    def _queue_launch(self, kernel, blocks, threads, arguments):
+        self._fault("launch")
         fails = self.faults.get("kernel") == self.counts["launch"]
         self._launched += 1
-        self._queue(0, lambda: self._execute(kernel, blocks, threads, list(arguments), fails))
+        self._queue(0, lambda: self._execute(kernel, blocks, threads, arguments, fails))
 
     def _execute(self, kernel, blocks, threads, arguments, fails):
         self._made += 1
@@ -213,10 +265,16 @@ class StandInDevice:
             raise DeviceError(f"device {self.ordinal}: {error}") from error
 
     def order(self, first, then):
+        self._not_recording()
         with self._lock:
             self._queues[then].append(("wait", first, self._tickets[first]))
 
+    def _not_recording(self):
+        if self._recording:
+            raise AssertionError("not while a graph is recorded")
+
     def _queue(self, stream, operation):
+        self._not_recording()
         with self._lock:
             self._tickets[stream] += 1
             self._queues[stream].append(("do", operation))
@@ -250,6 +308,7 @@ class StandInDevice:
 
     def _drain(self, streams=(0, 1, 2), until=None):
         """Run what is queued on streams, or up to a mark: all streams in turn, as chance has it."""
+        self._not_recording()
         with self._lock:
             self._drain_alone(streams, until)
 

@@ -52,6 +52,34 @@ def test_steps_failures_and_restores(cupy, model, tmp_path):
     assert not cupy.standin.live
 
 
+def test_graphs_of_launches(cupy):
+    config = {"model": "suite_fused", "rows": 90, "fingerprint": "digest"}
+    driven = Driven(CudaSuite(devices=1), rs.CudaPartitionExecutor(), parts=1, **config)
+    driven.run(8)
+    assert cupy.standin.counts["capture"] == 2
+    assert cupy.standin.counts["replay"] == 4
+    cupy.standin.faults["replay"] = 5
+    with pytest.raises(errors.ExecutorError, match="replay refused"):
+        driven.run(1)
+    driven.run(1)
+    assert driven.stream == expected(9, **config)
+    driven.plane.close()
+
+
+def test_a_driver_that_makes_no_graphs(cupy):
+    config = {"model": "suite_fused", "rows": 90, "fingerprint": "digest"}
+    driven = Driven(CudaSuite(devices=1), rs.CudaPartitionExecutor(), parts=1, **config)
+    made = CupyDevice(0)
+    with pytest.raises(ZeroDivisionError):
+        made.capture(lambda: 1 / 0)
+    assert made.capture(lambda: None).made == [], "the one before has been ended"
+    cupy.standin.faults["capture"] = cupy.standin.counts["capture"] + 1
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs: .*capture refused"):
+        driven.run(8)
+    assert driven.stream == expected(8, **config)
+    driven.plane.close()
+
+
 def test_what_it_says_of_itself(cupy):
     made = CupyDevice(0)
     assert (made.ordinal, made.name, made.compute_capability) == (0, "stand-in", (9, 0))

@@ -8,7 +8,8 @@ from typing import Any
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.executors.device_columns import DeviceColumns
-from rustsim_hpc.executors.device_stage import DeviceStage, DeviceStages, Partition
+from rustsim_hpc.executors.device_partition import Partition
+from rustsim_hpc.executors.device_stage import DeviceStage, DeviceStages
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache, status_text
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
@@ -34,6 +35,7 @@ class DeviceRun(PartitionRun):
     Args:
         device: the device.
         fma: let kernels fuse products and sums.
+        graphs: make launches whose arguments stay the same CUDA graphs.
         work, task, board, place, stages: as for :class:`~rustsim_hpc.executors.partition_run.PartitionRun`.
 
     Raises:
@@ -50,16 +52,16 @@ class DeviceRun(PartitionRun):
         stages: StageCache,
         *,
         fma: bool = False,
+        graphs: bool = True,
     ) -> None:
         super().__init__(work, task, board, place, stages)
         self.device = device
         self.columns = DeviceColumns(device, work, task)
-        self._partition = Partition(device, self.columns, work, task, board, place, fma=fma)
+        self._partition = Partition(device, self.columns, work, task, board, place, fma=fma, graphs=graphs)
         self._device_stages = DeviceStages(self._partition)
         self._digest_only: dict[int, KernelStage] = {}
         self._flying: list[_Flight] = []
         self._unsettled: list[int] = []
-        self._told = False
         self._begun: Any = None  # mark behind what has been waited for
         self._refused: PhaseFailure | None = None
 
@@ -67,7 +69,7 @@ class DeviceRun(PartitionRun):
 
     def begin(self, segment: Segment, frame: Frame) -> None:
         """Queue a segment's items in order; what fails is told by `end`."""
-        self._flying, self._unsettled, self._told, self._begun = [], [], False, None
+        self._flying, self._unsettled, self._begun = [], [], None
         self._partition.set_clock(frame)
         self._refused = self.run(segment, frame)
 
@@ -102,9 +104,6 @@ class DeviceRun(PartitionRun):
     def _queue(self, phases: Sequence[int], staged: DeviceStage | None) -> None:
         """Queue a stage that was prepared, if there is one, and a mark behind it and what came before."""
         if staged is not None:
-            if not self._told:
-                self._partition.give_clock()
-                self._told = True
             staged.queue()
         stages = () if staged is None else (staged,)
         self._flying.append(_Flight(tuple(phases), stages, self.device.mark()))

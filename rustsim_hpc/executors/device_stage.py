@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.executors.device_columns import DeviceColumns
-from rustsim_hpc.executors.work import Board, Frame, Task, Work
+from rustsim_hpc.errors import DeviceError
+from rustsim_hpc.executors.device_partition import Partition
+from rustsim_hpc.executors.work import Frame, Work
 from rustsim_hpc.kernels.cuda_stage import (
     BLOCK,
     FIXED,
@@ -25,82 +27,26 @@ from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
 from rustsim_hpc.modeling.program import KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.modeling.reductions import state_shapes
 from rustsim_hpc.proof.fingerprint import digest_keys
-from rustsim_hpc.state.device import COMPUTE, TRANSFER, Buffer, Device
+from rustsim_hpc.state.device import COMPUTE, TRANSFER
 
 Array = np.ndarray[Any, Any]
 
-_CLOCK_WORDS = 3
 _MOST_REPLICAS = 32
 _ACCUMULATOR_WORDS = 2**17
 
 
-class Partition:
-    """What the stages of one partition on a device share.
+@dataclass
+class _Launch:
+    """A launch with the sides as they stand: its arguments, where among them those are that change.
 
-    Attributes:
-        device, columns, work, task: the partition and where it is.
-        rows: how many it has.
-        moved: how often a kept array got another place.
-        board, place: where it reports.
-        fma: let kernels fuse products and sums.
+    fixed: whether none has changed. times: how often it was made. graph: once it was recorded.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        columns: DeviceColumns,
-        work: Work,
-        task: Task,
-        board: Board,
-        place: int,
-        *,
-        fma: bool,
-    ) -> None:
-        self.device, self.columns, self.work, self.task = device, columns, work, task
-        self.board, self.place, self.fma = board, place, fma
-        self.rows = task.stop - task.start
-        self.moved = 0
-        self._kept: dict[Any, tuple[Buffer, DeviceArray, Frame | None]] = {}
-        self._clock = device.pinned(_CLOCK_WORDS)
-
-    def set_clock(self, frame: Frame) -> None:
-        """Say what `give_clock` shall tell; what it told before has been waited for."""
-        self._clock[:] = frame.step_index, frame.repeat, frame.want_digest
-
-    def give_clock(self) -> None:
-        """Queue to tell the device which step it is."""
-        self.device.give(self._clock, self._clock_there)
-
-    @cached_property
-    def _clock_there(self) -> Buffer:
-        return self.columns.hold(8 * _CLOCK_WORDS)
-
-    @property
-    def clock(self) -> DeviceArray:
-        """What kernels read the step's index, the steps to make and whether to digest from."""
-        return DeviceArray(self._clock_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False)
-
-    def kept(self, name: Any, value: Any, frame: Frame | None = None) -> Any:
-        """Return a read-only array on the device, uploaded once, or once for each frame; or a scalar."""
-        array = np.asarray(value)
-        if array.ndim == 0:
-            return array[()]
-        known = self._kept.get(name)
-        if known is not None and (known[1].shape, known[1].dtype) == (array.shape, array.dtype):
-            buffer, there, seen = known
-            if seen is not frame:
-                self.device.upload(buffer, np.ascontiguousarray(array))
-                self._kept[name] = buffer, there, frame
-            return there
-        if known is not None:
-            self.columns.let_go(known[0])
-            del self._kept[name]
-            self.moved += 1
-        buffer = self.columns.hold(array.nbytes)
-        self.device.upload(buffer, np.ascontiguousarray(array))
-        there = DeviceArray(buffer.address, array.shape, array.dtype, writable=False)
-        self._kept[name] = buffer, there, frame
-        return there
+    arguments: list[Any]
+    changing: list[int]
+    fixed: bool = True
+    times: int = 0
+    graph: Any = None
 
 
 class DeviceStage:
@@ -144,8 +90,9 @@ class DeviceStage:
         image = self.made.image(self._arguments(frame), capability, fma=partition.fma)
         self._kernel = partition.device.load(image.ptx, image.entry)
         self._reads, self._writes = reads_and_writes(stage)
-        self._flat: dict[tuple[bytes, int], tuple[list[Any], list[int]]] = {}
-        self._next: list[Any] = []
+        self._launches: dict[bytes, _Launch] = {}
+        self._moved = 0
+        self._next = _Launch([], [])
 
     def _arrange(self, work: Work) -> None:
         """Decide on the grid and on the places of the accumulators."""
@@ -184,22 +131,44 @@ class DeviceStage:
         own = self._own
         for column, side in self._reads:
             own.columns.bring(column, side)
-        self._next = self._flat_arguments(frame)
+        self._next = self._launch(frame)
         for column, side in self._writes:
             own.columns.wrote(column, side)
 
     def queue(self) -> None:
         """Queue the launch that was prepared, and that what it counts comes here; nothing is waited for.
 
+        Where it takes what it took before it is a graph from the third time on: one call of the driver, and
+        the step's index is in the clock.
+
         Raises:
             DeviceError: the device has failed.
         """
+        now, own = self._next, self._own
+        now.times += 1
+        if own.graphs and now.fixed and now.graph is None and now.times > 2:
+            self._record(now)
+        if own.graphs and now.fixed and now.graph is not None:
+            own.device.replay(now.graph)
+        else:
+            self._queue_each()
+
+    def _queue_each(self) -> None:
         device = self._own.device
+        self._own.give_clock()
         if self._words:
             device.copy(self._at_first, self._accumulators)
-        device.launch(self._kernel, self._threads // BLOCK, BLOCK, self._next)
+        device.launch(self._kernel, self._threads // BLOCK, BLOCK, self._next.arguments)
         if self._words:
             device.take(self._accumulators, self._found)
+
+    def _record(self, now: _Launch) -> None:
+        """Make a launch a graph; where the driver makes none, go on without."""
+        try:
+            now.graph = self._own.device.capture(self._queue_each)
+        except DeviceError as error:
+            self._own.graphs = False
+            warnings.warn(f"steps are made without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
 
     def settle(self, frame: Frame) -> None:
         """Take what the stage has counted to the board, when what was queued has been waited for.
@@ -241,24 +210,28 @@ class DeviceStage:
 
     # -- arguments -----------------------------------------------------------------------------------
 
-    def _flat_arguments(self, frame: Frame) -> list[Any]:
+    def _launch(self, frame: Frame) -> _Launch:
         """Return what a launch takes: made once for each way that the sides stand, but for what changes."""
         own = self._own
         taken = [argument for argument in self.made.arguments if argument.source == "value"]
         values = [own.kept(("value", a.key), frame.values[a.key], frame) for a in taken]
-        key = own.work.memory.sides(), own.moved
-        if key not in self._flat:
+        if taken and self._moved != own.moved:
+            self._launches.clear()
+            self._moved = own.moved
+        key = own.work.memory.sides()
+        if key not in self._launches:
             given = self._arguments(frame)
             at = np.cumsum([0, *(len(flat_arguments([value])) for value in given)])
             places = {
                 a.name: int(place) for a, place in zip(self.made.arguments, at[len(FIXED) :], strict=False)
             }
-            self._flat[key] = flat_arguments(given), [places[a.name] for a in taken]
-        flat, changing = self._flat[key]
-        for place, value in zip(changing, values, strict=True):
+            self._launches[key] = _Launch(flat_arguments(given), [places[a.name] for a in taken])
+        launch = self._launches[key]
+        for place, value in zip(launch.changing, values, strict=True):
             if not isinstance(value, DeviceArray):
-                flat[place] = value
-        return flat
+                launch.arguments[place] = value
+                launch.fixed = False
+        return launch
 
     def _arguments(self, frame: Frame) -> list[Any]:
         own, work = self._own, self._own.work

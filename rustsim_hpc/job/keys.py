@@ -112,6 +112,10 @@ class RunTable(_Table):
         "on CUDA, let products and sums of a kernel be fused: faster, and not the CPU's bits (docs/gpu.md)",
         False,
     )
+    cuda_graphs: bool = _key(
+        "on CUDA, make a launch that takes the same arguments each step a graph: fewer calls of the driver",
+        True,
+    )
     share_devices: bool = _key("let ranks of a machine with fewer CUDA devices than ranks share them", False)
     memory: Literal["auto", "heap", "shared", "device"] = _key(
         "where columns live; `auto`: `shared` under MPI and for worker processes, `device` on CUDA, "

@@ -148,7 +148,7 @@ def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
     """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
     executor, workers = prepared.executor, prepared.workers
     if executor == "cuda":
-        return CudaPartitionExecutor(fma=prepared.spec.run.fma)
+        return CudaPartitionExecutor(fma=prepared.spec.run.fma, graphs=prepared.spec.run.cuda_graphs)
     if executor == "threads":
         return LocalThreadedPartitionExecutor(workers)
     if executor == "processes":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final
 
@@ -176,6 +176,24 @@ class CupyDevice:
         """Queue a kernel."""
         with self._guard():
             kernel((blocks, 1, 1), (threads, 1, 1), tuple(arguments), stream=self._streams[COMPUTE])
+
+    def capture(self, queue: Callable[[], None]) -> Any:
+        """Record a CUDA graph on the stream of launches."""
+        stream = self._streams[COMPUTE]
+        with self._guard():
+            stream.begin_capture()
+            try:
+                queue()
+            except BaseException:
+                with suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # what began it matters more
+                    stream.end_capture()
+                raise
+            return stream.end_capture()
+
+    def replay(self, graph: Any) -> None:
+        """Launch a CUDA graph."""
+        with self._guard():
+            graph.launch(self._streams[COMPUTE])
 
     def order(self, first: int, then: int) -> None:
         """Make one stream wait for the other."""

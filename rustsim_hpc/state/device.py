@@ -8,7 +8,7 @@ nothing is known to have happened before `wait` or `synchronise`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
 
@@ -107,6 +107,17 @@ class Device(Protocol):
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel; arguments are NumPy scalars."""
+        ...
+
+    def capture(self, queue: Callable[[], None]) -> Any:
+        """Return a graph of what ``queue`` queues by `give`, `take`, `copy` and `launch`; nothing is queued.
+
+        What it queues keeps its arguments; pinned memory and buffers are looked at when the graph runs.
+        """
+        ...
+
+    def replay(self, graph: Any) -> None:
+        """Queue all that a graph was made of."""
         ...
 
     def order(self, first: int, then: int) -> None:
