@@ -13,6 +13,8 @@ from planes import Plane, TasksOnly, damp, move, reference_stream, stream
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
+from rustsim_hpc.bench.engine import Engine, Setup
+from rustsim_hpc.bench.setting import MODELS
 from rustsim_hpc.executors import threads
 
 
@@ -72,6 +74,34 @@ def test_each_thread_keeps_its_partitions():
     assert all(len(idents) == 1 for idents in seen.values())
     assert seen[0] == {threading.get_ident()}
     assert seen[0] == seen[1] != seen[2] == seen[4]
+
+
+def test_threads_are_not_woken_for_next_to_nothing(monkeypatch):
+    """Row kernels that take less time than the hand-over are run by the caller, with the same bits."""
+    with Engine(Setup(MODELS + "integrate", 1000, "threads", 2, replay="digest")) as engine:
+        session = engine.plane.stepper(engine.executor).session
+        [worker] = session._workers
+        monkeypatch.setattr(threads, "_HAND_OVER_NS", 0)
+        engine.step(3)
+        assert worker.asked == worker.answered == 3
+        monkeypatch.setattr(threads, "_HAND_OVER_NS", 10**12)
+        engine.step(3)
+        assert worker.asked == 4, "the first of them told how little it is"
+        monkeypatch.setattr(threads, "_HAND_OVER_NS", 0)
+        engine.step(3)
+        assert worker.asked == worker.answered == 6, "and the next one that it is no longer"
+        assert engine.plane.fingerprint() == steps_of_integrate(9)
+    seen = set()
+    phases = [("look", lambda *_: seen.add(threading.get_ident()))]
+    monkeypatch.setattr(threads, "_HAND_OVER_NS", 10**12)
+    Plane("executor", executor=rs.LocalThreadedPartitionExecutor(2), phases=phases, parts=2).run(3)
+    assert len(seen) == 2, "plain functions keep their threads"
+
+
+def steps_of_integrate(steps):
+    with Engine(Setup(MODELS + "integrate", 1000, replay="digest")) as engine:
+        engine.step(steps)
+        return engine.plane.fingerprint()
 
 
 @pytest.mark.parametrize("count", [0, -1])

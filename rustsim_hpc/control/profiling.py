@@ -39,6 +39,7 @@ class RankProfile:
         spans: of each of :data:`SPANS`.
         phases: of each phase, added up over partitions: more than the loop where there are workers.
         tile_proof: of digests made beside the phases, while a tile was in cache; added up in the same way.
+            Those made in a phase's own loop cannot be told from the phase, and are in ``phases``.
         rows: of the rank.
     """
 
@@ -195,7 +196,8 @@ class RunProfile:
         lines += [f"  {meaning:40}{seconds:10.3f}{self._share(seconds):8.1%}" for meaning, seconds in parts]
         if len(self.ranks) > 1:
             lines += self._rank_lines()
-        lines.append(f"  {self.proof_share:.1%} of the time went into proof")
+        counts = "a digest made in a phase's own loop counts as the phase"
+        lines.append(f"  {self.proof_share:.1%} of the time went into proof ({counts})")
         return "\n".join(lines)
 
     def _share(self, seconds: float) -> float:

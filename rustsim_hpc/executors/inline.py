@@ -17,6 +17,7 @@ from rustsim_hpc.executors.base import (
 )
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.program import Segment
 from rustsim_hpc.modeling.reductions import new_board
 
 
@@ -37,15 +38,19 @@ class LocalSession:
         """Seconds that this process has spent on compiling or loading kernels so far."""
         return CLOCK.seconds
 
+    def segment(self, number: int) -> Segment | None:
+        """Return a segment by its number; None for the observing one where nothing observes."""
+        program = self.work.program
+        return program.observe if number == OBSERVE else program.segments[number]
+
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition, in order."""
         return self.run_places(segment, frame, self._all)
 
     def run_places(self, segment: int, frame: Frame, places: range) -> list[PhaseFailure]:
         """Run one segment on some of the partitions; return failures in partition order."""
-        program = self.work.program
-        items = program.observe if segment == OBSERVE else program.segments[segment]
-        if items is None:  # nothing observes
+        items = self.segment(segment)
+        if items is None:
             return []
         runs = self.runs  # a phase that adds phases drops this session while it runs
         failures = []

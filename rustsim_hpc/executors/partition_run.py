@@ -22,7 +22,7 @@ from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import KernelError, message_of
 from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
-from rustsim_hpc.proof.fingerprint import digest_column, digest_keys
+from rustsim_hpc.proof.fingerprint import BLOCK, digest_column, digest_keys
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.state.backing import staggered_empty
 from rustsim_hpc.state.partition import PartitionExecutionContext
@@ -31,7 +31,7 @@ from rustsim_hpc.state.schema import DTYPES
 
 if TYPE_CHECKING:
     from rustsim_hpc.kernels.stage import StageFunction
-    from rustsim_hpc.kernels.stage_source import Argument
+    from rustsim_hpc.kernels.stage_source import Argument, Variant
 
 _NO_IDS = np.zeros(0, np.uint64)
 _WHOLE_ROWS = 1 << 20
@@ -46,20 +46,23 @@ class StageCache:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._stages: dict[int, StageFunction] = {}
+        self._stages: dict[tuple[int, Variant], StageFunction] = {}
         self._lock = threading.Lock()
 
-    def get(self, stage: KernelStage) -> StageFunction:
-        """Return the function of a stage, generated at the first call."""
+    def get(self, stage: KernelStage, *, proved: bool, several: bool, around: bool) -> StageFunction:
+        """Return a function of a stage, generated at the first call (see ``Variant`` for the words)."""
         with self.loading():
-            if id(stage) not in self._stages:
+            from rustsim_hpc.kernels.stage_source import Variant
+
+            variant = Variant(proved, several, around)
+            if (id(stage), variant) not in self._stages:
                 from rustsim_hpc.kernels.stage import build_stage
 
                 schema, default_ids = self._work.memory.schema, self._work.ids is None
-                self._stages[id(stage)] = build_stage(
-                    stage, schema, default_ids=default_ids, checked=self._work.checked
+                self._stages[id(stage), variant] = build_stage(
+                    stage, variant, schema, default_ids=default_ids, checked=self._work.checked
                 )
-            return self._stages[id(stage)]
+            return self._stages[id(stage), variant]
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -71,16 +74,13 @@ class StageCache:
 class _Call:
     """A stage's function and its arguments, for columns that stand on certain sides."""
 
-    __slots__ = ("call", "changing", "compiled", "function", "rows", "values")
+    __slots__ = ("call", "changing", "compiled", "function", "values")
 
-    def __init__(
-        self, function: StageFunction, values: list[Any], changing: list[tuple[int, str]], rows: int
-    ) -> None:
+    def __init__(self, function: StageFunction, values: list[Any], changing: list[tuple[int, str]]) -> None:
         self.function = function
         self.call = function.function
         self.values = values
         self.changing = changing
-        self.rows = rows
         self.compiled: set[tuple[Any, ...]] = set()
 
 
@@ -100,7 +100,7 @@ class PartitionRun:
         self._board = board
         self._place = place
         self._stages = stages
-        self._calls: dict[tuple[int, bytes], _Call] = {}
+        self._calls: dict[tuple[int, bytes, bool, bool], _Call] = {}
         self._groups: dict[int, list[KernelStage | list[ColumnCall]]] = {}
         self._seen: dict[tuple[int, bytes], list[Any]] = {}
         self._phase = 0
@@ -208,18 +208,17 @@ class PartitionRun:
     # -- stages --------------------------------------------------------------------------------------
 
     def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
-        key = (id(stage), self.work.memory.sides())
+        again = frame.repeat
+        key = (id(stage), self.work.memory.sides(), frame.want_digest, again > 1)
         found = self._calls.get(key)
         if found is None:
-            function = self._stages.get(stage)
-            rows = self.work.tile if self.work.tile_rows or not function.one_loop else _WHOLE_ROWS
-            found = self._calls[key] = _Call(function, *self._arguments(function), rows)
-        values, again = found.values, frame.repeat
-        values[3] = self.work.tile if again > 1 or frame.want_digest else found.rows
-        values[4] = frame.want_digest
-        values[8] = frame.step_index
-        values[10] = again
-        values[11] = self._streams and again == 1
+            function = self._stages.get(
+                stage, proved=frame.want_digest, several=again > 1, around=self._streams
+            )
+            found = self._calls[key] = _Call(function, *self._arguments(function, again > 1))
+        values = found.values
+        values[7] = frame.step_index
+        values[9] = again
         kinds: tuple[Any, ...] = ()
         for position, name in found.changing:
             value = values[position] = frame.values[name]
@@ -244,14 +243,14 @@ class PartitionRun:
             self._board.codes[self._place, slot] = DTYPES.index(dtype)
         found.compiled.add(kinds)
 
-    def _arguments(self, function: StageFunction) -> tuple[list[Any], list[tuple[int, str]]]:
+    def _arguments(self, function: StageFunction, several: bool) -> tuple[list[Any], list[tuple[int, str]]]:
         """Return a stage's arguments and the positions of those that change from step to step."""
         work, board, place = self.work, self._board, self._place
         status = board.status[place]
         ids = _NO_IDS if work.ids is None else work.ids
         values: list[Any] = [
-            self.task.start, self.task.stop, work.first_row, work.tile, False, status,
-            board.times[place], board.digests[place], 0, ids, 1, False,
+            self.task.start, self.task.stop, work.first_row, self._tile(function, several), status,
+            board.times[place], board.digests[place], 0, ids, 1,
         ]  # fmt: skip
         dynamic = []
         for argument in function.arguments:
@@ -261,6 +260,13 @@ class PartitionRun:
             else:
                 values.append(self._fixed_argument(argument))
         return values, dynamic
+
+    def _tile(self, function: StageFunction, several: bool) -> int:
+        """Return the rows of a tile."""
+        if function.by_blocks:
+            return BLOCK
+        whole = function.one_loop and not several and not self.work.tile_rows
+        return _WHOLE_ROWS if whole else self.work.tile
 
     def _fixed_argument(self, argument: Argument) -> Any:
         work, key = self.work, argument.key
@@ -281,8 +287,10 @@ class PartitionRun:
             case "bits":
                 return np.empty(work.tile, np.uint64)
             case "scratch":
+                from rustsim_hpc.kernels.streaming import TOGETHER
+
                 dtype = np.dtype(work.memory.schema.columns[key].dtype)
-                return staggered_empty(work.tile * dtype.itemsize, key).view(dtype)
+                return staggered_empty(TOGETHER * dtype.itemsize, key).view(dtype)
             case "fill_bits":
                 from rustsim_hpc.kernels.philox_tile import fill_bits_address
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,10 @@ from rustsim_hpc.executors.base import (
 )
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.program import KernelStage
+
+_HAND_OVER_NS = 50_000
+"""What it takes to wake a thread on a core that went idle, and to be woken by it."""
 
 
 def usable_cores() -> int:
@@ -64,6 +69,9 @@ class _Worker:
 class ThreadedSession(LocalSession):
     """A rank's partitions, each thread with a fixed run of them; the calling thread takes the first.
 
+    Row kernels that take less time than waking the threads would are run by the calling thread alone, as
+    their last run tells; which thread runs a partition makes no difference to its rows.
+
     Raises:
         ExecutorError: the system gives no more threads.
     """
@@ -75,6 +83,7 @@ class ThreadedSession(LocalSession):
         self._shares = [range(a, b) for a, b in pairwise(bounds)]
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._workers: list[_Worker] = []
+        self._brief: set[int] = set()
         # A plane that is dropped without being closed must not leave its threads waiting for ever.
         self._end = weakref.finalize(self, _end, self._workers)
         try:
@@ -91,16 +100,29 @@ class ThreadedSession(LocalSession):
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition; returns when all threads have done their share."""
         self._wait()  # for threads of a step that Ctrl-C broke off: they must not write into this one
+        begun = time.perf_counter_ns()
+        if segment in self._brief:
+            failures = self.run_places(segment, frame, self._all)
+            if time.perf_counter_ns() - begun > 2 * _HAND_OVER_NS:
+                self._brief.discard(segment)
+            return failures
         workers = self._workers  # a phase that adds phases closes this session while it runs
         for worker, places in zip(workers, self._shares[1:], strict=True):
             worker.ask(partial(self.run_places, segment, frame, places))
         failures = self.run_places(segment, frame, self._shares[0])
+        if (time.perf_counter_ns() - begun) * len(self._shares) < _HAND_OVER_NS and self._compiled(segment):
+            self._brief.add(segment)
         self._wait()
         for worker in workers:
             if isinstance(worker.outcome, BaseException):
                 raise worker.outcome
             failures = failures + worker.outcome
         return sorted(failures, key=lambda failure: failure.partition)
+
+    def _compiled(self, segment: int) -> bool:
+        """Return whether a segment runs no Python of the user's, which might look for its thread."""
+        found = self.segment(segment)
+        return found is None or all(isinstance(item, KernelStage) for item in found.items)
 
     def _wait(self) -> None:
         """Return when all threads have answered all orders."""

@@ -23,7 +23,7 @@ from typing import NoReturn
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import RustsimError, message_of
 from rustsim_hpc.executors.inline import LocalSession
-from rustsim_hpc.executors.pipes import read_all, write_all
+from rustsim_hpc.executors.pipes import comes_soon, read_all, write_all
 from rustsim_hpc.executors.wire import (
     LENGTH,
     ORDER,
@@ -142,8 +142,12 @@ def _begin(start: WorkerStart) -> _Worker:
 
 def _serve(orders: int, answers: int, worker: _Worker) -> None:
     order, well = bytearray(ORDER.size), LENGTH.pack(0)
-    view, frame = memoryview(order), Frame(0)
-    while read_all(orders, view):
+    view, frame, waiting = memoryview(order), Frame(0), select.poll()
+    waiting.register(orders, select.POLLIN)
+    while True:
+        comes_soon(waiting.poll)
+        if not read_all(orders, view):
+            return
         segment, frame.want_digest, afresh, frame.repeat, frame.step_index, size = ORDER.unpack(order)
         if afresh:
             frame.values = {}

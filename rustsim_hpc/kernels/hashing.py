@@ -15,16 +15,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rustsim_hpc.kernels.cached import CALLED, cached_njit
+from rustsim_hpc.kernels.cached import INLINED, cached_njit
 
 _U = np.uint64
 _FNV_PRIME = _U(0x100000001B3)
 _GOLDEN = _U(0x9E3779B97F4A7C15)
 _MULTIPLIER_TAG = _U(0x6469676573743A4D)  # "digest:M", as in fingerprint.py
 _LOW_WORD = _U(0xFFFFFFFF)
-_BLOCK_BITS = _U(12)
-_BLOCK_ROWS = _U(4096)
-_BLOCK_MASK = _U(4095)
+BLOCK_ROWS = _U(4096)
+"""Rows of a block: those that share a multiplier, and have each a key of their own."""
 
 
 def _loader(bits: int, alignment: int) -> Callable[..., Any]:
@@ -74,6 +73,19 @@ def load_eight(_context: Any, array: Any, _index: Any) -> Any:
     return types.uint64(array, types.uint64), _loader(64, 1)
 
 
+@intrinsic
+def bits_of(_context: Any, value: Any) -> Any:
+    """Return the raw bits of a value of a column's dtype, zero-extended to uint64."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = arguments[0]
+        if isinstance(value, types.Float):
+            bits = builder.bitcast(bits, ir.IntType(value.bitwidth))
+        return bits if bits.type.width == 64 else builder.zext(bits, ir.IntType(64))
+
+    return types.uint64(value), generate
+
+
 @cached_njit()
 def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     """Return the FNV-1a state after the bytes `data` (uint8, 1-D, contiguous), from `state` (uint64)."""
@@ -82,7 +94,7 @@ def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
     return state
 
 
-@njit(inline="always", **CALLED)
+@njit(**INLINED)
 def mix(z):  # type: ignore[no-untyped-def]
     """Return splitmix64's finaliser of z (uint64): a bijection in which every bit reaches every other.
 
@@ -94,94 +106,78 @@ def mix(z):  # type: ignore[no-untyped-def]
     return z ^ (z >> _U(31))
 
 
-@njit(inline="always", **CALLED)
+@njit(**INLINED)
 def block_multiplier(block, key_index, word):  # type: ignore[no-untyped-def]
     """Return M, the odd 64-bit multiplier of a block of 4096 rows for one word of one column (all uint64)."""
     seed = mix(_MULTIPLIER_TAG + (_U(2) * key_index + word + _U(1)) * _GOLDEN)
     return mix(seed + (block + _U(1)) * _GOLDEN) | _U(1)
 
 
-@njit(inline="always", **CALLED)
+@njit(**INLINED)
+def add_pair(even, odd, value, key, bits):  # type: ignore[no-untyped-def]
+    """Return a block's two sums after one more word of values and one of keys (all uint64).
+
+    A word has two values, of `bits` bits each, or the low and the high half of one of 8 bytes (`bits` is 32),
+    and two keys. Two values share a 64-bit lane, so that one load, one shift and two 32 x 32 bit products
+    serve both: half the time of widening each value by itself.
+    """
+    low = (_U(1) << bits) - _U(1)
+    return even + (value & low) * (key & _LOW_WORD), odd + (value >> bits) * (key >> _U(32))
+
+
+@njit(**INLINED)
+def block_sum(even, odd, wide, block, key_index):  # type: ignore[no-untyped-def]
+    """Return what the two sums over rows of one block add to a column's digest; `wide`: items of 8 bytes."""
+    first = block_multiplier(block, key_index, _U(0))
+    if wide:
+        return even * first + odd * block_multiplier(block, key_index, _U(1))
+    return (even + odd) * first
+
+
+@njit(**INLINED)
 def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-def]
     """Sum value * key over `count` rows of one block: at even and odd rows, or low and high words of 8 bytes.
 
-    index: first row in `values`; offset: its row in the block. Two values share a 64-bit lane, so that one
-    load, one shift and two 32 x 32 bit products serve both: half the time of widening each value by itself.
+    index: first row in `values`; offset: its row in the block.
     """
-    even = _U(0)
-    odd = _U(0)
+    even = odd = _U(0)
     if item_bits(values) == 64:
         for row in range(count):
-            value = load_pair(values, index + row)
             key = load_pair(keys, _U(2) * (offset + row))
-            even += (value & _LOW_WORD) * (key & _LOW_WORD)
-            odd += (value >> _U(32)) * (key >> _U(32))
+            even, odd = add_pair(even, odd, load_pair(values, index + row), key, _U(32))
         return even, odd
-    if count > _U(0) and offset & _U(1):  # pairs start at an even row, where the keys' pairs do
-        odd = load_item(values, index) * load_item(keys, offset)
-        index += _U(1)
-        offset += _U(1)
-        count -= _U(1)
     bits = item_bits(values)
-    low = (_U(1) << bits) - _U(1)
     for pair in range(count >> _U(1)):
-        value = load_pair(values, index + _U(2) * pair)
         key = load_pair(keys, offset + _U(2) * pair)
-        even += (value & low) * (key & _LOW_WORD)
-        odd += (value >> bits) * (key >> _U(32))
+        even, odd = add_pair(even, odd, load_pair(values, index + _U(2) * pair), key, bits)
     if count & _U(1):
         last = count - _U(1)
         even += load_item(values, index + last) * load_item(keys, offset + last)
     return even, odd
 
 
-@njit(inline="always", **CALLED)
-def _add_four_blocks(total, values, index, keys, block, key_index):  # type: ignore[no-untyped-def]
-    """Return total + the digest's sum over four whole blocks, of which `values[index]` begins the first.
+@njit(**INLINED)
+def _four_block_sums(values, index, keys):  # type: ignore[no-untyped-def]
+    """Return the sums of four whole blocks, of which `values[index]` begins the first: four even, four odd.
 
     The same keys serve all four, and reading in four places keeps four times as much memory on its way.
     """
     wide = item_bits(values) == 64
     bits = _U(32) if wide else item_bits(values)
-    low = (_U(1) << bits) - _U(1)
-    step = _U(1) if wide else _U(2)  # rows of a pair of words
-    second = index + _BLOCK_ROWS
-    third = second + _BLOCK_ROWS
-    fourth = third + _BLOCK_ROWS
+    step = _U(1) if wide else _U(2)  # rows of a word
     even0 = even1 = even2 = even3 = _U(0)
     odd0 = odd1 = odd2 = odd3 = _U(0)
-    for pair in range(_BLOCK_ROWS // step):
-        key = load_pair(keys, _U(2) * pair)
-        even_key = key & _LOW_WORD
-        odd_key = key >> _U(32)
-        value = load_pair(values, index + step * pair)
-        even0 += (value & low) * even_key
-        odd0 += (value >> bits) * odd_key
-        value = load_pair(values, second + step * pair)
-        even1 += (value & low) * even_key
-        odd1 += (value >> bits) * odd_key
-        value = load_pair(values, third + step * pair)
-        even2 += (value & low) * even_key
-        odd2 += (value >> bits) * odd_key
-        value = load_pair(values, fourth + step * pair)
-        even3 += (value & low) * even_key
-        odd3 += (value >> bits) * odd_key
-    total += _multiplied(values, even0, odd0, block, key_index)
-    total += _multiplied(values, even1, odd1, block + _U(1), key_index)
-    total += _multiplied(values, even2, odd2, block + _U(2), key_index)
-    return total + _multiplied(values, even3, odd3, block + _U(3), key_index)
+    for word in range(BLOCK_ROWS // step):
+        key = load_pair(keys, _U(2) * word)
+        row = index + step * word
+        even0, odd0 = add_pair(even0, odd0, load_pair(values, row), key, bits)
+        even1, odd1 = add_pair(even1, odd1, load_pair(values, row + BLOCK_ROWS), key, bits)
+        even2, odd2 = add_pair(even2, odd2, load_pair(values, row + _U(2) * BLOCK_ROWS), key, bits)
+        even3, odd3 = add_pair(even3, odd3, load_pair(values, row + _U(3) * BLOCK_ROWS), key, bits)
+    return (even0, even1, even2, even3), (odd0, odd1, odd2, odd3)
 
 
-@njit(inline="always", **CALLED)
-def _multiplied(values, even, odd, block, key_index):  # type: ignore[no-untyped-def]
-    """Return what the two sums over rows of one block (see :func:`_block_sums`) add to a column's digest."""
-    first = block_multiplier(block, key_index, _U(0))
-    if item_bits(values) == 64:
-        return even * first + odd * block_multiplier(block, key_index, _U(1))
-    return (even + odd) * first
-
-
-@njit(inline="always", **CALLED)
+@njit(**INLINED)
 def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
     """Return the digest's sum over a run of rows of one column, mod 2^64.
 
@@ -189,21 +185,23 @@ def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped
     keys: (4096, words) uint32, C order, of `fingerprint.digest_keys`. key_index: 0 for the ids, i + 1 for
     column i.
     """
-    total = _U(0)
-    index = _U(0)
+    total = index = _U(0)
     rows = _U(values.size)
+    wide = item_bits(values) == 64
     while index < rows:
         row = _U(first_row) + index
-        offset = row & _BLOCK_MASK
-        block = row >> _BLOCK_BITS
-        if offset == _U(0) and rows - index >= _U(4) * _BLOCK_ROWS:
-            total = _add_four_blocks(total, values, index, keys, block, _U(key_index))
-            index += _U(4) * _BLOCK_ROWS
-            continue
-        count = min(_BLOCK_ROWS - offset, rows - index)
-        even, odd = _block_sums(values, index, count, keys, offset)
-        total += _multiplied(values, even, odd, block, _U(key_index))
-        index += count
+        offset = row % BLOCK_ROWS
+        block = row // BLOCK_ROWS
+        if offset == _U(0) and rows - index >= _U(4) * BLOCK_ROWS:
+            evens, odds = _four_block_sums(values, index, keys)
+            for number in range(4):
+                total += block_sum(evens[number], odds[number], wide, block + _U(number), _U(key_index))
+            index += _U(4) * BLOCK_ROWS
+        else:
+            count = min(BLOCK_ROWS - offset, rows - index)
+            even, odd = _block_sums(values, index, count, keys, offset)
+            total += block_sum(even, odd, wide, block, _U(key_index))
+            index += count
     return total
 
 
@@ -213,15 +211,15 @@ def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
     total = _U(0)
     row = start
     while row < stop:
-        offset = row & _BLOCK_MASK
-        count = min(_BLOCK_ROWS - offset, stop - row)
+        offset = row % BLOCK_ROWS
+        count = min(BLOCK_ROWS - offset, stop - row)
         low = _U(0)
         high = _U(0)
         for place in range(count):
             key = load_pair(keys, _U(2) * (offset + place))
             low += ((row + place) & _LOW_WORD) * (key & _LOW_WORD)
             high += ((row + place) >> _U(32)) * (key >> _U(32))
-        block = row >> _BLOCK_BITS
+        block = row // BLOCK_ROWS
         total += low * block_multiplier(block, _U(0), _U(0)) + high * block_multiplier(block, _U(0), _U(1))
         row += count
     return total

@@ -14,7 +14,7 @@ from typing import Any
 from rustsim_hpc.errors import KernelError
 from rustsim_hpc.kernels.compiling import checking, compile_row_function, load_generated, one_compiler
 from rustsim_hpc.kernels.diagnose import explain
-from rustsim_hpc.kernels.stage_source import FIXED, Argument, StageWriter, op_name
+from rustsim_hpc.kernels.stage_source import FIXED, Argument, StageWriter, Variant, op_name
 from rustsim_hpc.modeling.program import KernelStage
 from rustsim_hpc.modeling.source_identity import function_identity
 from rustsim_hpc.state.schema import Schema
@@ -31,6 +31,7 @@ class StageFunction:
         path: the module's file.
         checked: with bounds checks.
         one_loop: whether all it does to a tile is one loop.
+        by_blocks: whether a tile has to be one of the digest's blocks of rows.
     """
 
     stage: KernelStage
@@ -39,6 +40,7 @@ class StageFunction:
     path: Path
     checked: bool
     one_loop: bool
+    by_blocks: bool
     _dtypes: dict[tuple[Any, ...], dict[int, str]] = field(default_factory=dict)
 
     @property
@@ -87,9 +89,11 @@ class StageFunction:
             return {int(slot): dtype for slot, dtype in notes[name].items()}
 
 
-def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checked: bool) -> StageFunction:
-    """Generate and load the function of a stage (it is compiled at its first use)."""
-    writer = StageWriter(stage, schema, default_ids, checked)
+def build_stage(
+    stage: KernelStage, variant: Variant, schema: Schema, *, default_ids: bool, checked: bool
+) -> StageFunction:
+    """Generate and load one of the functions of a stage (it is compiled at its first use)."""
+    writer = StageWriter(stage, variant, schema, default_ids=default_ids, checked=checked)
     source = writer.source()
     # Machine code that is loaded again looks its functions' modules up by name.
     identity = "\n".join(f"{fn.__module__} {function_identity(fn)}" for fn in writer.functions.values())
@@ -97,4 +101,5 @@ def build_stage(stage: KernelStage, schema: Schema, *, default_ids: bool, checke
         name: compile_row_function(fn, checked=checked) for name, fn in writer.functions.items()
     }
     module, path = load_generated(source, f"{identity}\n{checked}", names)
-    return StageFunction(stage, tuple(writer.arguments.values()), module, path, checked, writer.one_loop)
+    arguments = tuple(writer.arguments.values())
+    return StageFunction(stage, arguments, module, path, checked, writer.one_loop, writer.by_blocks)

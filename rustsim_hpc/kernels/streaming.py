@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-BLOCK = 64
+TOGETHER = 64
 """Rows that are written together; columns of any width then fill whole cache lines of 64 bytes.
 
 Few, too: reading the next rows has to overlap with writing these: with 512 rows a step took a tenth longer.
@@ -21,33 +21,32 @@ Few, too: reading the next rows has to overlap with writing these: with 512 rows
 
 
 @intrinsic
-def stream_rows(_context: Any, target: Any, _at: Any, source: Any, _start: Any) -> Any:
-    """Copy :data:`BLOCK` items around the cache.
+def stream_rows(_context: Any, target: Any, _at: Any, source: Any) -> Any:
+    """Copy the first :data:`TOGETHER` items of an array around the cache.
 
-    Arguments: target, where in it, source, where in it. Both are contiguous and of one dtype, positions are
-    uint64; the place in the target lies at the start of a cache line, which the source's need not.
+    Arguments: target, where in it (uint64), source. Both are contiguous and of one dtype; the place in the
+    target lies at the start of a cache line, which the source's need not.
     Other threads may read the target after :func:`streamed`.
     """
     width = 1 if isinstance(target.dtype, types.Boolean) else target.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        line, word = ir.VectorType(ir.IntType(8), BLOCK), ir.IntType(64)
+        line, word = ir.VectorType(ir.IntType(8), TOGETHER), ir.IntType(64)
 
-        def lines(kind: Any, array: Any, place: Any) -> Any:
-            data = context.make_array(kind)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [place]), line.as_pointer())
+        def data(number: int) -> Any:
+            return context.make_array(signature.args[number])(context, builder, arguments[number]).data
 
-        to = lines(signature.args[0], *arguments[:2])
-        origin = lines(signature.args[2], *arguments[2:])
+        to = builder.bitcast(builder.gep(data(0), [arguments[1]]), line.as_pointer())
+        origin = builder.bitcast(data(2), line.as_pointer())
         around = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
         for number in range(width):
             place = [ir.Constant(word, number)]
             value = builder.load(builder.gep(origin, place), align=width)
-            store = builder.store(value, builder.gep(to, place), align=BLOCK)
+            store = builder.store(value, builder.gep(to, place), align=TOGETHER)
             store.set_metadata("nontemporal", around)
         return context.get_dummy_value()
 
-    return types.none(target, types.uint64, source, types.uint64), generate
+    return types.none(target, types.uint64, source), generate
 
 
 @intrinsic
