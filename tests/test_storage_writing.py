@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,8 +231,10 @@ def test_the_others_stop_writing_when_one_has_failed(
     def rank(team: ThreadTeam) -> int | None:
         writer = CheckpointWriter(tmp_path, team, options)
         writer.submit(header, cut(view, *bounds(20_000, 2, team.rank)))
+        end = time.monotonic() + 60
         while not any(team.allgather(writer.failed_here)):
-            pass
+            # By the first one's clock, so that none is left behind.
+            assert team.bcast(time.monotonic()) < team.bcast(end)
         assert writer.failed_here == (team.rank == 1)
         known.set()
         with pytest.raises(CheckpointFileError, match=os.strerror(errno.EIO)) as caught:

@@ -57,7 +57,7 @@ class FailingWriter:
             # Only now, in this step, has the writer failed.
             for thread in threading.enumerate():
                 if thread.name == "rustsim-checkpoint":
-                    thread.join(30)
+                    thread.join(50)
         made = self.real[0](plane, *given)
         self.steps.append(plane.runtime.step_index)
         return made
@@ -71,7 +71,7 @@ class FailingWriter:
         if not self.known.is_set():
             if self.mine:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            assert self.known.wait(30)
+            assert self.known.wait(50)
         self.real[2](*given)
 
 
