@@ -213,13 +213,10 @@ def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
     while row < stop:
         offset = row % BLOCK_ROWS
         count = min(BLOCK_ROWS - offset, stop - row)
-        low = _U(0)
-        high = _U(0)
+        even = odd = _U(0)
         for place in range(count):
             key = load_pair(keys, _U(2) * (offset + place))
-            low += ((row + place) & _LOW_WORD) * (key & _LOW_WORD)
-            high += ((row + place) >> _U(32)) * (key >> _U(32))
-        block = row // BLOCK_ROWS
-        total += low * block_multiplier(block, _U(0), _U(0)) + high * block_multiplier(block, _U(0), _U(1))
+            even, odd = add_pair(even, odd, row + place, key, _U(32))
+        total += block_sum(even, odd, True, row // BLOCK_ROWS, _U(0))
         row += count
     return total
