@@ -7,6 +7,7 @@ import ctypes
 import types
 
 import numpy as np
+from cuda_source import RawKernel
 from standin_device import StandInDevice
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError
@@ -182,7 +183,12 @@ class FakeCupy(types.ModuleType):
             runtime=runtime,
         )
         self.asarray = np.array
+        self.raw_kernels = []
         self.__version__ = "14.2.0"
+
+    def RawKernel(self, code, name, options=()):  # noqa: N802 (CuPy's)
+        self.raw_kernels.append((code, name, options))
+        return RawKernel(code, name, options)
 
     def ndarray(self, shape, dtype, pointer):
         """Let a phase work on the memory itself, when all that is queued has happened."""

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+from cuda_source import RawKernel
 from ptx_machine import Machine
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError
@@ -344,6 +345,9 @@ class StandInDevice:
             raise DeviceError(f"device {self.ordinal}: {what} refused")
 
     # -- device phases -------------------------------------------------------------------------------
+
+    def raw_kernel(self, code, name, *, fma):
+        return RawKernel(code, name, options=() if fma else ("--fmad=false",))
 
     def array(self, data):
         return data

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import test_cuda_arithmetic as arithmetic
 import test_cuda_kernels as kernels
+import test_cuda_source as sources
 from cuda_planes import CudaSuite, Devices, needs_compiler
 from executor_suite import ExecutorSuite
 from gpu_table import measure
@@ -71,6 +72,40 @@ def test_the_rest_of_the_kernels(name):
 @pytest.mark.parametrize(("text", "dtype"), arithmetic.CASES)
 def test_operators_give_the_cpus_bits(text, dtype):
     arithmetic.compare(text, dtype, devices=CupyDevice)
+
+
+@gpu
+def test_a_users_kernel_gives_the_cpus_bits():
+    phases = [sources.crowd, sources.phase_of(sources.shift, sources.SHIFT), sources.push]
+    here, there, _ = kernels.both(sources.bound_model(*phases, rows=100_003), 5, parts=3, devices=CupyDevice)
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+def test_graphs_of_launches():
+    """As many steps as it takes to replay them, with random numbers and reductions of each step."""
+    here, there, _ = kernels.both(kernels.drawing_model(), 9, parts=2, devices=CupyDevice)
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+def test_copies_beside_the_steps():
+    model, reference = load_model(str(kernels.SOURCES[2]))
+    bound = BoundModel(model, {}, seed=3, agents=1_000_003, reference=reference)
+    here, there, _ = kernels.both(bound, 4, devices=CupyDevice)
+    memory = there.runtime.device_store().memory
+    out = [np.zeros_like(place) for place in memory.places()]
+    executor = rs.CudaPartitionExecutor()
+    there.run_partitions_with_executor(1, executor)
+    arrived = memory.copy_aside(out)
+    there.run_partitions_with_executor(5, executor)
+    arrived()
+    here.run_partitions_with_executor(1, rs.InlinePartitionExecutor())
+    columns = here.runtime.device_store().columns
+    assert [values.tobytes() for values in out] == [column.tobytes() for column in columns]
+    there.close()
 
 
 @gpu

@@ -19,6 +19,7 @@ from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResu
 from rustsim_hpc.executors.device_columns import CopyAside, Place, needed_bytes
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.program import ColumnCall, Segment
 from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.proof.fingerprint import fnv1a_bytes
@@ -274,6 +275,12 @@ class CudaPartitionExecutor:
                 text = f'phase "{name}" is a column phase for the CPU, and this is {describe(task.backend)}'
                 hint = "make it a row kernel, or say device= what does the same over CuPy arrays"
                 raise ExecutorError(Worker(partition, text, phase=name, hint=hint))
+            if isinstance(item, ColumnCall) and isinstance(item.column_phase.device, DeviceKernel):
+                kernel, phase = item.column_phase.device, item.column_phase
+                text = kernel.problem(work.memory.schema, phase.writes, work.params, work.tables)
+                if text:
+                    partition = task.assignment.partition_id
+                    raise ExecutorError(Worker(partition, f'phase "{phase.name}": {text}', phase=phase.name))
 
     def execute(self, tasks: Sequence[PartitionTask]) -> Sequence[PartitionTaskResult]:
         """Refuse self-contained tasks, whose phases are functions for the CPU.

@@ -8,10 +8,12 @@ from typing import Any
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.executors.device_columns import DeviceColumns
+from rustsim_hpc.executors.device_kernels import DeviceKernels
 from rustsim_hpc.executors.device_partition import Partition
 from rustsim_hpc.executors.device_stage import DeviceStage, DeviceStages
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache, status_text
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
+from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.state.device import Device
@@ -59,6 +61,7 @@ class DeviceRun(PartitionRun):
         self.columns = DeviceColumns(device, work, task)
         self._partition = Partition(device, self.columns, work, task, board, place, fma=fma, graphs=graphs)
         self._device_stages = DeviceStages(self._partition)
+        self._kernels = DeviceKernels(device, work, fma=fma)
         self._digest_only: dict[int, KernelStage] = {}
         self._flying: list[_Flight] = []
         self._unsettled: list[int] = []
@@ -142,7 +145,10 @@ class DeviceRun(PartitionRun):
         if isinstance(context.random, RowRandom):
             context = replace(context, random=_DeviceRandom(context.random, self.device))
         with self.device.views(schema, parts, stop - start, call.writable) as columns:
-            twin(context, columns, stop - start)
+            if isinstance(twin, DeviceKernel):
+                self._kernels.call(twin, context, columns)
+            else:
+                twin(context, columns, stop - start)
         staged = None
         if frame.want_digest and call.digests and start < stop:
             stage = self._digest_only.setdefault(call.phase, KernelStage((), digests=call.digests))

@@ -10,6 +10,7 @@ from typing import Literal
 from rustsim_hpc.errors import JobError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state import cuda_found
@@ -43,7 +44,7 @@ def choose_backend(spec: JobSpec, model: BoundModel, team: Team) -> Backend:
             hint="mixed plans are built in Python (docs/gpu.md)",
         )
     if run.backend == "cpu" or run.executor == "remote":
-        return _on_the_cpu(spec)
+        return _on_the_cpu(spec, model)
     mine = team.host, cuda_found.visible_devices(), _obstacle(model)
     everyone = team.allgather(mine)
     obstacles = [(rank, text) for rank, (_, _, text) in enumerate(everyone) if text]
@@ -54,11 +55,14 @@ def choose_backend(spec: JobSpec, model: BoundModel, team: Team) -> Backend:
             raise JobError(f"[run] backend = cuda: {text}{where}")
         if all(found for _, found, _ in everyone) and team.rank == 0:
             sys.stderr.write(f"runs on the CPU, although there are CUDA devices: {text}{where}\n")
-        return _on_the_cpu(spec)
+        return _on_the_cpu(spec, model, text)
     return Backend("cuda", _ordinals(everyone, share=run.share_devices))
 
 
-def _on_the_cpu(spec: JobSpec) -> Backend:
+def _on_the_cpu(spec: JobSpec, model: BoundModel, why: str = "") -> Backend:
+    for phase in model.phases:
+        if isinstance(phase, ColumnPhase) and phase.device_only:
+            raise JobError(f'phase "{phase.name}" runs on CUDA devices alone{f": {why}" if why else ""}')
     if spec.run.memory == "device":
         raise JobError("[run] memory = device needs backend = cuda")
     return Backend()
@@ -71,6 +75,10 @@ def _obstacle(model: BoundModel) -> str:
     for phase in model.phases:
         if isinstance(phase, ColumnPhase) and phase.device is None:
             return f'phase "{phase.name}" is a column phase for the CPU: it needs device= (docs/gpu.md)'
+        if isinstance(phase, ColumnPhase) and isinstance(phase.device, DeviceKernel):
+            kernel = phase.device
+            if problem := kernel.problem(model.schema, phase.writes, model.params, model.tables):
+                return f'phase "{phase.name}": {problem}'
     from rustsim_hpc.kernels.cuda_compile import why_no_compiler
 
     return why_no_compiler()

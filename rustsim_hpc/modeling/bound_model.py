@@ -12,6 +12,7 @@ import numpy as np
 
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.executors.work import Work
+from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.model import Check, Model, Output, Phase, Reduction
 from rustsim_hpc.modeling.outputs import Arrays, Picture, Series, check_outputs
 from rustsim_hpc.modeling.params import Params, bind_params
@@ -253,6 +254,8 @@ class BoundModel:
             facts = [
                 (name, value) for name, value in declared.items() if isinstance(value, str | int | tuple)
             ]
+            kernels = [value.identity for value in declared.values() if isinstance(value, DeviceKernel)]
+            facts += [("device", text) for text in kernels]
             digest.update(f"{type(phase).__name__}\0{facts}\0".encode())
             functions += [value for value in declared.values() if callable(value)]
         for fn in functions:

@@ -16,6 +16,7 @@ from types import FunctionType
 from typing import Any, Literal, overload
 
 from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.modeling.device_kernel import DeviceKernel, as_device_kernel
 from rustsim_hpc.modeling.outputs import Arrays, Picture, Sample, Series
 from rustsim_hpc.modeling.params import Param, Params, as_param
 from rustsim_hpc.modeling.signatures import Function, argument_names, returned_keys, where
@@ -35,6 +36,7 @@ __all__ = [
     "check",
     "column_phase",
     "derive",
+    "device_phase",
     "function",
     "reduction",
     "row_kernel",
@@ -92,13 +94,15 @@ class ColumnPhase(_Described):
     """A callable ``(context, columns, rows)`` that sees a whole partition at once.
 
     ``writes`` is None where nothing was declared (then every column counts as written). ``device`` does the
-    same on a CUDA device, over CuPy arrays; None where nobody has said how.
+    same on a CUDA device, over CuPy arrays; None where nobody has said how. ``device_only``: nobody has said
+    how on the CPU.
     """
 
     writes: tuple[str, ...] | None
     row_local: bool
     stream: str
-    device: Function | None = None
+    device: Function | DeviceKernel | None = None
+    device_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +196,7 @@ def column_phase(
     row_local: bool = False,
     stream: str | None = None,
     name: str | None = None,
-    device: Function | bool = False,
+    device: Any = False,
 ) -> Callable[[Function], ColumnPhase]:
     """Declare a phase ``fn(context, columns, rows)`` that works on a whole partition at once.
 
@@ -204,17 +208,43 @@ def column_phase(
             the same bits hold for one partition plan only, and the replay log says so.
         stream: name of the random stream of ``context.random``; the phase's name by default.
         name: name of the phase; the function's by default.
-        device: what does the same on a CUDA device, where the columns are CuPy arrays; True: the function
-            itself.
+        device: what does the same on a CUDA device: a function, for which the columns are CuPy arrays (True:
+            the function itself); a CuPy RawKernel or ElementwiseKernel, or CUDA C as text whose entry has the
+            phase's name. A kernel's parameters are bound by name: columns, parameters, tables, results,
+            ``rows``, ``row_start`` and ``step``.
+
+    Raises:
+        ModelError: the kernel's source has no such entry, or takes something that is of no column's type.
     """
     targets = None if writes is None else _targets("column_phase", writes)
 
     def wrap(fn: Function) -> ColumnPhase:
         phase = name or fn.__name__
-        twin = device if callable(device) else fn if device else None
-        return ColumnPhase(fn, phase, targets, row_local, stream or phase, twin)
+        return ColumnPhase(fn, phase, targets, row_local, stream or phase, _twin(device, phase, fn))
 
     return wrap
+
+
+def device_phase(
+    name: str, device: Any, *, writes: str | Sequence[str] | None = None, row_local: bool = False
+) -> ColumnPhase:
+    """Return a column phase for CUDA devices alone; raises as :func:`column_phase` or without ``device``."""
+
+    def nowhere_else(_context: Any, _columns: Any, _rows: int) -> None:
+        raise ModelError(f'phase "{name}" runs on CUDA devices alone')
+
+    targets = None if writes is None else _targets("device_phase", writes)
+    twin = _twin(device, name, None)
+    if twin is None:
+        raise ModelError(f'phase "{name}" needs a function or kernel for CUDA devices, got {device!r}')
+    return ColumnPhase(nowhere_else, name, targets, row_local, name, twin, device_only=True)
+
+
+def _twin(device: Any, phase: str, fn: Function | None) -> Function | DeviceKernel | None:
+    kernel = as_device_kernel(device, phase)
+    if kernel is not None:
+        return kernel
+    return device if callable(device) else fn if device else None
 
 
 def reduction(

@@ -172,6 +172,10 @@ class CupyDevice:
             self._modules.append(module)
             return module.get_function(name)
 
+    def raw_kernel(self, code: str, name: str, *, fma: bool) -> Any:
+        """Return a RawKernel, which CuPy compiles when it is first called."""
+        return self._cupy.RawKernel(code, name, options=() if fma else ("--fmad=false",))
+
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel."""
         with self._guard():

@@ -105,6 +105,10 @@ class Device(Protocol):
         """Load compiled code (PTX) and return the kernel of this name."""
         ...
 
+    def raw_kernel(self, code: str, name: str, *, fma: bool) -> Any:
+        """Return a kernel of CUDA C, to be called with grid, block and arguments among `views`."""
+        ...
+
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel; arguments are NumPy scalars."""
         ...
