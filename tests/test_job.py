@@ -77,6 +77,7 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
         guard = "torn"
         backend = "cpu"
         fma = true
+        cuda_graphs = false
         share_devices = true
         memory = "heap"
         tile_rows = 8192
