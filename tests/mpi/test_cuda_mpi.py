@@ -8,7 +8,8 @@ import pytest
 from cuda_planes import needs_compiler, see
 
 import rustsim_hpc as rs
-from rustsim_hpc.errors import JobError
+from rustsim_hpc.errors import DeviceError, ExecutorError, JobError
+from rustsim_hpc.executors.device_columns import DeviceColumns
 from rustsim_hpc.job.launch import run_job
 from rustsim_hpc.job.spec import Override, RunOptions, read_job
 from rustsim_hpc.ranks.team import SoloTeam, Team
@@ -19,7 +20,8 @@ pytestmark = needs_compiler
 
 def run(team: Team, folder: Path, **options: object) -> tuple[str, int]:
     sizes = {"agents": 5000, "steps": 4, "partitions": 6, **options}
-    spec, _ = read_job(JOB, [Override("run", key, value, key) for key, value in sizes.items()], environ={})
+    changes = [Override("run", key, value, key) for key, value in sizes.items()]
+    spec, _ = read_job(JOB, [*changes, Override("checkpoint", "every", 2, "every")], environ={})
     summary = run_job(spec, RunOptions(out=folder, progress=False), team)
     return summary.executor, summary.fingerprint
 
@@ -36,6 +38,34 @@ def test_each_rank_has_its_device(team: Team, shared_path: Path, monkeypatch: py
     alone = run(SoloTeam(), shared_path / f"alone{team.rank}", backend="cpu")
     assert alone[0] != "cuda"
     assert alone[1] == fingerprint
+
+
+def test_checkpoints_are_those_of_one_rank_on_the_cpu(
+    team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, "abcd")
+    run(team, shared_path / "run", backend="cuda")
+    if team.rank == 0:
+        run(SoloTeam(), shared_path / "alone", backend="cpu")
+        there, here = rs.open_run(shared_path / "run"), rs.open_run(shared_path / "alone")
+        assert sorted(there.checkpoints()) == sorted(here.checkpoints()) == [2, 4]
+        for step in (2, 4):
+            assert there.columns("x", step=step).tobytes() == here.columns("x", step=step).tobytes()
+
+
+def test_a_device_that_cannot_copy_ends_all_ranks(
+    team: Team, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, "abcd")
+
+    def refused(self: DeviceColumns, out: object) -> None:
+        raise DeviceError("device 0: copy refused")
+
+    if team.rank == team.size - 1:
+        monkeypatch.setattr(DeviceColumns, "copy_aside", refused)
+    with pytest.raises(ExecutorError, match="copy refused") as caught:
+        run(team, shared_path / "run", backend="cuda")
+    assert team.size == 1 or caught.value.rank == team.size - 1
 
 
 def test_sharing_is_refused_on_all_ranks(
