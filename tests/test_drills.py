@@ -62,7 +62,7 @@ def test_faults(kind: str, count: int, show: Show, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_stream(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
-    show(lambda: load("flights", monkeypatch).main(4, agents=20_000, steps=5))
+    show(lambda: load("flights", monkeypatch).main(5, agents=20_000, steps=5))
 
 
 def test_what_is_told_is_what_was_recorded() -> None:
