@@ -20,7 +20,7 @@ from rustsim_hpc.kernels.column_sums import ColumnSums
 from rustsim_hpc.kernels.compiling import STAGE_OPTIONS
 from rustsim_hpc.kernels.draws import ready_draws
 from rustsim_hpc.kernels.simple import is_simple
-from rustsim_hpc.kernels.streaming import TOGETHER
+from rustsim_hpc.kernels.streaming import AHEAD, TOGETHER
 from rustsim_hpc.modeling.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.state.schema import Schema
@@ -126,7 +126,7 @@ class StageWriter:
             "from rustsim_hpc.kernels.clock import now",
             "from rustsim_hpc.kernels.convert import fits, stored",
             "from rustsim_hpc.kernels.far_call import far_call",
-            *(["from rustsim_hpc.kernels.streaming import stream_rows, streamed"] if self.streams else []),
+            *(["from rustsim_hpc.kernels import streaming"] if self.streams else []),
             "",
             f"@njit({options})",
             f"def stage({', '.join(names)}):",
@@ -141,7 +141,7 @@ class StageWriter:
             *(f"        {line}" for line in head),
             *(f"        {line}" for line in body),
             "        lo = hi",
-            *(["    streamed()"] if self.streams else []),
+            *(["    streaming.streamed()"] if self.streams else []),
             "",
         ]
         return "\n".join(lines)
@@ -179,6 +179,7 @@ class StageWriter:
         self.place = "np.int64(j)"
         row, self.place = self._row(kernels), "j"
         targets = {_slice(*where): self._scratch(where[0]) for where in self.made}
+        sources = [_slice(*where) for where in self.slices if where not in self.made]
         row += [f"{self._scratch(c)}[k] = {value}" for (c, _), value in self.made.items()]
         self.made = {}
         words = [line for (c, _), sums in self._sums() for line in sums.add_words(self._scratch(c), "at")]
@@ -189,12 +190,16 @@ class StageWriter:
             "while at < rows:",
             f"    past_line = (np.uint64(lo) + at) % np.uint64({TOGETHER})",
             f"    count = min(np.uint64({TOGETHER}) - past_line, rows - at)",
+            *(f"    streaming.fetch_rows({source}, at + np.uint64({AHEAD}))" for source in sources),
             "    for k in range(count):",
             "        j = at + k",
             *_inside(row, 2),
             f"    if count == np.uint64({TOGETHER}):",
             *_inside(words, 2),
-            *(f"        stream_rows({target}, at, {scratch})" for target, scratch in targets.items()),
+            *(
+                f"        streaming.stream_rows({target}, at, {scratch})"
+                for target, scratch in targets.items()
+            ),
             "    else:",
             "        for k in range(count):",
             *(f"            {target}[at + k] = {scratch}[k]" for target, scratch in targets.items()),
