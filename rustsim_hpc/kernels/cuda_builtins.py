@@ -1,7 +1,8 @@
 """Functions of Python and NumPy that kernels for CUDA lack in Numba, or have in another way than for the CPU.
 
 ``min`` and ``max`` take any number of arguments on the CPU and fail on CUDA; ``math.floor``, ``ceil`` and
-``trunc`` are integers on the CPU, as in Python, and floats on CUDA; NumPy's functions of numbers are missing.
+``trunc`` are integers on the CPU, as in Python, and floats on CUDA; NumPy's functions of numbers are missing;
+``math.copysign`` of some libdevices cannot be compiled.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def register() -> None:
             _register_choice(face, name, count)
     for name in ("floor", "ceil", "trunc"):
         _register_whole(getattr(math, name), getattr(libdevice, name))
+    _register_copysign()
     for name in _OF_FLOATS:
         _register_float(getattr(np, name), getattr(libdevice, name), getattr(libdevice, f"{name}f"))
     _register_propagating(np.minimum, _less)
@@ -79,6 +81,28 @@ def _register_whole(face: Any, body: Any) -> None:
         if isinstance(x, types.Float):
             return lambda x: np.int64(body(np.float64(x)))
         return (lambda x: np.int64(x)) if isinstance(x, types.Integer) else None  # noqa: PLW0108 (compiled)
+
+
+def _register_copysign() -> None:
+    # That of libdevice 12.9 calls an intrinsic that its own libNVVM refuses.
+    @overload(math.copysign, target="cuda")
+    def typed(x, y):  # type: ignore[no-untyped-def]
+        if x == types.float32 and y == types.float32:
+            sign, rest = np.uint32(2**31), np.uint32(2**31 - 1)
+
+            def single(x, y):  # type: ignore[no-untyped-def]
+                return np.uint32((x.view(np.uint32) & rest) | (y.view(np.uint32) & sign)).view(np.float32)
+
+            return single
+        if not (_is_number(x) and _is_number(y)):
+            return None
+        wide_sign, wide_rest = np.uint64(2**63), np.uint64(2**63 - 1)
+
+        def double(x, y):  # type: ignore[no-untyped-def]
+            one, other = np.float64(x).view(np.uint64), np.float64(y).view(np.uint64)
+            return ((one & wide_rest) | (other & wide_sign)).view(np.float64)
+
+        return double
 
 
 def _register_float(face: Any, double: Any, single: Any) -> None:
