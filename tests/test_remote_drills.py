@@ -74,7 +74,8 @@ def fails(driven, text, *, partition=0, steps=1, within=15):
     return error
 
 
-QUICK = {"connect_seconds": 0.7, "answer_seconds": 0.7, "rejoin_seconds": 0.7}
+NOBODY = {"connect_seconds": 0.3}
+SILENT = {"connect_seconds": 20, "answer_seconds": 0.3}
 BOTH = pytest.mark.parametrize("executor", [resident, tasks])
 
 
@@ -99,13 +100,13 @@ def serving():
 def test_nobody_there(plane, executor, serving):
     server = serving(TcpServer(lambda connection: None))
     server.close()
-    fails(plane(executor(**QUICK), server.endpoint), "could not be reached within 0.7 s")
+    fails(plane(executor(**NOBODY), server.endpoint), "could not be reached within 0.3 s")
 
 
 @BOTH
 def test_silence(plane, executor, serving):
     server = serving(TcpServer(lambda connection: None))
-    fails(plane(executor(**QUICK), server.endpoint), "could not be reached within 0.7 s")
+    fails(plane(executor(**NOBODY), server.endpoint), "could not be reached within 0.3 s")
 
 
 @BOTH
@@ -122,7 +123,7 @@ def test_garbage(plane, executor, serving, garbage, text):
 @BOTH
 def test_no_answer(plane, executor, serving):
     worker = serving(FalseWorker(lambda request: None))
-    fails(plane(executor(**QUICK, retries=2), worker.endpoint), "did not answer within 0.7 s")
+    fails(plane(executor(**SILENT, retries=2), worker.endpoint), "did not answer within 0.3 s")
     assert [request.kind for request in worker.requests][:3] == ["open"] * 3
     assert len({request.number for request in worker.requests[:3]}) == 1
 
@@ -135,8 +136,8 @@ def late(request):
 @BOTH
 def test_a_late_answer(plane, executor, serving):
     fails(
-        plane(executor(**QUICK, retries=0), serving(FalseWorker(late)).endpoint),
-        "did not answer within 0.7 s",
+        plane(executor(**SILENT, retries=0), serving(FalseWorker(late)).endpoint),
+        "did not answer within 0.3 s",
     )
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,14 +112,12 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
     """Exit 3, one line that names the worker, the last complete step saved; the run goes on inline."""
     worker = WorkerProcess(models=(MODEL,))
     words = ("run", FLIGHTS, *SMALL, "--steps", 1_000_000, *remote(worker), "--out", tmp_path)
-    quick = ("--set", "remote.connect_seconds=2", "--set", "remote.rejoin_seconds=2")
+    quick = ("--set", "remote.connect_seconds=2", "--set", "remote.rejoin_seconds=0.2")
     command = [sys.executable, "-m", "rustsim_hpc", *map(str, words), *quick]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
     log = tmp_path / "replay.jsonl"
-    until = time.monotonic() + 60
-    while (not log.exists() or len(log.read_text().splitlines()) < 20) and time.monotonic() < until:
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 20, 100)
     assert worker.end(signal.SIGKILL) == -signal.SIGKILL
     _, told = run.communicate(timeout=60)
     assert run.returncode == 3, told
