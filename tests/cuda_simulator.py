@@ -7,6 +7,7 @@ process, and reads its lines: a model's path, and what differs from the CPU.
 """
 
 import json
+import os
 import sys
 import threading
 import warnings
@@ -125,6 +126,8 @@ def differences(path):
 
 
 if __name__ == "__main__":
+    # On several cores the threads hand the interpreter's lock to and fro, which takes minutes now and then.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     warnings.simplefilter("ignore")  # of NumPy's scalars: integers wrap here on purpose
     CudaStage.image = image
     cuda_builtins.register = lambda: None  # what it registers is for the compiler

@@ -9,7 +9,7 @@ from pathlib import Path
 from test_cuda_kernels import SOURCES
 
 HERE = Path(__file__).parent
-LIMIT = 600
+LIMIT = 250
 """Seconds; it takes 20 on a quiet machine."""
 
 
