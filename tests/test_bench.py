@@ -101,12 +101,14 @@ def test_walks_stay_in_the_box_and_spread_alike() -> None:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run.measure(replace(TINY), only=("integrate.one", "integrate.all", "orbit", "parts", "checkpoint"))
+    return run.measure(
+        replace(TINY), only=("integrate.one", "integrate.all", "orbit", "parts", "digests", "checkpoint")
+    )
 
 
 def test_tables_have_their_rows(report: Report) -> None:
     assert [section.key for section in report.sections] == [
-        "memory", "integrate.one", "integrate.all", "orbit", "parts", "checkpoint",
+        "memory", "integrate.one", "integrate.all", "orbit", "parts", "digests", "checkpoint",
     ]  # fmt: skip
     for section in report.sections:
         for row in section.rows:

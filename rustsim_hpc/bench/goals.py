@@ -62,6 +62,8 @@ GOALS: Final = (
     Goal("the same, threads", "integrate.all", "digest.added", 0.35, _times),
     Goal("fnv1a of each step adds, of the bare hash", "integrate.one", "fnv1a.added", 1.05, _times),
     Goal("a digest of each step adds, of a step of us_flights", "flights", "digest.added", 0.05, _times),
+    Goal("digest of float64, of np.sum's rate", "digests", "float64.digest", 0.8, _inverse, least=True),
+    Goal("the same, int64", "digests", "int64.digest", 0.8, _inverse, least=True),
     Goal("us_flights, million agent-steps/s", "flights", "all", 50.0, _rate, unit="", least=True),
     Goal("us_flights, faster than on one core", "flights", "all", 1.8, _inverse, least=True),
     Goal("us_flights, weak efficiency of ranks", "flights", "weak", 0.93, _inverse, unit="", least=True),

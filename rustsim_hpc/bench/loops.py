@@ -14,7 +14,7 @@ from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, added, interleave
 from rustsim_hpc.bench.models import integrate, orbit, tally, walk
 from rustsim_hpc.bench.setting import BYTES, FUSED, MODELS, Bandwidth, Size, columns_of, shared_out
-from rustsim_hpc.proof.fingerprint import fnv1a_bytes, fnv1a_default_ids
+from rustsim_hpc.proof.fingerprint import digest_column, fnv1a_bytes, fnv1a_default_ids
 
 Array = np.ndarray[Any, Any]
 
@@ -193,6 +193,24 @@ def _rows(
 
 
 # -- what a step is made of ---------------------------------------------------------------------------
+
+
+def digests(size: Size) -> Section:
+    """Measure how fast the digest reads a column, against np.sum."""
+    rows, rng = [], np.random.default_rng(1)
+    for dtype in ("float32", "float64", "int32", "int64"):
+        column = rng.integers(0, 1 << 20, size.rows).astype(dtype)
+        timings = interleave(
+            {"sum": Case(column.sum), "digest": Case(partial(digest_column, column, 0, 1))}, size.rounds
+        )
+        for key, name in (("sum", "np.sum"), ("digest", "digest")):
+            rate = column.nbytes / timings[key].median / 1e9
+            row = Row.of(
+                f"{dtype}.{key}", f"{name}, {dtype}", timings[key], timings["sum"], rate=rate, unit="GB/s"
+            )
+            rows.append(row)
+    text = f"One column of {size.rows:,} rows on one core: its digest, against `np.sum` of it."
+    return Section("digests", "The digest of a column", text, rows)
 
 
 def orbit_all(size: Size, bandwidth: Bandwidth) -> Section:

@@ -19,8 +19,8 @@ from rustsim_hpc.files import write_atomic
 from rustsim_hpc.run_folder.environment import host_facts, versions
 
 TABLES: Final = (
-    "memory", "integrate.one", "integrate.all", "integrate.ranks", "orbit", "parts", "flights", "empty",
-    "checkpoint", "start", "predict",
+    "memory", "integrate.one", "integrate.all", "integrate.ranks", "orbit", "parts", "digests", "flights",
+    "empty", "checkpoint", "start", "predict",
 )  # fmt: skip
 """Keys of the tables, in order. Memory is measured in any case."""
 
@@ -57,6 +57,8 @@ def _table(key: str, size: Size, bandwidth: Bandwidth, before: list[Section]) ->
             return loops.orbit_all(size, bandwidth)
         case "parts":
             return loops.parts(size, bandwidth)
+        case "digests":
+            return loops.digests(size)
         case "flights":
             section = steps.flights(size)
             section.rows += ranks.weak_scaling(size)
