@@ -334,7 +334,7 @@ def test_a_huge_partition_count_costs_nothing():
     start = time.perf_counter()
     made = Plane("partition", parts=2**62)
     made.run(3)
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 2
     assert made.plane.metrics().partition_count == 10
 
 
@@ -352,7 +352,7 @@ def test_many_partitions_and_workers_bind_quickly():
         partition_workers=workers,
     )
     made.step()
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 3
 
 
 def boom_on_none(context, columns, rows):

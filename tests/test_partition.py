@@ -75,7 +75,7 @@ def test_row_ranges_cover_the_rows_once_and_evenly(agents, partitions):
 def test_a_huge_partition_count_is_as_fast_as_a_small_one():
     start = time.perf_counter()
     made = PartitionPlan.row_ranges(1000, 2**62)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 0.5
     assert as_lists(made) == as_lists(PartitionPlan.row_ranges(1000, 1000))
 
 

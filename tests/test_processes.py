@@ -194,7 +194,7 @@ def test_a_worker_that_dies_in_a_phase(tmp_path: Path, what: str, text: str) -> 
         start = time.monotonic()
         with pytest.raises(errors.ExecutorError) as caught:
             plane.step_partitions_with_executor(executor)
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 8
         error, dead = caught.value, int((tmp_path / "marker").read_text())
         message = f"worker process 1 (pid {dead}) {text}"
         assert isinstance(error.source, errors.Worker)
@@ -370,7 +370,7 @@ def test_close_ends_the_workers_and_the_plane_goes_on(tmp_path: Path) -> None:
     first = worker_pids()
     start = time.monotonic()
     plane.close()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 2
     assert not worker_pids()
     plane.close()
     plane.step_partitions_with_executor(executor)
@@ -394,7 +394,7 @@ def test_close_does_not_wait_for_a_stopped_worker(tmp_path: Path) -> None:
     os.kill(worker_pids()[0], signal.SIGSTOP)
     start = time.monotonic()
     plane.close()
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 6
 
 
 def test_many_steps_do_not_grow(tmp_path: Path) -> None:
