@@ -6,9 +6,11 @@ Durations are whole microseconds, sizes bytes. A snapshot goes out as JSON or as
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -186,47 +188,32 @@ class PhaseKind(IntEnum):
 
 _PENDING = 256
 
+_Steps = tuple[PhaseKind, tuple[str, ...], ColumnarPhaseBackend, int, int, int, npt.NDArray[np.int64]]
+"""Steps as they were counted: kind, names, backend, rows, how many, microseconds, nanoseconds of phases."""
+
 
 class _KindTotals:
-    """Counters of one list of phases: arrays by position, in nanoseconds.
-
-    Steps are kept as they come and added up a few hundred at a time: a step must not pay for arithmetic
-    that nobody has asked for yet.
-    """
+    """Counters of one list of phases: arrays by position, in nanoseconds."""
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.backend = _CPU
         self.executions = self.last_ns = self.total_ns = np.zeros(0, np.int64)
-        self._pending: list[npt.NDArray[np.int64]] = []
-        self._pending_steps, self._last_steps = 0, 1
 
-    def add(self, names: tuple[str, ...], times: npt.NDArray[np.int64], steps: int) -> None:
-        """Take the durations of ``steps`` steps: int64 (partitions, phases or more), nanoseconds."""
-        if self._pending and (names != self.names or times.shape != self._pending[0].shape):
-            self.settle()
-        self.names = names
-        self._pending.append(times)
-        self._pending_steps += steps
-        self._last_steps = steps
-        if len(self._pending) >= _PENDING:
-            self.settle()
-
-    def settle(self) -> None:
-        """Add up what is pending."""
-        pending, self._pending = self._pending, []
-        steps, self._pending_steps = self._pending_steps, 0
-        count, partitions = len(self.names), len(pending[0]) if pending else 0
-        if not partitions:
-            return
+    def add(self, alike: Sequence[_Steps]) -> None:
+        """Add up steps of the same phases."""
+        _, self.names, self.backend, _, steps, _, last = alike[-1]
+        count = len(self.names)
         if len(self.executions) < count:
             room = np.zeros(count - len(self.executions), np.int64)
             self.executions, self.last_ns, self.total_ns = (
                 np.concatenate([have, room]) for have in (self.executions, self.last_ns, self.total_ns)
             )
-        self.executions[:count] += steps * partitions
-        self.last_ns[:count] = pending[-1][-1, :count] // self._last_steps
-        self.total_ns[:count] += np.stack(pending)[:, :, :count].sum(axis=(0, 1))
+        times = np.concatenate([made[-1] for made in alike])[:, :count]
+        if len(times):
+            self.executions[:count] += steps * len(times)
+            self.last_ns[:count] = last[-1, :count] // steps
+            self.total_ns[:count] += times.sum(axis=0)
 
 
 class Meter:
@@ -243,6 +230,7 @@ class Meter:
         self._steps = self._last_us = self._total_us = 0
         self._partition_steps = self._partition_rows = 0
         self._checkpoints = self._fingerprints = 0
+        self._pending: list[_Steps] = []
         self._totals: dict[PhaseKind, _KindTotals] = {}
 
     def refresh(
@@ -280,17 +268,24 @@ class Meter:
             steps: how many were made.
             backend: where the phases ran.
         """
-        self._steps += steps
-        self._last_us = total_us // steps
-        self._total_us += total_us
-        totals = self._totals.get(kind)
-        if totals is None:
-            totals = self._totals[kind] = _KindTotals()
-        totals.backend = backend
-        totals.add(names, times, steps)
-        if kind is not PhaseKind.RUNTIME:
-            self._partition_steps += steps
-            self._partition_rows += rows * len(names) * steps
+        # Added up a few hundred at a time: a step must not pay for arithmetic that nobody has asked for yet.
+        self._pending.append((kind, names, backend, rows, steps, total_us, times))
+        if len(self._pending) >= _PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add up what is pending."""
+        pending, self._pending = self._pending, []
+        for (kind, names, _, rows, steps), group in groupby(pending, itemgetter(0, 1, 2, 3, 4)):
+            alike = list(group)
+            made = steps * len(alike)
+            self._steps += made
+            self._last_us = alike[-1][5] // steps
+            self._total_us += sum(one[5] for one in alike)
+            if kind is not PhaseKind.RUNTIME:
+                self._partition_steps += made
+                self._partition_rows += rows * len(names) * made
+            self._totals.setdefault(kind, _KindTotals()).add(alike)
 
     def checkpoint_created(self) -> int:
         """Count one checkpoint, and return its sequence number; the first one is 1."""
@@ -309,8 +304,7 @@ class Meter:
     def snapshot(self) -> EngineMetrics:
         """Return the counters as they are now."""
         bases = (0, self._kinds[0], self._kinds[0] + self._kinds[1])
-        for totals in self._totals.values():
-            totals.settle()
+        self._settle()
         phases = [
             EnginePhaseMetric(
                 phase_index=bases[kind] + int(position),

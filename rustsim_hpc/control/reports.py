@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -86,8 +85,7 @@ class PhaseReports(Sequence[PartitionPhaseReport]):
         return repr(list(self))
 
 
-@dataclass(frozen=True)
-class ControlledStep:
+class ControlledStep(NamedTuple):
     """A committed step: timing, fingerprint if replay is on, checkpoint if one was due."""
 
     timing: ColumnarStepTiming
@@ -95,8 +93,7 @@ class ControlledStep:
     checkpoint: EngineCheckpoint | None
 
 
-@dataclass(frozen=True)
-class PartitionedStep:
+class PartitionedStep(NamedTuple):
     """A committed partition step.
 
     Attributes:

@@ -78,10 +78,12 @@ class Stepping:
         if self._torn is not None and not to_restore:
             raise TornState(self._torn, hint="restore a checkpoint")
         seen = self._state_now()
+        if seen == self._seen:
+            return
         if seen[:2] != self._seen[:2]:
             self._let_go()
             self.proof.replace(seen[0])
-        elif seen != self._seen:
+        else:
             self.proof.forget()
         self._seen = seen
 
