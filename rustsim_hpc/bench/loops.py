@@ -59,8 +59,9 @@ def memory(size: Size) -> tuple[Section, Bandwidth]:
 
 _INTEGRATE = (
     "`x += vx*dt; y += vy*dt; vx *= keep; vy *= keep` over four float32 columns, {rows:,} rows. By hand: one "
-    "Numba loop that does all four in place, {who}. The engine: two row kernels, with everything that a step "
-    "promises. `torn` works in place too, `rollback` keeps the state before the step until the step is whole."
+    "Numba loop that does all four in place, {who}; keeping the state before, it reads one set of columns "
+    "and fills another. The engine: two row kernels, with everything that a step promises. `torn` works in "
+    "place too, `rollback` keeps the state before the step until the step is whole."
 )
 
 
@@ -68,7 +69,8 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
     """Measure integrate on one core: by hand, NumPy, the engine inline in its ways."""
     from rustsim_hpc.kernels import by_hand
 
-    hand, plain = columns_of(integrate.model(), size.rows), columns_of(integrate.model(), size.rows)
+    hand, beside, plain = (columns_of(integrate.model(), size.rows) for _ in range(3))
+    turns = (hand, beside), (beside, hand)
     dt, keep = integrate.DT, integrate.KEEP
     setup = Setup(MODELS + "integrate", size.rows)
     with ExitStack() as stack:
@@ -84,6 +86,9 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         timings = interleave(
             {
                 "hand": Case(lambda: [by_hand.integrate(*hand, dt, keep) for _ in range(2)], 2),
+                "hand.beside": Case(
+                    lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
+                ),
                 "numpy": Case(lambda: _numpy_integrate(*plain)),
                 "torn": Case(lambda: torn.step(2), 2),
                 "rollback": Case(lambda: rollback.step(2), 2),
@@ -97,6 +102,7 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         )
     names = {
         "hand": "by hand",
+        "hand.beside": "by hand, keeping the state before",
         "numpy": "NumPy, in place",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
@@ -122,7 +128,9 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
     """Measure integrate on the workers' cores: by hand with threads and prange, the engine's executors."""
     from rustsim_hpc.kernels import by_hand
 
-    hand, dt, keep = columns_of(integrate.model(), size.rows), integrate.DT, integrate.KEEP
+    hand, beside = (columns_of(integrate.model(), size.rows) for _ in range(2))
+    turns = (hand, beside), (beside, hand)
+    dt, keep = integrate.DT, integrate.KEEP
     setup = Setup(MODELS + "integrate", size.rows, "threads", size.workers)
     setups = {
         "threads.torn": replace(setup, guard="torn"),
@@ -137,6 +145,9 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         run = stack.enter_context(shared_out(size.workers))
         cases = {
             "hand": Case(lambda: [run(by_hand.integrate, hand, dt, keep) for _ in range(2)], 2),
+            "hand.beside": Case(
+                lambda: [run(by_hand.integrate_beside, [*old, *new], dt, keep) for old, new in turns], 2
+            ),
             "prange": Case(lambda: [by_hand.integrate_cores(*hand, dt, keep) for _ in range(2)], 2),
             **{key: Case(partial(engine.step, 2), 2) for key, engine in engines.items()},
             "threads.fused": Case(lambda: engines["threads.rollback"].step_fused(FUSED), FUSED),
@@ -144,6 +155,7 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         timings = interleave(cases, size.rounds)
     names = {
         "hand": f"by hand, {size.workers} threads",
+        "hand.beside": f"by hand, {size.workers} threads, keeping the state before",
         "prange": "by hand, prange",
         "threads.torn": "engine, threads, torn",
         "threads.rollback": "engine, threads, rollback",

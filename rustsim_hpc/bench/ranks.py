@@ -55,7 +55,8 @@ def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
     from rustsim_hpc.kernels import by_hand
 
     dt, keep = integrate.DT, integrate.KEEP
-    mine = columns_of(integrate.model(), rows // team.size)
+    mine, beside = (columns_of(integrate.model(), rows // team.size) for _ in range(2))
+    turns = (mine, beside), (beside, mine)
     setup = Setup(MODELS + "integrate", rows)
     setups = {
         "torn": replace(setup, guard="torn"),
@@ -63,7 +64,12 @@ def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
         "digest": replace(setup, replay="digest"),
     }
     with ExitStack() as stack:
-        cases = {"hand": Case(lambda: [by_hand.integrate(*mine, dt, keep) for _ in range(2)], 2)}
+        cases = {
+            "hand": Case(lambda: [by_hand.integrate(*mine, dt, keep) for _ in range(2)], 2),
+            "hand.beside": Case(
+                lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
+            ),
+        }
         for key, made in setups.items():
             cases[key] = Case(partial(stack.enter_context(Engine(made, team)).step, 2), 2)
         return _interleave(team, cases, rounds)
@@ -135,6 +141,7 @@ def integrate_ranks(size: Size, bandwidth: Bandwidth) -> Section:
     section = Section("integrate.ranks", f"Integrate, mpirun -n {ranks}", text)
     names = {
         "hand": "by hand, mpi4py and Numba",
+        "hand.beside": "by hand, mpi4py and Numba, keeping the state before",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
         "digest": "engine, rollback, digest of each step",

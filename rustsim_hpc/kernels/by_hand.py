@@ -1,7 +1,8 @@
 """Loops written by hand, as good as Numba makes them: what the engine is measured against.
 
-Each does in one pass what a model of :mod:`rustsim_hpc.bench.models` does, in place, with nothing around it:
-no second buffer, no reports, no proof. The names ending in ``_cores`` share the rows among Numba's threads.
+Each does in one pass what a model of :mod:`rustsim_hpc.bench.models` does, with nothing around it: no
+reports, no proof, and but for ``integrate_beside`` no second buffer. The names ending in ``_cores`` share the
+rows among Numba's threads.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def integrate(x, y, vx, vy, dt, keep):  # type: ignore[no-untyped-def]
         y[i] += vy[i] * dt
         vx[i] *= keep
         vy[i] *= keep
+
+
+@njit(**_OPTIONS)
+def integrate_beside(x, y, vx, vy, next_x, next_y, next_vx, next_vy, dt, keep):  # type: ignore[no-untyped-def]
+    """Do what `integrate` does, from one set of columns to another: the state before is still there."""
+    for i in range(x.size):
+        next_x[i] = x[i] + vx[i] * dt
+        next_y[i] = y[i] + vy[i] * dt
+        next_vx[i] = vx[i] * keep
+        next_vy[i] = vy[i] * keep
 
 
 @njit(parallel=True, **_OPTIONS)
