@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.control.profiling import SPANS, RankProfile, RunProfile
+from rustsim_hpc.control.profiling import SPANS, RankProfile, RunProfile, _LoopDigests
 from rustsim_hpc.job.launch import run_job
 from rustsim_hpc.job.spec import Override, RunOptions, read_job
 from rustsim_hpc.job.summary import RunSummary
+from rustsim_hpc.proof.replay_log import read_replay_log
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.run_folder.metrics_log import read_metrics
 
@@ -38,13 +39,14 @@ def test_the_parts_fit_into_the_loop(tmp_path: Path, executor: str) -> None:
     [rank] = profile.ranks
     assert set(rank.spans) == set(SPANS)
     assert 0.5 * rank.loop < sum(rank.spans.values()) + rank.compiling <= rank.loop * 1.001
-    assert all(rank.spans[name] > 0 for name in ("executor", "ranks", "proof", "log", "checkpoints"))
+    assert all(rank.spans[name] > 0 for name in SPANS if name not in ("checks", "outputs"))
     assert list(rank.phases) == ["move", "slow"]
     assert rank.busy > 0
     assert rank.rows == 20000
     # What moves: move reads four float32 and writes two, slow reads two and writes them.
     assert profile.row_bytes == {"move": 24, "slow": 16}
     assert rank.tile_proof == 0, "digests are made in the loop of the phases"
+    assert rank.loops_compared == 1, "of steps 0 and 8, the one between two with digests"
     assert 0 < profile.proof_share < 1
 
 
@@ -70,10 +72,47 @@ def test_without_being_asked_there_is_none(tmp_path: Path) -> None:
     assert all("profile" not in entry for entry in read_metrics(tmp_path / "run"))
 
 
-def rank_profile(rank: int, busy: float, proof: float = 0.0, tile_proof: float = 0.0) -> RankProfile:
+def test_a_profile_changes_no_proof(tmp_path: Path) -> None:
+    alike = [run(tmp_path / str(on), "replay.mode=record", profile=on) for on in (True, False)]
+    logs = [read_replay_log(tmp_path / str(on) / "replay.jsonl") for on in (True, False)]
+    assert logs[0].entries == logs[1].entries
+    assert alike[0].fingerprint == alike[1].fingerprint
+
+
+def test_digests_in_loops_are_told_from_steps_without() -> None:
+    # Steps get longer by 1 µs each; digests take 300 µs of them; one step is disturbed.
+    digests = _LoopDigests()
+    for step in range(64):
+        apart = step % 8 == 0
+        disturbed = 10**7 if step == 17 else 0
+        digests.add(10**6 + 1000 * step + (0 if apart else 300_000) + disturbed, apart=apart)
+    seconds, compared = digests.seconds()
+    assert compared == 7, "the first has none before it"
+    assert seconds == pytest.approx(56 * 300e-6)
+
+
+def test_steps_that_are_no_slower_with_digests_have_none_to_tell() -> None:
+    digests = _LoopDigests()
+    for step in range(20):
+        digests.add(2000 if step % 8 == 0 else 1000, apart=step % 8 == 0)
+    assert digests.seconds() == (0.0, 2)
+
+
+def rank_profile(
+    rank: int, busy: float, proof: float = 0.0, tile_proof: float = 0.0, loop_proof: float = 0.0
+) -> RankProfile:
     spans = {**dict.fromkeys(SPANS, 0.0), "executor": busy, "proof": proof}
     phases = {"move": busy - tile_proof}
-    return RankProfile(rank, f"node{rank}", 10.0, 2.0, spans, phases, tile_proof, 1000)
+    compared = 3 if loop_proof else 0
+    return RankProfile(rank, f"node{rank}", 10.0, 2.0, spans, phases, tile_proof, loop_proof, compared, 1000)
+
+
+def test_digests_in_loops_are_proof() -> None:
+    profile = RunProfile((rank_profile(0, 4.0, proof=0.4, loop_proof=0.4),), 4, {"move": 24})
+    assert profile.proof_share == pytest.approx(0.8 / 8)
+    lines = profile.text().splitlines()
+    assert any(line.split() == ["of", "it,", "digests", "in", "loops", "0.400", "10.0%"] for line in lines)
+    assert lines[-1].endswith("(digests in phases' loops told from 3 steps made without)")
 
 
 def test_figures_of_several_ranks() -> None:

@@ -5,6 +5,7 @@ Nothing here reads a clock: a step brings what it has spent, and the job's loop 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -12,8 +13,11 @@ from typing import Any, Self
 import numpy as np
 
 from rustsim_hpc.control.reports import PartitionedStep
-from rustsim_hpc.modeling.program import ColumnCall, KernelOp, Program
+from rustsim_hpc.control.stepper import Stepper
+from rustsim_hpc.executors.work import Work
+from rustsim_hpc.modeling.program import ColumnCall, KernelOp, KernelStage, Program
 from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.state.memory import Keeper
 
 SPANS = {
     "executor": "phases, as the rank waits for them",
@@ -23,9 +27,12 @@ SPANS = {
     "log": "replay log",
     "outputs": "outputs, metrics",
     "checkpoints": "checkpoints: pauses of the loop",
+    "measuring": "digests apart, for this profile",
 }
 """Parts of the step loop, one after the other, and what they are."""
 _PROOF = ("proof", "log")
+_APART_EVERY = 8
+"""One step of so many is made without digests in the phases' loops, to tell what they cost."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ class RankProfile:
         spans: of each of :data:`SPANS`.
         phases: of each phase, added up over partitions: more than the loop where there are workers.
         tile_proof: of digests made beside the phases, while a tile was in cache; added up in the same way.
-            Those made in a phase's own loop cannot be told from the phase, and are in ``phases``.
+        loop_proof: of digests made in the phases' own loops, and so within ``phases``: what steps without
+            them took less, times as many steps as had them.
+        loops_compared: how many steps without them that figure comes from.
         rows: of the rank.
     """
 
@@ -50,6 +59,8 @@ class RankProfile:
     spans: Mapping[str, float]
     phases: Mapping[str, float]
     tile_proof: float
+    loop_proof: float
+    loops_compared: int
     rows: int
 
     @property
@@ -59,27 +70,63 @@ class RankProfile:
 
     @property
     def proof(self) -> float:
-        """Seconds of the loop that went into proof: of digests in tiles, their share of the executor's."""
-        in_tiles = self.spans["executor"] * self.tile_proof / self.busy if self.busy else 0.0
-        return sum(self.spans[name] for name in _PROOF) + in_tiles
+        """Seconds of the loop that went into proof: of digests by the executor, their share of its time."""
+        share = (self.tile_proof + self.loop_proof) / self.busy if self.busy else 0.0
+        return sum(self.spans[name] for name in _PROOF) + self.spans["executor"] * share
+
+
+class _LoopDigests:
+    """Finds out what digests cost that are made in a phase's own loop, where no clock can tell them.
+
+    Some steps are made without; each is held against the mean of those with them before and after it, so
+    that neither a trend nor a step that was disturbed shows.
+    """
+
+    def __init__(self) -> None:
+        self._with = 0
+        self._before: int | None = None
+        self._without: tuple[int, int] | None = None
+        self._more: list[float] = []
+
+    def add(self, busy_ns: int, *, apart: bool) -> None:
+        """Add a proved step: nanoseconds in phases, and whether its digests were made apart from them."""
+        if apart:
+            self._without = None if self._before is None else (self._before, busy_ns)
+            return
+        self._with += 1
+        if self._without is not None:
+            before, without = self._without
+            self._more.append((before + busy_ns) / 2 - without)
+            self._without = None
+        self._before = busy_ns
+
+    def seconds(self) -> tuple[float, int]:
+        """Return the seconds of all steps with digests, and how many without they were told from."""
+        each = statistics.median(self._more) if self._more else 0.0
+        return max(0.0, each) * self._with / 1e9, len(self._more)
 
 
 class Profiler:
     """Adds up what one rank's steps have spent.
 
     Args:
-        program: the program whose phases are told apart.
+        stepper: makes the steps; told to make some digests apart from its phases, if they cannot be told
+            from them otherwise.
         team: the ranks.
-        rows: of this rank.
-        compile_seconds: spent on compiling before the loop.
     """
 
-    def __init__(self, program: Program, team: Team, rows: int, compile_seconds: float) -> None:
-        self._compile_seconds = self._compiled_before = compile_seconds
-        self._names = program.model_phases
-        self._team, self._rows = team, rows
+    def __init__(self, stepper: Stepper, team: Team) -> None:
+        work = stepper.work
+        self._compile_seconds = self._compiled_before = stepper.session.compile_seconds
+        self._names = work.program.model_phases
+        self._team, self._rows = team, work.memory.rows
         self._times = np.zeros(0, np.int64)
         self._spans = dict.fromkeys(SPANS, 0)
+        self._loop_digests = _LoopDigests()
+        here = not isinstance(stepper.session, Keeper)  # else columns are where no pass over them reaches
+        if all(team.allgather(here and _digests_in_loops(work))):  # the ranks make digests together
+            stepper.apart_every = _APART_EVERY
+        self._stepper = stepper
 
     def add(
         self, step: PartitionedStep, compile_seconds: float, log_ns: int, outputs_ns: int, checkpoint_ns: int
@@ -90,7 +137,13 @@ class Profiler:
         """
         times = step.phases.total_ns()
         self._times = times if self._times.size == 0 else self._times + times
-        for name, value in zip(SPANS, (*step.spent, log_ns, outputs_ns, checkpoint_ns), strict=True):
+        spent = dict(zip(SPANS, (*step.spent, log_ns, outputs_ns, checkpoint_ns, 0), strict=True))
+        if step.fingerprint is not None and self._stepper.apart_every:
+            apart = self._stepper.digests_apart(step.step_index)
+            self._loop_digests.add(int(times[: len(self._names)].sum()), apart=apart)
+            if apart:
+                spent["measuring"], spent["proof"] = spent["proof"], 0
+        for name, value in spent.items():
             self._spans[name] += value
         compiling = int(1e9 * (compile_seconds - self._compile_seconds))
         if compiling:  # in phases, or where a reduction or fingerprint was made for the first time
@@ -104,6 +157,7 @@ class Profiler:
         """Return the profiles of all ranks, on each of them. Collective. ``loop``: seconds on this one."""
         seconds = [int(value) / 1e9 for value in self._times]
         count = len(self._names)
+        loop_proof, loops_compared = self._loop_digests.seconds()
         mine = RankProfile(
             rank=self._team.rank,
             host=self._team.host,
@@ -112,6 +166,8 @@ class Profiler:
             spans={name: value / 1e9 for name, value in self._spans.items()},
             phases=dict(zip(self._names, seconds[:count], strict=False)),
             tile_proof=sum(seconds[count:]),
+            loop_proof=loop_proof,
+            loops_compared=loops_compared,
             rows=self._rows,
         )
         return tuple(self._team.allgather(mine))
@@ -188,6 +244,10 @@ class RunProfile:
         tile_proof = sum(rank.tile_proof for rank in self.ranks)
         if tile_proof:
             lines.append(f"  {'digests of tiles':24}{tile_proof:10.3f}{tile_proof / busy:8.1%}")
+        compared = sum(rank.loops_compared for rank in self.ranks)
+        if compared:
+            loop_proof = sum(rank.loop_proof for rank in self.ranks)
+            lines.append(f"  {'of it, digests in loops':24}{loop_proof:10.3f}{loop_proof / busy:8.1%}")
         lines.append(f"  {'the loop':40}{'seconds':>10}{'share':>8}")
         parts = [(meaning, self.span(name)) for name, meaning in SPANS.items()]
         parts.append(("compilation", self.compiling))
@@ -196,8 +256,8 @@ class RunProfile:
         lines += [f"  {meaning:40}{seconds:10.3f}{self._share(seconds):8.1%}" for meaning, seconds in parts]
         if len(self.ranks) > 1:
             lines += self._rank_lines()
-        counts = "a digest made in a phase's own loop counts as the phase"
-        lines.append(f"  {self.proof_share:.1%} of the time went into proof ({counts})")
+        told = f" (digests in phases' loops told from {compared} steps made without)" if compared else ""
+        lines.append(f"  {self.proof_share:.1%} of the time went into proof{told}")
         return "\n".join(lines)
 
     def _share(self, seconds: float) -> float:
@@ -215,6 +275,17 @@ class RunProfile:
     def of(cls, ranks: Sequence[RankProfile], steps: int, program: Program) -> Self:
         """Return the profile of a run of a program's phases."""
         return cls(tuple(ranks), steps, row_bytes(program))
+
+
+def _digests_in_loops(work: Work) -> bool:
+    """Return whether phases add up digests in their own loops."""
+    from rustsim_hpc.kernels.simple import is_one_loop
+
+    stages = [item for segment in work.program.segments for item in segment.items]
+    return any(
+        isinstance(stage, KernelStage) and stage.digests and is_one_loop(stage, checked=work.checked)
+        for stage in stages
+    )
 
 
 def row_bytes(program: Program) -> dict[str, int | None]:

@@ -56,6 +56,7 @@ class Stepper:
     Attributes:
         meeting: where the ranks meet; a vote put there rides along, so that the ranks agree on stopping, say,
             without a collective of its own.
+        apart_every: in every so many steps digests are made in a pass of their own; 0: in none.
     """
 
     def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
@@ -63,6 +64,11 @@ class Stepper:
         self.session = session
         self.team = team
         self.meeting = Meeting(work, session.board, team)
+        self.apart_every = 0
+
+    def digests_apart(self, step_index: int) -> bool:
+        """Return whether a step's digests are made in a pass of their own, not beside its phases."""
+        return self.apart_every > 0 and step_index % self.apart_every == 0
 
     def advance(self, step_index: int, *, want_digest: bool = False, repeat: int = 1) -> StepReport:
         """Compute the state after step ``step_index`` (or ``repeat`` steps) beside the current one.

@@ -164,7 +164,7 @@ class JobRun:
         begun = plane.runtime.step_index
         self._stepper = stepper = plane.stepper(self.executor)
         compiled_before = stepper.session.compile_seconds
-        profiler = self._profiler(stepper)
+        profiler = Profiler(stepper, self.team) if self._profile else None
         start = time.perf_counter()
         stopped: str | None = None
         stepper.meeting.vote = self._vote
@@ -209,12 +209,6 @@ class JobRun:
         if profiler is not None:
             profile = RunProfile.of(profiler.gather(loop), made, stepper.work.program)
         return LoopResult(made, max(0.0, loop - compiled), stopped, profile)
-
-    def _profiler(self, stepper: Stepper) -> Profiler | None:
-        if not self._profile:
-            return None
-        rows = self.plane.runtime.device_store().agent_count
-        return Profiler(stepper.work.program, self.team, rows, stepper.session.compile_seconds)
 
     def _vote(self) -> int:
         """Return this rank's vote at the end of a step: as late as there is a collective to bring it to."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.modeling.model import DeviceFunction
+from rustsim_hpc.modeling.program import KernelOp, KernelStage, ReduceOp
 
 _REFUSED = (
     ast.For, ast.While, ast.Try, ast.Raise, ast.Assert, ast.With, ast.Subscript, ast.Lambda, ast.Starred,
@@ -32,6 +33,18 @@ _NUMPY = (
     "sqrt", "uint8", "uint16", "uint32", "uint64",
 )  # fmt: skip
 _MATH = ("fabs", "sqrt")
+
+
+def is_one_loop(stage: KernelStage, *, checked: bool) -> bool:
+    """Return whether all that a stage does to its rows is one loop (``checked``: compiled with checks)."""
+    return all(shares_loop(op, checked=checked) for op in stage.ops)
+
+
+def shares_loop(op: KernelOp | ReduceOp, *, checked: bool) -> bool:
+    """Return whether an op of a stage can share a loop with its neighbours."""
+    if checked or not isinstance(op, KernelOp) or any(read.source == "rng" for read in op.reads):
+        return False
+    return is_simple(op.kernel.fn)
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from rustsim_hpc.kernels.column_sums import ColumnSums
 from rustsim_hpc.kernels.compiling import STAGE_OPTIONS
 from rustsim_hpc.kernels.draws import ready_draws
-from rustsim_hpc.kernels.simple import is_simple
+from rustsim_hpc.kernels.simple import is_one_loop, shares_loop
 from rustsim_hpc.kernels.streaming import AHEAD, TOGETHER
 from rustsim_hpc.modeling.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
@@ -83,7 +84,7 @@ class StageWriter:
     @property
     def one_loop(self) -> bool:
         """Whether all kernels share one loop, and there is nothing else."""
-        return all(self._is_simple(op) for op in self.stage.ops)
+        return is_one_loop(self.stage, checked=self.checked)
 
     @property
     def streams(self) -> bool:
@@ -150,19 +151,13 @@ class StageWriter:
 
     def _loops(self, ops: Sequence[KernelOp | ReduceOp]) -> list[str]:
         lines: list[str] = []
-        for simple, group in groupby(ops, self._is_simple):
+        for simple, group in groupby(ops, partial(shares_loop, checked=self.checked)):
             if simple:
                 lines += self._shared_loop([op for op in group if isinstance(op, KernelOp)])
                 continue
             for op in group:
                 lines += self._kernel(op) if isinstance(op, KernelOp) else self._reduction(op)
         return lines
-
-    def _is_simple(self, op: KernelOp | ReduceOp) -> bool:
-        """Return whether an op can share a loop with its neighbours."""
-        if self.checked or not isinstance(op, KernelOp) or any(read.source == "rng" for read in op.reads):
-            return False
-        return is_simple(op.kernel.fn)
 
     def _shared_loop(self, ops: Sequence[KernelOp]) -> list[str]:
         """Return one loop that does several kernels to each row; a column is stored once."""

@@ -38,6 +38,7 @@ class MemoryLayout:
     pid: int
 
 
+@runtime_checkable
 class Keeper(Protocol):
     """Who holds a memory's current values while they are elsewhere: workers on other machines, say."""
 
