@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
     from rustsim_hpc.executors.processes import ProcessPartitionExecutor
     from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+    from rustsim_hpc.modeling.bound_model import BoundModel
     from rustsim_hpc.modeling.model import (
         Check,
         ColumnPhase,
@@ -100,6 +101,7 @@ _HOMES = {
     "executors.threads": ("LocalThreadedPartitionExecutor",),
     "proof.fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
     "control.metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
+    "modeling.bound_model": ("BoundModel",),
     "modeling.model": (
         "Check",
         "ColumnPhase",
@@ -138,6 +140,7 @@ _SUBMODULES = ("errors", "random")
 
 __all__ = [
     "Arrays",
+    "BoundModel",
     "Check",
     "CheckpointPolicy",
     "Column",

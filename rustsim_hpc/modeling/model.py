@@ -1,9 +1,9 @@
 """What a user writes: a model as columns, parameters, tables and phases.
 
 Nothing here compiles, allocates or runs anything. The decorators turn plain functions into frozen
-descriptions that stay callable as the plain functions they were; :meth:`Model.bind` joins a model with
-parameter values, a seed and a number of agents; :mod:`rustsim_hpc.modeling.program` turns the phases into
-a plan.
+descriptions that stay callable as the plain functions they were;
+:class:`~rustsim_hpc.modeling.bound_model.BoundModel` joins a model with parameter values, a seed and a number
+of agents; :mod:`rustsim_hpc.modeling.program` turns the phases into a plan.
 """
 
 from __future__ import annotations
