@@ -13,6 +13,7 @@ import numpy as np
 from rustsim_hpc.errors import ModelError, nearest
 from rustsim_hpc.executors.work import Work
 from rustsim_hpc.modeling.device_kernel import DeviceKernel
+from rustsim_hpc.modeling.global_random import refuse_global_random
 from rustsim_hpc.modeling.model import Check, Model, Output, Phase, Reduction
 from rustsim_hpc.modeling.outputs import Arrays, Picture, Series, check_outputs
 from rustsim_hpc.modeling.params import Params, bind_params
@@ -104,6 +105,8 @@ class BoundModel:
             _require(isinstance(check, Check), f"checks: {check!r} is not a check")
         check_outputs(self.outputs, self.schema.names)
         self.tables = _tables(model, self.params) if tables is None else dict(tables)
+        for phase in (*self.phases, *self._reductions()):
+            refuse_global_random(phase)
         for reduction in self._reductions():
             reduction.bin_count(self.params)
 

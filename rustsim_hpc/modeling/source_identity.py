@@ -94,7 +94,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _add_value(digest: Any, value: Any, names: set[str], seen: set[Any]) -> None:
-    value = _undecorated(value)
+    value = undecorated(value)
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, ModuleType):
         _add_module(digest, value, names, seen)
@@ -115,7 +115,7 @@ def _add_value(digest: Any, value: Any, names: set[str], seen: set[Any]) -> None
                 _add_value(digest, part, names, seen)
 
 
-def _undecorated(value: Any) -> Any:
+def undecorated(value: Any) -> Any:
     """Return the plain function of ours, Numba's and functools' decorated ones."""
     while not isinstance(value, FunctionType | ModuleType):
         if isinstance(value, _Described):
