@@ -92,6 +92,7 @@ class EngineControlPlaneError(RustsimError):
     CheckFailed: ClassVar[type[here.CheckFailed]]
     CheckpointWriteFailed: ClassVar[type[here.CheckpointWriteFailed]]
     TeamError: ClassVar[type[here.TeamError]]
+    SchemeMismatch: ClassVar[type[here.SchemeMismatch]]
     Restore: ClassVar[type[here.RestoreError]]
     Partition: ClassVar[type[here.PlanError]]
     PartitionCheckpoint: ClassVar[type[here.PartitionCheckpointError]]
@@ -304,11 +305,25 @@ class OutputError(RustsimError, RuntimeError):
     message: str
 
 
-class SchemeMismatch(RustsimError, ValueError):
+class SchemeMismatch(EngineControlPlaneError, ValueError):
     """Two fingerprints of different schemes were compared."""
 
     exit_code = 2
     message: str
+
+
+def whole_number(label: str, value: Any, limit: int | None = None, *, signed: bool = False) -> int:
+    """Return a whole number from 0 (or any, if signed) to `limit` as an int, whatever integer type it has.
+
+    Raises:
+        InvalidConfig: it is none.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidConfig(f"{label} must be a whole number, got {value!r}")
+    number = int(value.__index__())
+    if (number < 0 and not signed) or (limit is not None and number > limit):
+        raise InvalidConfig(f"{label} must lie in 0..{'' if limit is None else limit}, got {number}")
+    return number
 
 
 for _variant in [value for value in globals().values() if isinstance(value, type)]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_trans
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_FACTS = ("rank", "host", "partition", "phase_index", "phase", "step", "hint", "others")
+_FACTS = ("rank", "host", "partition", "worker", "phase_index", "phase", "step", "hint", "others")
 
 
 class PartitionLike(Protocol):
@@ -77,9 +77,9 @@ class RustsimError(_Declared, kw_only=True):
     """Root of all deliberate errors. Subclasses declare further fields, and a `template` that makes the text.
 
     All facts are optional keywords of every subclass, and None where unknown. rank, host: where. partition: a
-    `PartitionId`. phase: a phase's name; phase_index: its place in the combined phase list. step: the step
-    index before the step that failed. hint: what to do. others: further failures of the same step, in
-    partition order. `exit_code` is what the command line ends with.
+    `PartitionId`; worker: its worker's label. phase: a phase's name; phase_index: its place in the combined
+    phase list. step: the step index before the step that failed. hint: what to do. others: further failures
+    of the same step, in partition order. `exit_code` is what the command line ends with.
     """
 
     exit_code: ClassVar[int] = 3
@@ -88,6 +88,7 @@ class RustsimError(_Declared, kw_only=True):
     rank: int | None = None
     host: str | None = None
     partition: PartitionLike | None = None
+    worker: str | None = None
     phase_index: int | None = None
     phase: str | None = None
     step: int | None = None
@@ -116,7 +117,7 @@ class RustsimError(_Declared, kw_only=True):
 
     def known_facts(self) -> list[tuple[str, str]]:
         """Return the facts that are known as (label, text), in the order in which `details` prints them."""
-        names = ("rank", "host", "partition", "phase", "step", "columns")
+        names = ("rank", "host", "partition", "worker", "phase", "step", "columns")
         known = [(name, getattr(self, name, None)) for name in names]
         return [
             (name, ", ".join(value) if isinstance(value, tuple) else str(value))

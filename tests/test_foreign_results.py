@@ -5,7 +5,7 @@ from collections import UserList
 
 import numpy as np
 import pytest
-from planes import Plane, TasksOnly, everything, reference_stream, stream
+from planes import Plane, TasksOnly, everything, move, reference_stream, stream
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -242,3 +242,71 @@ def test_results_in_another_order_name_both_partitions():
         made.step()
     assert caught.value.partition == rs.PartitionId(1)
     assert [other.partition for other in caught.value.others] == [rs.PartitionId(0)]
+
+
+class Careless:
+    """An executor that runs the phases itself and lets pass whatever they raise."""
+
+    def execute(self, tasks):
+        return [self.one(task) for task in tasks]
+
+    def one(self, task):
+        context, checkpoint, _, phases = task.into_parts()
+        for phase in phases:
+            phase.run(context, checkpoint.state.columns, checkpoint.state.agent_count)
+        return rs.PartitionTaskResult.completed(context, checkpoint, [])
+
+
+class Delegating:
+    """An executor that raises what another plane raised."""
+
+    def execute(self, tasks):
+        raise errors.ExecutorError(errors.Worker(tasks[2].context().partition_id, "lost"))
+
+
+def unlucky(error):
+    def phase(context, columns, rows):
+        if context.partition_id.value == 1:
+            raise error
+
+    return phase
+
+
+def reshaping(context, columns, rows):
+    if context.partition_id.value == 1:
+        columns["x"].shape = (rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "text"),
+    [
+        (unlucky(ValueError("no luck")), "phase bad failed: no luck"),
+        (unlucky(SystemExit(3)), "worker failed: partition worker thread panicked"),
+        (reshaping, "phase bad failed: column "),
+    ],
+)
+def test_what_a_phase_raises_through_an_executor_names_where(phase, text):
+    labels = ["a", "b", "c"]
+    made = Plane(
+        "executor",
+        executor=Careless(),
+        phases=[("move", move), ("bad", phase)],
+        partition_plan=rs.PartitionPlan.row_ranges(10, 3).with_workers(labels),
+        partition_workers=[rs.PartitionWorker.local_cpu(label) for label in labels],
+    )
+    before = everything(made.plane)
+    with pytest.raises(errors.ExecutorError) as caught:
+        made.step()
+    assert everything(made.plane) == before
+    error = caught.value
+    assert str(error).startswith(f"partition executor error: partition PartitionId(1) {text}")
+    assert (error.partition, error.worker, error.phase, error.step) == (rs.PartitionId(1), "b", "bad", 0)
+    assert "worker: b" in error.details()
+
+
+def test_an_executor_may_raise_what_a_plane_raises():
+    made = Plane("executor", executor=Delegating())
+    with pytest.raises(errors.ExecutorError) as caught:
+        made.step()
+    assert str(caught.value) == "partition executor error: partition PartitionId(2) worker failed: lost"
+    assert caught.value.partition == rs.PartitionId(2)

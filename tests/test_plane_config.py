@@ -236,3 +236,73 @@ def test_a_plane_that_is_closed_starts_again():
     with made.plane as plane:
         assert plane is made.plane
     assert made.plane.runtime.step_index == 4
+
+
+def checkpoint_of(columns, names):
+    return rs.DeviceSoaCheckpoint(np.arange(3, dtype=np.uint64), columns, names)
+
+
+STEP_ONE = rs.ReplayFingerprint(1, 2)
+
+# What is wrong, the call that has to say so, the class of the error.
+ODD_ARGUMENTS = {
+    "a plan of nothing": (lambda: rs.PartitionPlan.static(None), errors.InvalidConfig),
+    "a plan of numbers": (lambda: rs.PartitionPlan.static([1, 2]), errors.InvalidConfig),
+    "a plan of another mode": (lambda: rs.PartitionPlan("static", ()), errors.InvalidConfig),
+    "no labels": (lambda: rs.PartitionPlan.row_ranges(2, 2).with_workers(None), errors.InvalidConfig),
+    "a number for a label": (lambda: rs.PartitionWorker.local_cpu(3), errors.InvalidConfig),
+    "a backend that is none": (lambda: rs.PartitionWorker("a", "cpu"), errors.InvalidConfig),
+    "no endpoint": (lambda: rs.PartitionWorker.external("a", None), errors.InvalidConfig),
+    "no workers": (lambda: rs.ControlPlaneConfig(partition_workers=None), errors.InvalidConfig),
+    "nothing to verify": (lambda: rs.ReplayMode.verify(None), errors.InvalidConfig),
+    "numbers to verify": (lambda: rs.ReplayMode.verify([STEP_ONE, 2]), errors.InvalidConfig),
+    "half an interval": (lambda: rs.ReplayMode.record(1.5), errors.InvalidConfig),
+    "text for an interval": (lambda: rs.ReplayMode.record("2"), errors.InvalidConfig),
+    "text for threads": (lambda: rs.LocalThreadedPartitionExecutor("2"), errors.InvalidConfig),
+    "no scheme": (lambda: rs.ReplayFingerprint(1, 2, None), errors.InvalidConfig),
+    "columns without names": (lambda: rs.DeviceSoaStore.from_columns(None, [[1.0]]), errors.InvalidConfig),
+    "no checkpoint": (lambda: rs.DeviceSoaStore.from_checkpoint(None), errors.DeviceSoaRestoreError),
+    "a name too many": (lambda: checkpoint_of([[1, 2, 3]], ["x", "y"]), errors.DeviceSoaRestoreError),
+    "a step before the first": (lambda: rs.fingerprint_checkpoint(-1, checkpoint_of([], [])), ValueError),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARGUMENTS)
+def test_odd_arguments_are_refused_where_they_are_given(name):
+    call, error = ODD_ARGUMENTS[name]
+    with pytest.raises(error):
+        call()
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, "2", None, True])
+@pytest.mark.parametrize("kind", ["runtime", "partition", "executor"])
+def test_a_number_of_steps_is_one(kind, steps):
+    made = Plane(kind)
+    with pytest.raises(errors.InvalidConfig, match="steps must"):
+        made.run(steps)
+    iterate = made.plane.iter_steps if kind == "runtime" else made.plane.iter_partition_steps
+    with pytest.raises(errors.InvalidConfig, match="steps must"):
+        iterate(steps)
+    assert made.plane.runtime.step_index == 0
+
+
+def test_no_executor_is_not_the_partition_phases():
+    made = Plane("executor")
+    made.plane.add_partition_cpu_phase("move", move)
+    with pytest.raises(errors.InvalidConfig, match="None is not a partition executor"):
+        made.plane.run_partitions_with_executor(2, None)
+    assert made.plane.runtime.step_index == 0
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines"])
+def test_names_that_phases_cannot_have(name):
+    plane = Plane("partition").plane
+    for add in (plane.runtime.add_cpu_phase, plane.add_partition_cpu_phase):
+        with pytest.raises(errors.InvalidConfig, match="cannot be the name of a phase"):
+            add(name, move)
+
+
+@pytest.mark.parametrize("given", [None, 5, "ab"])
+def test_what_is_no_partition_checkpoints(given):
+    with pytest.raises(errors.PartitionCheckpointError, match="expected "):
+        Plane("partition").plane.restore_partitions(given)

@@ -6,7 +6,7 @@ import traceback
 
 import numpy as np
 import pytest
-from planes import KINDS, Plane, damp, everything, move, reference_stream, stream
+from planes import KINDS, Plane, damp, everything, move, reference_stream, small_store, stream
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -280,9 +280,42 @@ def test_a_phase_cannot_replace_the_state_that_is_stepped(kind):
     def swap():
         made.plane.runtime_mut().restore_device_store(other, 7)
 
-    with pytest.raises(errors.InvalidConfig, match="replaced the state"):
+    before = everything(made.plane)
+    with pytest.raises(ERROR, match="in the middle of a step"):
         made.step()
-    assert other.checkpoint() == mine.checkpoint()
+    assert everything(made.plane) == before
+    assert made.plane.runtime.device_store() is mine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_phase_cannot_make_a_step_of_the_runtime(kind):
+    made = Plane(kind, phases=[("move", move), ("again", lambda *_: made.plane.runtime.step())])
+    made.plane.runtime.add_cpu_phase("move", move)
+    before = everything(made.plane)
+    with pytest.raises(ERROR, match="in the middle of a step"):
+        made.step()
+    assert everything(made.plane) == before
+
+
+def test_a_phase_of_a_bare_runtime_cannot_step_it():
+    runtime = rs.ColumnarRuntime(small_store())
+    runtime.add_cpu_phase("again", lambda *_: runtime.step())
+    with pytest.raises(errors.ColumnarRuntimeError, match=r"\(again\) failed: .*middle of a step"):
+        runtime.step()
+    assert runtime.step_index == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_follows_the_last_step_index(kind):
+    made = Plane(kind, step_index=2**64 - 2)
+    made.plane.runtime.add_cpu_phase("more", move)
+    made.step()
+    before = everything(made.plane)
+    for step in (made.step, made.plane.runtime.step):
+        with pytest.raises(errors.InvalidConfig, match="no step after step index 18446744073709551615"):
+            step()
+    assert everything(made.plane) == before
+    assert made.plane.checkpoint().step_index == 2**64 - 1
 
 
 def test_two_threads_cannot_step_one_plane():

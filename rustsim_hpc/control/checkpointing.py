@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from rustsim_hpc.control.assembly import assemble_partitions, checkpoint_store, new_store, require_value
 from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
@@ -127,6 +127,10 @@ class Checkpointing:
             PlanError: their population does not fit the plan; nothing has changed.
         """
         plan, current, alone = self._config.partition_plan, self._runtime.device_store(), self._team.size == 1
+        whatever: Any = partitions
+        if not isinstance(whatever, Iterable):
+            kind = type(whatever).__name__
+            raise PartitionCheckpointError(f"expected partition checkpoints, got {kind}")
         given = list(partitions)
 
         def expected(stop: int) -> Sequence[PartitionAssignment]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rustsim_hpc.control.checkpoint import CheckpointPolicy
-from rustsim_hpc.errors import InvalidConfig, PlanError
+from rustsim_hpc.errors import InvalidConfig, PlanError, whole_number
 from rustsim_hpc.errors import PartitionPlanError as BarePlanError
 from rustsim_hpc.proof.fingerprint import check_scheme
 from rustsim_hpc.proof.replay import ReplayMode
@@ -57,7 +59,10 @@ class ControlPlaneConfig:
     fingerprint: str = "fnv1a"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "partition_workers", tuple(self.partition_workers))
+        workers: Any = self.partition_workers
+        if not isinstance(workers, Iterable):
+            raise InvalidConfig(f"partition_workers must be PartitionWorkers, got {workers!r}")
+        object.__setattr__(self, "partition_workers", tuple(workers))
 
 
 def validate_config(config: ControlPlaneConfig, agent_count: int) -> None:
@@ -72,10 +77,10 @@ def validate_config(config: ControlPlaneConfig, agent_count: int) -> None:
     if not isinstance(config, ControlPlaneConfig):
         raise InvalidConfig(f"expected a ControlPlaneConfig, got {type(config).__name__}")
     _check_types(config)
-    if _whole("max_retained_checkpoints", config.max_retained_checkpoints) < 1:
+    if whole_number("max_retained_checkpoints", config.max_retained_checkpoints, signed=True) < 1:
         raise InvalidConfig("max_retained_checkpoints must be greater than zero")
     interval = config.checkpoint_policy.interval_steps
-    if interval is not None and _whole("checkpoint interval_steps", interval) < 1:
+    if interval is not None and whole_number("checkpoint interval_steps", interval, signed=True) < 1:
         raise InvalidConfig("checkpoint interval_steps must be greater than zero")
     if config.guard.kind not in ("rollback", "torn"):
         raise InvalidConfig(f'unknown step guard "{config.guard.kind}"', hint="use rollback or torn")
@@ -99,12 +104,6 @@ def _check_types(config: ControlPlaneConfig) -> None:
     for worker in config.partition_workers:
         if not isinstance(worker, PartitionWorker):
             raise InvalidConfig(f"partition_workers must be PartitionWorkers, got {worker!r}")
-
-
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidConfig(f"{name} must be a whole number, got {value!r}")
-    return int(value.__index__())
 
 
 def validate_plan(plan: PartitionPlan, agent_count: int) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, Self
 
 from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
 from rustsim_hpc.control.checkpointing import Checkpointing
 from rustsim_hpc.control.config import ControlPlaneConfig, validate_config
 from rustsim_hpc.control.failures import StepKind, plane_error
 from rustsim_hpc.control.metrics import EngineMetrics, Meter
+from rustsim_hpc.control.repeating import collected, repeated
 from rustsim_hpc.control.reports import ControlledStep as ControlledStep  # noqa: PLC0414
 from rustsim_hpc.control.reports import PartitionedStep as PartitionedStep  # noqa: PLC0414
 from rustsim_hpc.control.reports import PhaseReports, StepSpent
@@ -30,7 +32,6 @@ from rustsim_hpc.proof.state_proof import StateProof
 from rustsim_hpc.state.partition import PartitionPlan
 
 _INLINE = InlinePartitionExecutor()
-T = TypeVar("T")
 
 
 class EngineControlPlane:
@@ -266,25 +267,25 @@ class EngineControlPlane:
 
     def run(self, steps: int) -> list[ControlledStep]:
         """Make ``steps`` steps; an error carries the results of those before it as ``results``."""
-        return self._collect(self.iter_steps(steps))
+        return collected(steps, self.step)
 
     def run_partitions(self, steps: int) -> list[PartitionedStep]:
         """Make ``steps`` partition steps (see :meth:`run`)."""
-        return self._collect(self.iter_partition_steps(steps))
+        return collected(steps, self.step_partitions)
 
     def run_partitions_with_executor(self, steps: int, executor: Executor) -> list[PartitionedStep]:
         """Make ``steps`` partition steps through an executor (see :meth:`run`)."""
-        return self._collect(self.iter_partition_steps(steps, executor))
+        return collected(steps, partial(self.step_partitions_with_executor, executor))
 
     def iter_steps(self, steps: int) -> Iterator[ControlledStep]:
         """Make ``steps`` steps, yielding each result and keeping none."""
-        for _ in range(steps):
-            yield self.step()
+        return repeated(steps, self.step)
 
     def iter_partition_steps(self, steps: int, executor: Executor | None = None) -> Iterator[PartitionedStep]:
         """Make ``steps`` partition steps, yielding each result and keeping none."""
-        for _ in range(steps):
-            yield self.step_partitions() if executor is None else self.step_partitions_with_executor(executor)
+        if executor is None:
+            return repeated(steps, self.step_partitions)
+        return repeated(steps, partial(self.step_partitions_with_executor, executor))
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
@@ -372,16 +373,6 @@ class EngineControlPlane:
         """Refuse a step where there cannot be one, and raise what the last automatic checkpoint could not."""
         self._stepping.ready()
         self._checkpoints.raise_late()
-
-    def _collect(self, steps: Iterator[T]) -> list[T]:
-        done: list[T] = []
-        try:
-            for step in steps:
-                done.append(step)  # noqa: PERF402 (what was done must survive the error)
-        except BaseException as error:
-            error.results = tuple(done)  # type: ignore[attr-defined]
-            raise
-        return done
 
     def close(self) -> None:
         """Release what executors hold (threads, processes); the plane stays usable."""

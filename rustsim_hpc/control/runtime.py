@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rustsim_hpc.control.metrics import ColumnarPhaseBackend
@@ -50,6 +53,10 @@ class ColumnarStepTiming:
     total_us: int
 
 
+MAX_STEP_INDEX = 2**64 - 1
+"""Step indices are u64."""
+
+
 def closure_phase(name: str, fn: object) -> ColumnPhase:
     """Return a callable as a phase that may change every column; a column phase keeps what it declares.
 
@@ -58,6 +65,8 @@ def closure_phase(name: str, fn: object) -> ColumnPhase:
     """
     if not isinstance(name, str):
         raise InvalidConfig(f"the name of a phase must be text, got {name!r}")
+    if not name or not name.isprintable():
+        raise InvalidConfig(f"{name!r} cannot be the name of a phase", hint="use one line of text")
     if isinstance(fn, ColumnPhase):
         return fn if fn.name == name else replace(fn, name=name)
     if isinstance(fn, RowKernel | Reduction | Derive | DeviceFunction):
@@ -71,7 +80,11 @@ def closure_phase(name: str, fn: object) -> ColumnPhase:
 def _checked(store: DeviceSoaStore, step_index: int) -> tuple[DeviceSoaStore, int]:
     if not isinstance(store, DeviceSoaStore):
         raise InvalidConfig(f"a runtime needs a DeviceSoaStore, got {type(store).__name__}")
-    if isinstance(step_index, bool) or not hasattr(step_index, "__index__") or not 0 <= step_index < 2**64:
+    if (
+        isinstance(step_index, bool)
+        or not hasattr(step_index, "__index__")
+        or not 0 <= step_index <= MAX_STEP_INDEX
+    ):
         raise InvalidConfig(f"a step index is a whole number from 0 to 2^64 - 1, got {step_index!r}")
     return store, int(step_index)
 
@@ -88,6 +101,9 @@ class ColumnarRuntime:
         step_index: steps already made.
         team: the ranks that hold the other rows; this process alone by default.
 
+    Attributes:
+        in_step: held while a step is made, by whatever makes it; the state cannot be replaced meanwhile.
+
     Raises:
         InvalidConfig: not a store, or not a step index.
     """
@@ -97,6 +113,7 @@ class ColumnarRuntime:
         self._phases: list[ColumnPhase] = []
         self._stepper: Stepper | None = None
         self._two_sided = True
+        self.in_step = threading.Lock()
         self.team: Team = team or SoloTeam()
 
     # -- what it holds -------------------------------------------------------------------------------
@@ -176,8 +193,9 @@ class ColumnarRuntime:
         """Replace state and step index; phases stay.
 
         Raises:
-            InvalidConfig: not a store, or not a step index; nothing has changed.
+            InvalidConfig: not a store, or not a step index, or a step is being made; nothing has changed.
         """
+        self.refuse_in_step()
         self._store, self._step_index = _checked(store, step_index)
         self._drop_stepper()
 
@@ -198,16 +216,39 @@ class ColumnarRuntime:
 
         Raises:
             ColumnarRuntimeError: a phase failed; nothing has changed.
+            InvalidConfig: a step is being made already, or there is no step index after this one.
         """
-        start = time.perf_counter_ns()
-        stepper = self.stepper(two_sided=True)
+        with self.making_steps(1):
+            start = time.perf_counter_ns()
+            stepper = self.stepper(two_sided=True)
+            try:
+                report = stepper.advance(self._step_index)
+            except StepFailed as failed:
+                error = runtime_error(failed, self._step_index)
+                raise error from error.__cause__
+            self.commit(stepper)
+            return self.timing(stepper, report, start)
+
+    def refuse_in_step(self) -> None:
+        """Raise InvalidConfig while a step is being made."""
+        if self.in_step.locked():
+            raise _in_a_step()
+
+    @contextmanager
+    def making_steps(self, steps: int) -> Iterator[None]:
+        """Hold :attr:`in_step` while so many steps are made.
+
+        Raises:
+            InvalidConfig: a step is being made already, or there are not so many step indices left.
+        """
+        if not self.in_step.acquire(blocking=False):
+            raise _in_a_step()
         try:
-            report = stepper.advance(self._step_index)
-        except StepFailed as failed:
-            error = runtime_error(failed, self._step_index)
-            raise error from error.__cause__
-        self.commit(stepper)
-        return self.timing(stepper, report, start)
+            if self._step_index + steps > MAX_STEP_INDEX:
+                raise InvalidConfig(f"there is no step after step index {MAX_STEP_INDEX}")
+            yield
+        finally:
+            self.in_step.release()
 
     def stepper(self, *, two_sided: bool) -> Stepper:
         """Return what steps the runtime phases, bound to the state as it lies now."""
@@ -245,6 +286,13 @@ class ColumnarRuntime:
         if self._stepper is not None:
             self._stepper.session.close()
             self._stepper = None
+
+
+def _in_a_step() -> InvalidConfig:
+    return InvalidConfig(
+        "the control plane is in the middle of a step",
+        hint="a phase cannot use the plane that runs it, nor can two threads use one plane",
+    )
 
 
 def runtime_error(failed: StepFailed, step: int) -> ColumnarRuntimeError:

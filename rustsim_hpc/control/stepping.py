@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +62,6 @@ class Stepping:
         self.compile_options: dict[str, Any] = {}
         self._bound: dict[StepKind, _Bound] = {}
         self._torn: str | None = None
-        self._step_lock = threading.Lock()
         self._seen = self._state_now()
 
     def ready(self, *, to_restore: bool = False) -> None:
@@ -73,8 +71,7 @@ class Stepping:
             InvalidConfig: it is in the middle of a step (a phase calls it, or another thread).
             TornState: a step failed half way under the torn guard, and this is not to restore.
         """
-        if self._step_lock.locked():
-            raise _in_a_step()
+        self.runtime.refuse_in_step()
         if self._torn is not None and not to_restore:
             raise TornState(self._torn, hint="restore a checkpoint")
         seen = self._state_now()
@@ -112,12 +109,8 @@ class Stepping:
         Raises:
             EngineControlPlaneError: what failed; the same on every rank.
         """
-        if not self._step_lock.acquire(blocking=False):
-            raise _in_a_step()
-        try:
+        with self.runtime.making_steps(repeat):
             return self._step(kind, stepper, phase_base, repeat)
-        finally:
-            self._step_lock.release()
 
     def _step(
         self, kind: StepKind, stepper: Stepper, phase_base: int, repeat: int
@@ -193,10 +186,18 @@ class Stepping:
 
     def _typed(self, kind: StepKind, error: BaseException, step: int, phase_base: int) -> BaseException:
         if isinstance(error, StepFailed):
-            return plane_error(kind, error, step, phase_base)
+            return self._with_workers(plane_error(kind, error, step, phase_base))
         if isinstance(error, ColumnarRuntimeError):
             return Runtime(error)
         return error.add_facts(step=step) if isinstance(error, RustsimError) else error
+
+    def _with_workers(self, error: RustsimError) -> RustsimError:
+        """Tell failures of partitions, as many as there are, which worker ran them."""
+        workers = {one.partition_id: one.worker for one in self.config.partition_plan.assignments}
+        for failure in (error, *error.others):
+            if isinstance(failure, RustsimError) and isinstance(failure.partition, PartitionId):
+                failure.add_facts(worker=workers.get(failure.partition))
+        return error
 
     # -- binding -------------------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ class Stepping:
 
     def take_back(self) -> None:
         """Let nobody else keep the state, which is to be changed; in the middle of a step it stays."""
-        if not self._step_lock.locked():
+        if not self.runtime.in_step.locked():
             self.runtime.device_store().memory.take_back()
 
     def bound(self, kind: StepKind) -> Stepper | None:
@@ -320,8 +321,7 @@ class Stepping:
         Raises:
             InvalidConfig: a step is being made.
         """
-        if self._step_lock.locked():
-            raise _in_a_step()
+        self.runtime.refuse_in_step()
         bound = self._bound.pop(kind, None)
         if bound is not None:
             bound.stepper.session.close()
@@ -348,13 +348,6 @@ class _Bound(NamedTuple):
     executor: Executor
     phase_base: int
     stepper: Stepper
-
-
-def _in_a_step() -> InvalidConfig:
-    return InvalidConfig(
-        "the control plane is in the middle of a step",
-        hint="a phase cannot use the plane that runs it, nor can two threads use one plane",
-    )
 
 
 def _lies_in(assignment: PartitionAssignment, first: int, last: int) -> bool:

@@ -77,13 +77,32 @@ class PartitionExecutablePhase:
         """Run the phase in place on one partition's columns; whatever it raises is its failure.
 
         ``columns`` may be the arrays of a checkpoint; the phase finds them by name all the same.
+
+        Raises:
+            BaseException: what the phase raises, marked with where, for an executor that lets it pass
+                (`where_it_failed`); ValueError where the phase changed a column's dtype or length.
         """
         if self._schema is not None and not isinstance(columns, PhaseColumns):
             columns = PhaseColumns(self._schema, columns, [array.flags.writeable for array in columns])
         if self._stream_key is not None and context.random is None and context.step_index <= MAX_STEP:
             ids = context.row_start if self._ids is None else self._ids
             context = replace(context, random=RowRandom(self._stream_key, ids, rows, context.step_index))
-        self._function(context, columns, rows)
+        try:
+            self._function(context, columns, rows)
+            if isinstance(columns, PhaseColumns):
+                columns.verify_unchanged_shape(rows)
+        except BaseException as error:
+            vars(error)[_WHERE] = (context.partition_id, self._name)
+            raise
+
+
+_WHERE = "_rustsim_where"
+
+
+def where_it_failed(error: BaseException) -> tuple[PartitionId, str] | None:
+    """Return the partition and phase that an exception left `PartitionExecutablePhase.run` from, if any."""
+    found: tuple[PartitionId, str] | None = vars(error).get(_WHERE)
+    return found
 
 
 class PartitionTask:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of
+from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of, whole_number
 from rustsim_hpc.executors.base import (
     OBSERVE,
     PartitionTask,
@@ -238,7 +238,7 @@ class ProcessPartitionExecutor:
     def __init__(
         self, workers: int | None = None, *, pin: bool = False, inherit_fds: Sequence[int] = ()
     ) -> None:
-        if workers is not None and workers < 1:
+        if workers is not None and whole_number("workers", workers, signed=True) < 1:
             raise InvalidConfig(f"workers must be at least 1, got {workers}")
         self.workers = workers
         self.pin = pin

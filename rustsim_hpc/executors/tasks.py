@@ -24,6 +24,7 @@ from rustsim_hpc.executors.base import (
     PartitionExecutor,
     PartitionTask,
     PartitionTaskResult,
+    where_it_failed,
 )
 from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall
@@ -216,12 +217,19 @@ class TaskSession:
     # -- failures ------------------------------------------------------------------------------------
 
     def _failure(self, error: BaseException, message: str = "") -> PhaseFailure:
-        """Return an executor's error as a failure of the partition that it names.
+        """Return an executor's error as a failure of the partition that it names, or that it came from.
 
         One that names none is told of the first partition, whose number it then does not carry.
         """
         first = self.work.tasks[0].assignment.partition_id
-        if not isinstance(error, PartitionExecutorError):
+        if isinstance(error, ExecutorError):
+            error = error.source
+        if isinstance(error, PartitionExecutorError):
+            pass
+        elif found := where_it_failed(error):
+            text = message or message_of(error)
+            error = Worker(found[0], text, phase=found[1]) if message else Phase(*found, text)
+        else:
             whole = "the executor failed as a whole: which partition is not known"
             hint = None if len(self.work.tasks) == 1 else whole
             error = Worker(first, message or message_of(error), hint=hint)

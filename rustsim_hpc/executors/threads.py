@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 
-from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of
+from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of, whole_number
 from rustsim_hpc.executors.base import (
     PartitionTask,
     PartitionTaskResult,
@@ -158,7 +158,7 @@ class LocalThreadedPartitionExecutor:
     name = "threads"
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
+        if threads is not None and whole_number("threads", threads, signed=True) < 1:
             raise InvalidConfig(f"threads must be at least 1, got {threads}")
         self.threads = threads
 

@@ -48,7 +48,7 @@ def check_scheme(scheme: str) -> str:
     """
     if scheme not in SCHEMES:
         raise InvalidConfig(
-            f"unknown fingerprint scheme {scheme!r}{nearest(scheme, SCHEMES)}",
+            f"unknown fingerprint scheme {scheme!r}{nearest(str(scheme), SCHEMES)}",
             hint=f"use one of {', '.join(SCHEMES)}",
         )
     return scheme
@@ -68,10 +68,7 @@ class ReplayFingerprint:
 
     def __post_init__(self) -> None:
         for name in ("step_index", "value"):
-            number = operator.index(getattr(self, name))
-            if not 0 <= number <= _U64:
-                raise ValueError(f"{name} must be a 64-bit unsigned integer, got {number}")
-            object.__setattr__(self, name, number)
+            object.__setattr__(self, name, _unsigned(name, getattr(self, name)))
         check_scheme(self.scheme)
 
     def __eq__(self, other: object) -> bool:
@@ -98,6 +95,13 @@ class ReplayFingerprint:
                 step=self.step_index,
                 hint=f"run both with fingerprint = {self.scheme!r}",
             )
+
+
+def _unsigned(name: str, value: Any) -> int:
+    number = operator.index(value)
+    if not 0 <= number <= _U64:
+        raise ValueError(f"{name} must be a 64-bit unsigned integer, got {number}")
+    return number
 
 
 def hex64(value: int) -> str:
@@ -158,7 +162,9 @@ def fingerprint_checkpoint(
 
     Raises:
         InvalidConfig: the scheme is unknown.
+        ValueError: the step index does not fit 64 bits; TypeError where it is no whole number.
     """
+    step_index = _unsigned("step_index", step_index)
     # Default ids of a partition's checkpoint start at its row_offset, its fingerprint's rows at 0.
     default = bool(getattr(state, "default_ids", False)) and getattr(state, "row_offset", 0) == 0
     view = StateView(

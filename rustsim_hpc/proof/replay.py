@@ -10,9 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-from rustsim_hpc.errors import InvalidConfig, ReplayDivergence, ReplayExhausted, ReplayStepMismatch
+from rustsim_hpc.errors import (
+    InvalidConfig,
+    ReplayDivergence,
+    ReplayExhausted,
+    ReplayStepMismatch,
+    whole_number,
+)
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 
 _NO_COLUMNS: Mapping[str, int] = MappingProxyType({})
@@ -69,7 +75,10 @@ class ReplayMode:
             raise InvalidConfig(f"unknown replay mode {self.kind!r}", hint="use off, record or verify")
         if self.expected and self.kind != "verify":
             raise InvalidConfig(f"replay mode {self.kind} takes no expected fingerprints")
-        if self.interval < 1:
+        for entry in self.expected:
+            if not isinstance(entry, ReplayFingerprint):
+                raise InvalidConfig(f"expected fingerprints must be ReplayFingerprints, got {entry!r}")
+        if whole_number("replay interval", self.interval, signed=True) < 1:
             raise InvalidConfig("replay interval must be greater than zero")
 
     @classmethod
@@ -85,7 +94,10 @@ class ReplayMode:
     @classmethod
     def verify(cls, entries: Iterable[ReplayFingerprint], interval: int = 1) -> ReplayMode:
         """Compare each step with `entries`, recorded with the same interval, and record it as well."""
-        return cls("verify", tuple(entries), interval)
+        given: Any = entries
+        if not isinstance(given, Iterable):
+            raise InvalidConfig(f"expected fingerprints must be ReplayFingerprints, got {given!r}")
+        return cls("verify", tuple(given), interval)
 
     def is_due(self, step_index: int) -> bool:
         """Whether a fingerprint is taken after the step that leads to `step_index`."""

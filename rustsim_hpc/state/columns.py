@@ -87,6 +87,10 @@ class DeviceSoaCheckpoint:
         row_offset: int = 0,
         rows: int | None = None,
     ) -> None:
+        if schema is None and len(columns) != len(column_names):
+            raise DeviceSoaRestoreError(
+                f"checkpoint has {len(columns)} columns but {len(column_names)} column names"
+            )
         fits = schema is not None and len(schema) == len(columns)
         wanted = schema.dtypes if schema is not None and fits else (None,) * len(columns)
         try:
@@ -212,7 +216,10 @@ class DeviceSoaStore:
             InvalidConfig: anything that cannot be a store.
             ColumnMemoryError: the memory cannot be had.
         """
-        named = dict(columns or {})
+        try:
+            named = dict(columns or {})
+        except (TypeError, ValueError):
+            raise InvalidConfig(f"columns must be arrays by name, got {type(columns).__name__}") from None
         if schema is not None and tuple(named) != schema.names:
             raise InvalidConfig(f"columns are {tuple(named)}, the schema's are {schema.names}")
         wanted = schema.dtypes if schema is not None else (None,) * len(named)
@@ -239,6 +246,8 @@ class DeviceSoaStore:
             DeviceSoaRestoreError: names, schema, dtypes, lengths or ids do not fit each other.
             ColumnMemoryError: the memory cannot be had.
         """
+        if not isinstance(checkpoint, DeviceSoaCheckpoint):
+            raise DeviceSoaRestoreError(f"expected a DeviceSoaCheckpoint, got {type(checkpoint).__name__}")
         schema, names, arrays = checkpoint.schema, checkpoint.column_names, checkpoint.columns
         if len(names) != len(arrays):
             raise DeviceSoaRestoreError(f"checkpoint has {len(arrays)} columns but {len(names)} column names")

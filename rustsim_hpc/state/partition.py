@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,25 +18,16 @@ from rustsim_hpc.errors import (
     ReversedRange,
     SingleProcessHasAssignments,
     WorkerCountMismatch,
+    whole_number,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     # In the root a variant's name means the attribute; annotations reach the class through the module.
     import rustsim_hpc.state.partition as here  # noqa: PLW0406
 
 _U32_MAX = 2**32 - 1
-
-
-def _whole(label: str, value: Any, limit: int | None = None, *, signed: bool = False) -> int:
-    """Return a whole number from 0 (or any, if signed) to `limit` as an int, whatever integer type it has."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidConfig(f"{label} must be a whole number, got {value!r}")
-    number = int(value.__index__())
-    if (number < 0 and not signed) or (limit is not None and number > limit):
-        raise InvalidConfig(f"{label} must lie in 0..{'' if limit is None else limit}, got {number}")
-    return number
 
 
 @dataclass(frozen=True, order=True, repr=False)
@@ -45,7 +37,7 @@ class PartitionId:
     value: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", _whole("a partition id", self.value, _U32_MAX))
+        object.__setattr__(self, "value", whole_number("a partition id", self.value, _U32_MAX))
 
     def __index__(self) -> int:
         return self.value
@@ -75,8 +67,8 @@ class PartitionAssignment:
     def __post_init__(self) -> None:
         if not isinstance(self.partition_id, PartitionId):
             raise InvalidConfig(f"partition_id must be a PartitionId, got {self.partition_id!r}")
-        object.__setattr__(self, "row_start", _whole("row_start", self.row_start))
-        object.__setattr__(self, "row_end", _whole("row_end", self.row_end))
+        object.__setattr__(self, "row_start", whole_number("row_start", self.row_start))
+        object.__setattr__(self, "row_end", whole_number("row_end", self.row_end))
         if not (self.worker is None or isinstance(self.worker, str)):
             raise InvalidConfig(f"a worker label must be text, got {self.worker!r}")
 
@@ -105,7 +97,15 @@ class PartitionPlan:
     assignments: tuple[PartitionAssignment, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "assignments", tuple(self.assignments))
+        if not isinstance(self.mode, PartitionMode):
+            raise InvalidConfig(f"the mode of a plan must be a PartitionMode, got {self.mode!r}")
+        assignments: Any = self.assignments
+        if not isinstance(assignments, Iterable):
+            raise InvalidConfig(f"assignments must be PartitionAssignments, got {assignments!r}")
+        object.__setattr__(self, "assignments", tuple(assignments))
+        for assignment in self.assignments:
+            if not isinstance(assignment, PartitionAssignment):
+                raise InvalidConfig(f"assignments must be PartitionAssignments, got {assignment!r}")
 
     @classmethod
     def single_process(cls) -> PartitionPlan:
@@ -115,7 +115,8 @@ class PartitionPlan:
     @classmethod
     def static(cls, assignments: Iterable[PartitionAssignment]) -> PartitionPlan:
         """Build a plan of given row ranges; `validate` checks them against a population."""
-        return cls(PartitionMode.StaticRowRanges, tuple(assignments))
+        given: Any = assignments  # checked, and made a tuple, by the plan itself
+        return cls(PartitionMode.StaticRowRanges, given)
 
     @classmethod
     def row_ranges(cls, agent_count: int, partition_count: int) -> PartitionPlan:
@@ -128,8 +129,8 @@ class PartitionPlan:
             InvalidConfig: no whole numbers, negative rows, or more ranges than a PartitionId can number.
         """
         rows, parts = (
-            _whole("agent_count", agent_count),
-            _whole("partition_count", partition_count, signed=True),
+            whole_number("agent_count", agent_count),
+            whole_number("partition_count", partition_count, signed=True),
         )
         if parts <= 0:
             raise InvalidPartitionCount
@@ -151,7 +152,10 @@ class PartitionPlan:
 
         Raises:
             WorkerCountMismatch: there are more or fewer labels than assignments.
+            InvalidConfig: a label is no text.
         """
+        if not isinstance(workers, Iterable):
+            raise InvalidConfig(f"workers must be labels, got {workers!r}")
         labels = list(workers)
         if len(labels) != len(self.assignments):
             raise WorkerCountMismatch(len(self.assignments), len(labels))
@@ -238,7 +242,9 @@ class CudaDevice(PartitionExecutionBackend):
     device_ordinal: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "device_ordinal", _whole("device_ordinal", self.device_ordinal, _U32_MAX))
+        object.__setattr__(
+            self, "device_ordinal", whole_number("device_ordinal", self.device_ordinal, _U32_MAX)
+        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,11 @@ class External(PartitionExecutionBackend):
     """Run through an endpoint that somebody else serves."""
 
     endpoint: str
+
+    def __post_init__(self) -> None:
+        endpoint: Any = self.endpoint
+        if not isinstance(endpoint, str):
+            raise InvalidConfig(f"an endpoint must be text, got {endpoint!r}")
 
 
 PartitionExecutionBackend.LocalCpu = LocalCpu
@@ -255,10 +266,21 @@ PartitionExecutionBackend.External = External
 
 @dataclass(frozen=True)
 class PartitionWorker:
-    """A worker slot: the label that assignments name it by, and its backend."""
+    """A worker slot: the label that assignments name it by, and its backend.
+
+    Raises:
+        InvalidConfig: a field of the wrong type.
+    """
 
     label: str
     backend: PartitionExecutionBackend
+
+    def __post_init__(self) -> None:
+        label: Any = self.label
+        if not isinstance(label, str):
+            raise InvalidConfig(f"a worker label must be text, got {label!r}")
+        if not isinstance(self.backend, PartitionExecutionBackend):
+            raise InvalidConfig(f'backend of worker "{label}" must be a backend, got {self.backend!r}')
 
     @classmethod
     def local_cpu(cls, label: str) -> PartitionWorker:
