@@ -99,7 +99,7 @@ def test_lineage_is_a_tree(run: Path) -> None:
     [parent, first] = inspect_path(grandchild).facts["lineage"]
     assert (parent["parent"], parent["step"], parent["changes"]) == (str(child), 6, {})
     assert (first["parent"], first["step"]) == (str(run), 3)
-    assert first["changes"]["params.dt"][1] == 0.2
+    assert first["changes"] == {"params.dt": [pytest.approx(0.1, rel=1e-6), 0.2]}
     text = inspect_path(grandchild).text()
     assert f"    └─ from {child} at step 6" in text
     assert f"       └─ from {run} at step 3" in text

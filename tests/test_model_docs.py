@@ -47,6 +47,7 @@ def type_in(line: str) -> tuple[int, str, str]:
     return command(*words[1:])
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_the_example_runs_and_is_told_apart_when_it_is_changed(project: Path) -> None:
     ways, change = (script.splitlines() for script in blocks(MODELS, "bash"))
@@ -67,6 +68,8 @@ def test_the_example_runs_and_is_told_apart_when_it_is_changed(project: Path) ->
     curve, state = run.series("curve"), run.columns("state", step=50)
     assert [int((state == code).sum()) for code in range(3)] == [int(curve[name][50]) for name in "SIR"]
     assert curve["R"][-1] > 1000
+    assert (run.step_length, run.time_unit) == (1.0, "d")
+    assert rs.open_run(project / "runs" / "changed").lineage["changes"] == {"params.beta": [0.5, 0.6]}  # type: ignore[index]
     assert curve["day"][-1] == 100.0
 
 

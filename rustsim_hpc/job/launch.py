@@ -154,7 +154,7 @@ def _parents_store(
     )
     if loaded is None:
         raise CheckpointFileError(f"{parent} has no checkpoint to start from", damaged=False)
-    lineage = on_all(team, lambda: lineage_of(parent, prepared.spec, loaded))
+    lineage = on_all(team, lambda: lineage_of(parent, prepared, loaded))
     return restored.take(), loaded.header.step_index, lineage
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.proof.fingerprint import StateView, hex64
 from rustsim_hpc.run_folder.environment import differences, machines_of
@@ -86,12 +85,21 @@ def machine_differences(folder: RunFolder) -> list[str]:
     return differences(*map(machines_of, sessions[-2:]))
 
 
-def lineage_of(parent: Path, spec: JobSpec, loaded: LoadedCheckpoint) -> dict[str, Any]:
+def lineage_of(parent: Path, prepared: Prepared, loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Return where a fork comes from and what was changed."""
     run = open_run(parent)
-    before, after = _flat(run.job), _flat(tomllib.loads(spec.to_toml()))
+    job = tomllib.loads(prepared.spec.to_toml())
+    # A job file names some parameters only, and rounded to float32 they are not what it says: so those that
+    # count are compared, and shown as the job has them where it does.
+    before, after = (
+        _flat({**run.job, "params": run.params}),
+        _flat({**job, "params": prepared.model.params.plain()}),
+    )
+    shown, shown_after = before | _flat(run.job), after | _flat(job)
     changes = {
-        k: [before.get(k), after.get(k)] for k in sorted({*before, *after}) if before.get(k) != after.get(k)
+        k: [shown.get(k), shown_after.get(k)]
+        for k in sorted({*before, *after})
+        if before.get(k) != after.get(k)
     }
     return {
         "parent": str(parent.absolute()),

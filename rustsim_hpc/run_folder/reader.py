@@ -116,6 +116,16 @@ class Run:
         return int(self._fact("steps"))
 
     @property
+    def step_length(self) -> float:
+        """The time that one step stands for, in `time_unit`."""
+        return float(self.record.get("step_length", 1.0))
+
+    @property
+    def time_unit(self) -> str:
+        """The unit of times: of ``time`` in outputs, and of a context."""
+        return str(self.record.get("time_unit", "step"))
+
+    @property
     def step_index(self) -> int:
         """The step that is known to be reached: of the record, or of the newest checkpoint."""
         return max(int(self.record.get("step_index") or 0), *self.checkpoints(), 0)

@@ -3,8 +3,9 @@
 ::
 
     format, version, run_id
-    job, seed, agents, steps, params, model, model_hash, executor, workers, partitions,
-    fingerprint_scheme, command                        the newest session's job
+    job, seed, agents, steps, step_length, time_unit,
+    params, model, model_hash, executor, workers,
+    partitions, fingerprint_scheme, command            the newest session's job
     ranks, versions, hosts, cpu_models, libm           the newest session's machines; where ranks are on CUDA
                                                        devices, a host has ``devices``: one entry a rank
     remote_workers                                     its remote workers' machines, once they were spoken to
@@ -41,6 +42,7 @@ class RunFacts:
     Attributes:
         job: the job's name.
         seed, agents, steps: as resolved; ``steps`` is the step to reach.
+        step_length, time_unit: the time that a step stands for, and its unit.
         params: the model's parameters by name, as plain numbers, truth values and strings.
         model: name of the model's module, or its path.
         model_hash: hex digest of the model's source.
@@ -54,6 +56,8 @@ class RunFacts:
     seed: int
     agents: int
     steps: int
+    step_length: float = 1.0
+    time_unit: str = "step"
     params: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
     model_hash: str = ""
