@@ -28,9 +28,11 @@ def temporary_path(path: Path) -> Path:
 def sweep_temporary(folder: Path) -> list[Path]:
     """Remove what killed writers left under temporary names in ``folder``, and return it.
 
-    Only the folder's one writer may call this: a living writer's unfinished file would go too.
+    Only the folder's one writer may call this: a living writer's unfinished file would go too. Folders are
+    nothing of ours.
     """
-    found = sorted(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    named = sorted(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    found = [path for path in named if path.is_symlink() or not path.is_dir()]
     for path in found:
         path.unlink(missing_ok=True)
     return found

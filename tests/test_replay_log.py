@@ -347,6 +347,14 @@ def test_resume_without_a_log_begins_one(path):
     assert steps_of(path) == [6]
 
 
+@pytest.mark.parametrize(("steps", "missing"), [([1, 2], 3), ([1, 3, 4, 5, 6, 7], 2), ([3, 4, 5, 7, 8], 6)])
+def test_resume_refuses_a_log_with_a_gap_and_leaves_it(path, steps, missing):
+    before = write(path, steps).read_bytes()
+    with pytest.raises(OutputError, match=rf"lacks step {missing}, but the run resumes at step 7"):
+        ReplayLogWriter(path, DIGEST, resume_step=7)
+    assert path.read_bytes() == before
+
+
 def test_resume_refuses_the_log_of_another_run_and_leaves_it(path):
     before = write(path, [1, 2]).read_bytes()
     other = dataclasses.replace(DIGEST, seed=8, params={"dt": 0.25, "on": True, "n": 3})

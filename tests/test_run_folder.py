@@ -422,6 +422,8 @@ def test_only_a_runs_folder_is_reopened(tmp_path: Path) -> None:
         ("{", "is damaged"),
         ("[]", "not the record"),
         ('{"format": "rustsim-hpc run", "version": 99}', "version 99"),
+        ('{"format": "rustsim-hpc run", "version": 1, "steps": "x"}', 'damaged: steps is "x"'),
+        ('{"format": "rustsim-hpc run", "version": 1, "sessions": [7]}', "damaged: sessions are not"),
     ]:
         (path / "run.json").write_text(damage)
         with pytest.raises(RunFolderError, match=text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import xxhash
 from compare_runs import ROOT, command, make_run, write_job
 
 import rustsim_hpc as rs
@@ -55,6 +56,39 @@ def test_checkpoints_that_do_not_hold_are_told_and_moved_aside_even_if_none_is_l
     run = rs.open_run(folder)
     assert run.record["sessions"][-1]["resumed_from"] is None
     assert [entry.value for entry in run.replay().entries if entry.step_index == 4] == [expected]
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2")
+    proof = folder / "checkpoints" / "step_0000000004.proof.json"
+    changed = proof.read_bytes()[46:].replace(b'"version": 1', b'"version": 2')
+    proof.write_bytes(proof.read_bytes()[:14] + xxhash.xxh3_128_hexdigest(changed).encode() + changed)
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    code, _, err = command("resume", folder, "--steps=5", "--no-progress")
+    assert code == 5
+    assert "its format is version 2, this program reads 1" in err
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
+    assert command("resume", folder, "--steps=5", "--at=2", "--no-progress")[0] == 0
+
+
+def test_a_stream_that_lacks_steps_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2")
+    log = folder / "replay.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:3], lines[4]]))
+    code, _, err = command("resume", folder, "--steps=5", "--no-progress")
+    assert code == 3
+    assert "lacks step 3, but the run resumes at step 4" in err
+    assert command("resume", folder, "--steps=5", "--at=2", "--no-progress")[0] == 0
+    assert [entry.step_index for entry in rs.open_run(folder).replay().entries] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_was_taken_further_goes_on_to_there(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4")
+    assert command("resume", folder, "--steps=9", "--time-limit=0", "--no-progress")[0] == 75
+    assert rs.open_run(folder).step_index < 9
+    assert command("resume", folder, "--no-progress")[0] == 0
+    assert rs.open_run(folder).step_index == 9
 
 
 def test_a_step_that_an_output_lacks_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

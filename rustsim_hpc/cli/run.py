@@ -89,10 +89,15 @@ def resume(session: Session, /, folder: Path, at: int | None, **given: Any) -> i
     """Go on with the run in DIR from its newest proven checkpoint.
 
     The run ends with the same bits as if it had never stopped, on any number of ranks and partitions.
-    Without any checkpoint it starts at step 0; a finished run prints its summary.
+    Without any checkpoint it starts at step 0; a finished run prints its summary. Where --steps took it
+    further once, that is its last step from then on.
     """
     spec, options = read_folder_job(session, folder, overrides(given))
     from rustsim_hpc.job.launch import resume_run
+    from rustsim_hpc.job.restored import with_last_goal
+
+    if given["steps"] is None:
+        spec = session.on_all(lambda: with_last_goal(spec, folder))
 
     return finish(session, options, resume_run(folder, spec, options, session.team, at=at))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.proof.fingerprint import StateView, hex64
 from rustsim_hpc.run_folder.environment import differences, machines_of
@@ -56,6 +57,16 @@ def forked_rows(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]
         text = f"the checkpoint of step {step} has {header.rows} agents, the job {spec.run.agents}"
         raise CheckpointFileError(text, damaged=False)
     return prepared.part.row_start, prepared.part.row_stop
+
+
+def with_last_goal(spec: JobSpec, folder: Path) -> JobSpec:
+    """Return a run's job with the step that it was last to reach, where that is beyond its job file's.
+
+    Raises:
+        RunFolderError: the run's record is damaged.
+    """
+    goal = max(spec.run.steps, int(open_run(folder).record.get("steps") or 0))
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"steps": goal})})
 
 
 def set_aside_later(folder: Path, step: int) -> None:

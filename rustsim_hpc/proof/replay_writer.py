@@ -28,7 +28,7 @@ class ReplayLogWriter:
 
         Raises:
             ReplayLogError: the log to go on with cannot be read, or is of another run; it is not touched.
-            OutputError: the file cannot be written.
+            OutputError: the file cannot be written, or lacks entries from before `resume_step`.
         """
         self.path = path
         self.header = header
@@ -38,7 +38,9 @@ class ReplayLogWriter:
         # Formatted by hand: json.dumps of an entry would be a good part of a short step.
         self._keys = [(name, json.dumps(name, ensure_ascii=False)) for name in header.value_names]
         if resume_step is not None and path.exists():
-            self._require_same_run(read_replay_log(path).header)
+            found = read_replay_log(path)
+            self._require_same_run(found.header)
+            self._require_no_gap([entry.step_index for entry in found.entries], resume_step)
             self.truncate_after(resume_step)
             return
         try:
@@ -123,6 +125,18 @@ class ReplayLogWriter:
         values = ", ".join(f'{key}: "{columns[name]:#018x}"' for name, key in self._keys) if columns else ""
         tail = f', "columns": {{{values}}}}}\n' if columns else "}\n"
         return f'{{"step": {step}, "value": "{fingerprint.value:#018x}"{tail}'.encode()
+
+    def _require_no_gap(self, steps: list[int], resume_step: int) -> None:
+        """Refuse to go on with a stream that lacks steps: no checkpoint is ahead of its log."""
+        kept = [step for step in steps if step <= resume_step]
+        due = range(kept[0], resume_step + 1, self.header.interval) if kept else range(0)
+        if len(kept) < len(due):
+            missing = next(step for step, found in zip(due, [*kept, -1], strict=False) if step != found)
+            raise OutputError(
+                f"replay log {self.path} lacks step {missing}, but the run resumes at step {resume_step}",
+                step=resume_step,
+                hint="resume from an earlier checkpoint (--at STEP), or bring the file back",
+            )
 
     def _require_same_run(self, found: ReplayHeader) -> None:
         if differences := header_differences(found, self.header):

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rustsim_hpc.errors import RunFolderError
 from rustsim_hpc.files import write_atomic
@@ -31,6 +31,12 @@ from rustsim_hpc.run_folder.environment import versions
 RECORD = "run.json"
 FORMAT = "rustsim-hpc run"
 VERSION = 1
+
+_KINDS: Final = {
+    "job": str, "seed": int, "agents": int, "steps": int, "params": dict, "model": str, "hosts": list,
+    "lineage": dict, "status": str, "step_index": int, "fingerprint": str, "sessions": list,
+}  # fmt: skip
+"""What the record's values must be, where there are any."""
 
 Status = Literal["running", "done", "stopped", "failed"]
 
@@ -86,6 +92,13 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path / RECORD} is not the record of a run")
     if record.get("version") != VERSION:
         raise RunFolderError(f"{path / RECORD} has version {record.get('version')}, expected {VERSION}")
+    for name, kind in _KINDS.items():
+        value = record.get(name)
+        if value is not None and type(value) is not kind:
+            raise RunFolderError(f"{path / RECORD} is damaged: {name} is {json.dumps(value):.40}")
+    sessions = record.setdefault("sessions", [])
+    if sessions is None or not all(isinstance(session, dict) for session in sessions):
+        raise RunFolderError(f"{path / RECORD} is damaged: sessions are not a list of objects")
     return record
 
 

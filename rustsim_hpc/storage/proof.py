@@ -132,6 +132,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         if version != FORMAT_VERSION or body["block_bytes"] != BLOCK_BYTES:
             raise CheckpointFileError(
                 message=f"{path}: its format is version {version}, this program reads {FORMAT_VERSION}",
+                damaged=False,
                 hint="read it with the version of rustsim-hpc that wrote it",
             )
         files = tuple(_file_from_json(entry) for entry in body["files"])
