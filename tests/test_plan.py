@@ -43,7 +43,7 @@ def test_bytes_and_groups() -> None:
         13,
         5,
         100,
-        11 * 21,
+        11 * 13,
     )
     [first, second] = plan.shares
     assert (first.first, first.last, first.partitions, first.rows) == (0, 2, 1, 3)

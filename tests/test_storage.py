@@ -304,7 +304,7 @@ def test_compressed_columns_have_no_shard_for_a_machine(tmp_path: Path) -> None:
 
 
 def test_columns_start_where_the_settings_say(tmp_path: Path) -> None:
-    view = state(100_000)
+    view = state(100_000, custom_ids=True)
     write_checkpoint(tmp_path, header_of(view), view, SoloTeam(), StorageOptions(alignment=1 << 20))
     with h5py.File(checkpoint_path(tmp_path, 100), "r") as file:
         assert [file[name].id.get_offset() % (1 << 20) for name in ("ids", "columns/x")] == [0, 0]
@@ -391,7 +391,7 @@ def test_files_of_another_length_are_refused(tmp_path: Path, size: int, layout: 
 
 def test_blocks_beyond_the_first_are_proven_too(tmp_path: Path) -> None:
     schema = Schema((Column("x", "float64"),))
-    view = state(BLOCK_BYTES // 8 * 2, schema)
+    view = state(BLOCK_BYTES // 8 * 4, schema)
     path = write_checkpoint(tmp_path, header_of(view, schema), view, SoloTeam())
     size = path.stat().st_size
     for position in (0, BLOCK_BYTES - 1, BLOCK_BYTES, 3 * BLOCK_BYTES + 5, size - 1):

@@ -95,10 +95,10 @@ def _section(size: Size, timings: dict[str, Timing], written: int, read: int) ->
     ]
     text = (
         f"Integrate, {size.rows:,} rows, inline, rollback, no step recorded; {written / 1e6:.0f} MB a "
-        "checkpoint (ids and columns), written behind the steps to the disk of the working directory. The "
-        "pause is what a due checkpoint costs the step loop, as a multiple of np.copyto. Writing and reading "
-        "are against one plain file of as many bytes, in pieces of 8 MiB. Steps beside a checkpoint that is "
-        "being written share the cores with it."
+        "checkpoint (default ids take next to nothing), written behind the steps to the disk of the working "
+        "directory. The pause is what a due checkpoint costs the step loop, as a multiple of np.copyto. "
+        "Writing and reading are against one plain file of as many bytes, in pieces of 8 MiB. Steps beside a "
+        "checkpoint that is being written share the cores with it."
     )
     return Section("checkpoint", "Checkpoints", text, rows)
 

@@ -13,15 +13,13 @@ import numpy as np
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.state.schema import Schema
 
-_ID_BYTES = 8
-
 
 @dataclass(frozen=True)
 class RankShare:
     """Ranks first to last (both included) that hold the same; bytes are those of one of them.
 
     state_bytes: the columns. undo_bytes: second buffers of columns that a step overwrites.
-    checkpoint_bytes: what it writes to a checkpoint (ids and columns).
+    checkpoint_bytes: what it writes to a checkpoint (the ids take next to nothing).
     """
 
     first: int
@@ -52,7 +50,7 @@ class RunPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a whole checkpoint, its headers apart."""
-        return self.agents * (self.row_bytes + _ID_BYTES)
+        return self.agents * self.row_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan in JSON's types."""
@@ -112,7 +110,7 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
                 rows=rows,
                 state_bytes=rows * row_bytes,
                 undo_bytes=rows * undo_bytes,
-                checkpoint_bytes=rows * (row_bytes + _ID_BYTES),
+                checkpoint_bytes=rows * row_bytes,
             )
         )
     return RunPlan(

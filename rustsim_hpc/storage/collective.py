@@ -65,7 +65,7 @@ def check_supported(options: StorageOptions, team: Team) -> None:
 def write_collective(
     path: Path, header: CheckpointHeader, view: StateView, team: Team, options: StorageOptions
 ) -> None:
-    """Write a file of all rows, each rank its own, by collective calls of parallel HDF5.
+    """Write a file of all rows, each rank its own, by collective calls of parallel HDF5; no default ids.
 
     A rank without rows, or one whose write has failed, joins every call like the others.
 
@@ -83,7 +83,7 @@ def write_collective(
     places = {"alignment_threshold": ALIGNED_FROM, "alignment_interval": options.alignment}
     with h5py.File(path, "w", libver=LIBVER, driver="mpio", comm=team.native, info=info, **places) as file:
         write_root(file, header, 0, header.rows)
-        for index, name, dtype, column in datasets(header):
+        for index, name, dtype, column in datasets(header, stored=header.rows > 0):
             dataset = create_dataset(file, name, dtype, header.rows, column, options)
             describe(dataset, header, index, column)
             step = max(_PIECE_BYTES // dtype.itemsize, 1)

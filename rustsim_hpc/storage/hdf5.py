@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.proof.fingerprint import StateView, digest_column
 from rustsim_hpc.state.schema import Column
+from rustsim_hpc.storage.default_ids import write_default_ids
 from rustsim_hpc.storage.header import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -66,15 +67,26 @@ def link_name(name: str) -> str:
     return {"": "%", ".": "%2E"}.get(escaped, escaped)
 
 
-def datasets(header: CheckpointHeader) -> Iterator[tuple[int, str, np.dtype[Any], Column | None]]:
-    """Yield (index, path, dtype, column) of every dataset: the ids as -1 first, then the columns."""
-    yield -1, "ids", _IDS, None
+def datasets(
+    header: CheckpointHeader, *, stored: bool = False
+) -> Iterator[tuple[int, str, np.dtype[Any], Column | None]]:
+    """Yield (index, path, dtype, column) of every dataset: the ids as -1 first, then the columns.
+
+    stored: leave out the ids where they are the default ones.
+    """
+    if not (stored and header.default_ids):
+        yield -1, "ids", _IDS, None
     for index, column in enumerate(header.schema.columns):
         yield index, f"columns/{link_name(column.name)}", np.dtype(column.dtype).newbyteorder("<"), column
 
 
-def plan_file(header: CheckpointHeader, start: int, stop: int, options: StorageOptions) -> FileImage:
-    """Build the tree of a file for rows [start, stop) in memory; return it with the places of the columns."""
+def plan_file(
+    header: CheckpointHeader, start: int, stop: int, options: StorageOptions, *, whole: bool = True
+) -> FileImage:
+    """Build the tree of a file for rows [start, stop) in memory; return it with the places of the columns.
+
+    whole: with default ids, if the state has them. They come last, so that the places are the same without.
+    """
     import h5py
 
     sink = MemorySink()
@@ -83,11 +95,13 @@ def plan_file(header: CheckpointHeader, start: int, stop: int, options: StorageO
     ) as file:
         write_root(file, header, start, stop)
         places = []
-        for index, path, dtype, column in datasets(header):
+        for index, path, dtype, column in datasets(header, stored=stop > start):
             dataset = contiguous(file, path, dtype, stop - start)
             describe(dataset, header, index, column)
             if stop > start:
                 places.append(Segment(dataset.id.get_offset(), (stop - start) * dtype.itemsize, index))
+        if header.default_ids and stop > start and whole:
+            describe(write_default_ids(file, start, stop - start), header, -1, None)
     segments = tuple(sorted(places, key=lambda segment: segment.offset))
     gaps, end = [], 0
     for segment in segments:
@@ -274,7 +288,7 @@ def write_chunked(
         sink, "w", libver=LIBVER, alignment_threshold=ALIGNED_FROM, alignment_interval=options.alignment
     ) as file:
         write_root(file, header, start, start + rows)
-        for index, path, dtype, column in datasets(header):
+        for index, path, dtype, column in datasets(header, stored=rows > 0):
             dataset = create_dataset(file, path, dtype, rows, column, options)
             describe(dataset, header, index, column)
             for first in range(0, rows, options.chunk_rows):
@@ -282,6 +296,26 @@ def write_chunked(
                 last = min(first + options.chunk_rows, rows)
                 if sink.failure is None:
                     dataset[first:last] = np.frombuffer(column_bytes(view, index, first, last), dtype)
+        if header.default_ids and rows and sink.failure is None:
+            describe(write_default_ids(file, start, rows), header, -1, None)
+    if sink.failure is not None:
+        raise sink.failure
+
+
+def add_default_ids(descriptor: int, header: CheckpointHeader) -> None:
+    """Add the default ids, if the state has them, to a file of all rows that lacks nothing else.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    import h5py
+
+    if not (header.default_ids and header.rows):
+        return
+    sink = FileSink(descriptor)
+    sink.size = os.fstat(descriptor).st_size
+    with h5py.File(sink, "r+", libver=LIBVER) as file:
+        describe(write_default_ids(file, 0, header.rows), header, -1, None)
     if sink.failure is not None:
         raise sink.failure
 

@@ -67,7 +67,7 @@ def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) 
     """
     size = sum(
         header.rows * dtype.itemsize
-        for _, _, dtype, column in datasets(header)
+        for _, _, dtype, column in datasets(header, stored=True)
         if options.filter_of(None if column is None else column.name) is None
     )
     with file_errors(folder, "write"):

@@ -31,6 +31,7 @@ from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle,
 from rustsim_hpc.storage.groups import groups_of
 from rustsim_hpc.storage.hdf5 import (
     Segment,
+    add_default_ids,
     check_file,
     plan_file,
     plan_master,
@@ -199,12 +200,13 @@ class Attempt:
         # Digests and the fingerprint are numbers of one width: they have no say in where the columns lie. A
         # shard has none.
         header = self.header if self.sharded else replace(self.header, digests=tuple(0 for _ in self.sums))
-        image = plan_file(header, group.start, group.stop, self.options)
+        first = self.sharded and self.team.rank == group.first
+        image = plan_file(header, group.start, group.stop, self.options, whole=first)
         with file_errors(path, "write"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 stream_rows(descriptor, image, self.view, self.rows[0] - group.start, self.go_on)
-                if self.sharded and self.team.rank == group.first:
+                if first:
                     stream_gaps(descriptor, image)
                 os.fsync(descriptor)
             finally:
@@ -233,14 +235,15 @@ class Attempt:
     def finish_shared(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> CheckpointHeader:
         """Write everything but the columns into the file of all ranks; return the finished header."""
         header, receipts = checked
-        if self.collective:
-            return header
-        image = plan_file(header, self.group.start, self.group.stop, self.options)
-        self._check_places(receipts, image.segments)
         with file_errors(self.first, "write"):
             descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
             try:
-                stream_gaps(descriptor, image)
+                if self.collective:
+                    add_default_ids(descriptor, header)
+                else:
+                    image = plan_file(header, self.group.start, self.group.stop, self.options)
+                    self._check_places(receipts, image.segments)
+                    stream_gaps(descriptor, image)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
