@@ -48,7 +48,7 @@ def test_bytes_and_groups() -> None:
     [first, second] = plan.shares
     assert (first.first, first.last, first.partitions, first.rows) == (0, 2, 1, 3)
     assert (second.first, second.last, second.rows) == (3, 3, 2)
-    assert (first.state_bytes, first.undo_bytes, first.checkpoint_bytes) == (39, 15, 63)
+    assert (first.state_bytes, first.undo_bytes, first.checkpoint_bytes) == (39, 15, 39)
     assert plan.to_dict()["shares"][1]["state_bytes"] == 26
     assert "0-2" in plan.text()
 
