@@ -46,7 +46,7 @@ def test_the_parts_fit_into_the_loop(tmp_path: Path, executor: str) -> None:
     # What moves: move reads four float32 and writes two, slow reads two and writes them.
     assert profile.row_bytes == {"move": 24, "slow": 16}
     assert rank.tile_proof == 0, "digests are made in the loop of the phases"
-    assert rank.loops_compared == 1, "of steps 0 and 8, the one between two with digests"
+    assert rank.loops_compared == 1, "the 8th of 12"
     assert 0 < profile.proof_share < 1
 
 
@@ -77,6 +77,28 @@ def test_a_profile_changes_no_proof(tmp_path: Path) -> None:
     logs = [read_replay_log(tmp_path / str(on) / "replay.jsonl") for on in (True, False)]
     assert logs[0].entries == logs[1].entries
     assert alike[0].fingerprint == alike[1].fingerprint
+
+
+def test_digests_now_and_then_are_told_apart_too(tmp_path: Path) -> None:
+    profile = run(tmp_path / "run", "run.steps=72", "replay.mode=record", "replay.interval=4").profile
+    assert profile is not None
+    assert profile.ranks[0].loops_compared == 2, "of the 8th and 16th of 18"
+
+
+def test_steps_made_together_have_their_digests_beside_the_loops(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text((ROOT / "rustsim_hpc/bench/models/integrate.py").read_text())
+    (tmp_path / "plain.toml").write_text(
+        '[model]\nmodule = "plain.py"\n[run]\nagents = 20000\nsteps = 80\n'
+        '[replay]\nmode = "record"\ninterval = 4\n'
+    )
+    spec, _ = read_job(tmp_path / "plain.toml", [], environ={})
+    profile = run_job(
+        spec, RunOptions(out=tmp_path / "run", progress=False, profile=True), SoloTeam()
+    ).profile
+    assert profile is not None
+    [rank] = profile.ranks
+    assert rank.tile_proof > 0
+    assert (rank.loop_proof, rank.spans["measuring"]) == (0.0, 0.0)
 
 
 def test_digests_in_loops_are_told_from_steps_without() -> None:

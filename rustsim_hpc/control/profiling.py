@@ -138,8 +138,9 @@ class Profiler:
         times = step.phases.total_ns()
         self._times = times if self._times.size == 0 else self._times + times
         spent = dict(zip(SPANS, (*step.spent, log_ns, outputs_ns, checkpoint_ns, 0), strict=True))
-        if step.fingerprint is not None and self._stepper.apart_every:
-            apart = self._stepper.digests_apart(step.step_index)
+        after = 0 if step.fingerprint is None else step.fingerprint.step_index
+        if self._stepper.apart_every and after == step.step_index + 1:
+            apart = self._stepper.apart
             self._loop_digests.add(int(times[: len(self._names)].sum()), apart=apart)
             if apart:
                 spent["measuring"], spent["proof"] = spent["proof"], 0

@@ -56,7 +56,8 @@ class Stepper:
     Attributes:
         meeting: where the ranks meet; a vote put there rides along, so that the ranks agree on stopping, say,
             without a collective of its own.
-        apart_every: in every so many steps digests are made in a pass of their own; 0: in none.
+        apart_every: in one of so many steps digests are made in a pass of their own; 0: in none.
+        apart: whether those of the last step that had any were.
     """
 
     def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
@@ -65,10 +66,17 @@ class Stepper:
         self.team = team
         self.meeting = Meeting(work, session.board, team)
         self.apart_every = 0
+        self.apart = False
+        self._proved = 0
 
-    def digests_apart(self, step_index: int) -> bool:
-        """Return whether a step's digests are made in a pass of their own, not beside its phases."""
-        return self.apart_every > 0 and step_index % self.apart_every == 0
+    def choose_apart(self, repeat: int) -> bool:
+        """Decide whether the next step's digests are made in a pass of their own.
+
+        Never those of several steps made together: no phase's loop makes them.
+        """
+        self._proved += 1
+        self.apart = repeat == 1 and self.apart_every > 0 and self._proved % self.apart_every == 0
+        return self.apart
 
     def advance(self, step_index: int, *, want_digest: bool = False, repeat: int = 1) -> StepReport:
         """Compute the state after step ``step_index`` (or ``repeat`` steps) beside the current one.

@@ -119,7 +119,8 @@ class Stepping:
         try:
             after = before + repeat
             due = self.replay.is_due(after)
-            want_digest = due and self.proof.scheme == "digest" and not stepper.digests_apart(before)
+            proved = due and self.proof.scheme == "digest"
+            want_digest = proved and not stepper.choose_apart(repeat)
             report = stepper.advance(before, want_digest=want_digest, repeat=repeat)
             if self.model is not None and self.model.looks_at_steps:
                 begun = perf_counter_ns()
