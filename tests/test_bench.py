@@ -184,7 +184,7 @@ def test_ranks_that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("least", "found", "met"),
     [(False, 1.0, True), (False, 1.2, False), (True, 1.2, True), (True, 1.0, False)],
 )
-def test_goals(least: bool, found: float, met: bool) -> None:
+def test_a_goal_is_met_on_its_own_side(least: bool, found: float, met: bool) -> None:
     goal = Goal("", "s", "r", 1.1, lambda row: row.times, least=least)
     assert Verdict(goal, found).met is met
     assert Verdict(goal, None).met is False
@@ -193,7 +193,7 @@ def test_goals(least: bool, found: float, met: bool) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.5, "1.50 s"), (0.0174, "17.4 ms"), (2e-7, "200 ns"), (-0.0002, "-200 µs")]
 )
-def test_duration(seconds: float, text: str) -> None:
+def test_durations_have_a_fitting_unit(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -243,7 +243,7 @@ def test_a_readme_without_marks_stays(report: Report) -> None:
     assert made.endswith(f"{readme.END}\nb\n")
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_command_measures_one_table(tmp_path: Path) -> None:
     """The command itself, on the smallest of its tables that needs no other process."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "rustsim_hpc", "bench", "--quick", "--only", "parts", "--json"]

@@ -237,7 +237,7 @@ def test_traceback_only_with_debug(call: Call, engine: Engine, job: Path) -> Non
     assert "Traceback" in call("run", job, "--debug")[2]
 
 
-def test_interrupt(call: Call, engine: Engine, job: Path) -> None:
+def test_an_interrupt_where_nothing_is_to_be_saved_gives_130(call: Call, engine: Engine, job: Path) -> None:
     engine.failure = KeyboardInterrupt()
     assert call("run", job)[0] == 130
 
@@ -287,7 +287,7 @@ def test_rank_that_fails_alone_ends_all(
     assert stop.value.args == (3, "rank 1: ZeroDivisionError: by zero")
 
 
-def test_doctor(call: Call) -> None:
+def test_doctor_gives_each_section_as_json(call: Call) -> None:
     code, out, _ = call("doctor", "--json")
     assert code == 0
     report = json.loads(out)

@@ -9,7 +9,7 @@ import pytest
 from rustsim_hpc import doctor
 
 
-def test_report() -> None:
+def test_the_report_names_what_is_there() -> None:
     report = doctor.examine()
     assert report["packages"]["numpy"][0].isdigit()
     assert report["machine"]["cores to use"] == len(os.sched_getaffinity(0))

@@ -222,7 +222,7 @@ def test_kernel_errors_name_kernel_argument_and_line():
     assert str(errors.KernelError("no", kernel="move")) == "kernel move: no"
 
 
-def test_nearest():
+def test_a_close_name_is_proposed():
     assert errors.nearest("stpes", ["steps", "seed"]) == ' (did you mean "steps"?)'
     assert errors.nearest("zzz", ["steps", "seed"]) == ""
     assert errors.nearest("x", iter([])) == ""

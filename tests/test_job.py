@@ -40,7 +40,7 @@ def mistake(path: Path, text: str, *sets: Override, environ: dict[str, str] | No
     return str(caught.value)
 
 
-def test_defaults(job: Path) -> None:
+def test_what_a_job_file_leaves_out_has_its_default(job: Path) -> None:
     spec, options = read_job(job, environ={})
     assert spec.run.name == "flock"
     assert (spec.run.agents, spec.run.steps, spec.run.seed) == (10, 5, 0)
@@ -140,7 +140,7 @@ def test_every_key_is_read(job: Path, tmp_path: Path) -> None:
     assert options == RunOptions(out=tmp_path / "here", progress=False, **on)
 
 
-def test_frozen(job: Path) -> None:
+def test_a_spec_cannot_be_changed(job: Path) -> None:
     spec, _ = read_job(job)
     with pytest.raises(ValueError, match="frozen"):
         spec.run.agents = 11  # type: ignore[misc]
@@ -279,12 +279,12 @@ def test_backend_of_the_environment(job: Path) -> None:
         ("1-00:00:01", 86401),
     ],
 )
-def test_duration(text: str, seconds: float) -> None:
+def test_a_duration_is_read_as_people_write_it(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("value", ["", "s", "h", "1x", "soon", "-5", "1m1h", 3, None])
-def test_no_duration(value: object) -> None:
+def test_what_is_no_duration_is_refused(value: object) -> None:
     assert parse_duration(value) is value
 
 

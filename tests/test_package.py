@@ -30,7 +30,7 @@ def test_name_is_there(name: str) -> None:
     assert name in dir(rs)
 
 
-def test_wrong_name() -> None:
+def test_a_wrong_name_is_told_with_a_near_one() -> None:
     with pytest.raises(AttributeError, match=r'no attribute .Colum. \(did you mean "Column"\?\)'):
         _ = rs.Colum  # type: ignore[attr-defined]
     assert not hasattr(rs, "nothing_like_it")

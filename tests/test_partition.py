@@ -209,7 +209,7 @@ def test_partition_ids():
             PartitionId(bad)
 
 
-def test_assignments():
+def test_an_assignment_knows_its_rows_and_is_frozen():
     one = PartitionAssignment(PartitionId(1), 3, 7, "a")
     assert (len(one), one.rows, one.is_empty()) == (4, 4, False)
     empty, backwards = dataclasses.replace(one, row_end=3), dataclasses.replace(one, row_end=2)

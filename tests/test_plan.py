@@ -77,7 +77,7 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 2**30, "5.0 GiB"), (2**60, "1048576.0 TiB")],
 )
-def test_size(count: int, text: str) -> None:
+def test_sizes_have_a_fitting_unit(count: int, text: str) -> None:
     assert size(count) == text
 
 

@@ -51,7 +51,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("name", sorted(INVALID))
-def test_invalid(name):
+def test_what_cannot_be_right_is_refused(name):
     with pytest.raises(errors.InvalidConfig) as caught:
         built(**INVALID[name])
     assert caught.value.exit_code == 2

@@ -49,7 +49,7 @@ def test_ranks_of_one_node_share_memory() -> None:
     assert made.strong == pytest.approx(0.75, abs=1e-3)
 
 
-def test_collectives() -> None:
+def test_a_collective_costs_latencies_and_bytes() -> None:
     assert allreduce_seconds(MACHINE, NETWORK, 8, 1) == 0.0
     inside = 1e-6 + 8 / 20e9
     assert allreduce_seconds(MACHINE, NETWORK, 8, 2) == pytest.approx(inside)

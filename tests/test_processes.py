@@ -279,10 +279,12 @@ def test_signals_to_stop_are_for_the_parent(tmp_path: Path) -> None:
     executor = rs.ProcessPartitionExecutor(2)
     with faulty(tmp_path) as plane:
         plane.stepper(executor)
-        for pid in worker_pids():
+        workers = worker_pids()
+        for pid in workers:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(pid, number)
-        plane.run_partitions_with_executor(2, executor)
+        assert len(plane.run_partitions_with_executor(2, executor)) == 2
+        assert set(workers) <= set(worker_pids())
 
 
 def test_ctrl_c_in_a_step(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def run(stream: io.StringIO, *, wanted: bool = True) -> str:
     return stream.getvalue()
 
 
-def test_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_sees_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("rustsim_hpc.job.progress._REFRESH_SECONDS", 0.0)
     shown = run(Terminal())
@@ -33,11 +33,11 @@ def test_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "left" in shown
 
 
-def test_log() -> None:
+def test_a_log_gets_no_bar() -> None:
     assert run(io.StringIO()) == ""
 
 
-def test_unwanted() -> None:
+def test_who_wants_no_bar_gets_none() -> None:
     assert run(Terminal(), wanted=False) == ""
 
 
@@ -45,5 +45,5 @@ def test_unwanted() -> None:
     ("value", "text"),
     [(0.0, "0"), (12.34, "12.3"), (1234.0, "1.23 thousand"), (2.41e7, "24.1 million"), (3e9, "3 billion")],
 )
-def test_rate(value: float, text: str) -> None:
+def test_a_rate_is_told_in_three_digits(value: float, text: str) -> None:
     assert rate(value) == text

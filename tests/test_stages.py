@@ -165,7 +165,7 @@ def calls_shadowed(x):
 
 
 @pytest.mark.parametrize("fn", [calls_helper, helper.fn, turn.fn, damp.fn])
-def test_simple(fn: Any) -> None:
+def test_functions_that_only_compute_are_simple(fn: Any) -> None:
     assert is_simple(fn)
 
 
@@ -173,7 +173,7 @@ def test_simple(fn: Any) -> None:
     "fn",
     [calls_raising, loops, looks_up, takes_exponential, divides_integers, calls_shadowed, abs, lambda x: x],
 )
-def test_not_simple(fn: Any) -> None:
+def test_functions_that_do_more_are_not(fn: Any) -> None:
     assert not is_simple(fn)
 
 

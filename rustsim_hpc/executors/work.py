@@ -16,7 +16,7 @@ import numpy as np
 
 from rustsim_hpc.errors import InvalidConfig, RustsimError
 from rustsim_hpc.modeling.params import Params
-from rustsim_hpc.modeling.program import ColumnCall, Program
+from rustsim_hpc.modeling.program import Program
 from rustsim_hpc.random import key_of
 from rustsim_hpc.state.memory import ColumnMemory
 from rustsim_hpc.state.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
@@ -234,9 +234,3 @@ class Board:
     def move_to(self, words: Array) -> None:
         """Place the board in given memory (int64, ``nbytes`` long), its content as it is there."""
         self._place(words)
-
-
-def is_compiled(program: Program) -> bool:
-    """Return whether a program has row kernels or reductions, so that Numba is needed."""
-    segments = (*program.segments, *([program.observe] if program.observe else []))
-    return any(not isinstance(item, ColumnCall) for segment in segments for item in segment.items)

@@ -22,7 +22,6 @@ from rustsim_hpc.errors import InvalidConfig, SchemeMismatch, nearest
 from rustsim_hpc.state.schema import DTYPES
 
 FNV_OFFSET = 0xCBF29CE484222325
-FNV_PRIME = 0x100000001B3
 DIGEST_VERSION = 1
 BLOCK = 4096
 SCHEMES = ("fnv1a", "digest")
