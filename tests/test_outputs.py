@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from rustsim_hpc.errors import ModelError, OutputError
+from rustsim_hpc.modeling.bound_model import Results
 from rustsim_hpc.modeling.outputs import Arrays, Output, Picture, Sample, Series, check_outputs, due_outputs
 from rustsim_hpc.run_folder import array_file
 from rustsim_hpc.run_folder.array_file import read_samples
@@ -724,3 +725,11 @@ def test_without_matplotlib_pictures_are_skipped(
     assert error.count("\n") == 1
     assert "rustsim-hpc[plot]" in error
     assert outputs.files() == {}
+
+
+def test_a_result_that_is_not_there_is_told_with_those_that_are() -> None:
+    results = Results(census=3, oldest=7)
+    assert results["census"] == 3
+    assert results.get("crowd") is None
+    with pytest.raises(KeyError, match=r"no result crowd here, only: census, oldest"):
+        results["crowd"]

@@ -41,6 +41,17 @@ class Rows:
         return self.stop - self.start
 
 
+class Results(dict[str, Any]):
+    """Results of reductions and derived values by name; one that is not there is told with what is."""
+
+    def __missing__(self, name: str) -> Any:
+        has = ", ".join(self) or "none"
+        raise KeyError(
+            f"there is no result {name} here, only: {has}; a phase's are there once a step was made, "
+            "and those that reductions=[...] asks for"
+        )
+
+
 @dataclass(frozen=True)
 class ModelContext:
     """What checks and outputs see after a step.
@@ -51,7 +62,8 @@ class ModelContext:
         agent_count: rows of the whole population.
         params: parameter values.
         tables: the model's tables.
-        reductions: results of reductions and derived values, by name.
+        reductions: results of reductions and derived values, by name: the phases' as they were in the last
+            step (none at the start of a run), and of the new state those that were asked for.
     """
 
     step_index: int
@@ -239,7 +251,7 @@ class BoundModel:
     def context(self, step: int, values: Mapping[str, Any]) -> ModelContext:
         """Return what checks and outputs see after ``step`` steps."""
         time = step * self.model.step_length
-        return ModelContext(step, time, self.agents, self.params, self.tables, values)
+        return ModelContext(step, time, self.agents, self.params, self.tables, Results(values))
 
     def identity(self) -> str:
         """Return a SHA-256 (hex) over the model's functions, columns and declarations.

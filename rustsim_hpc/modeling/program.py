@@ -287,7 +287,8 @@ class _Planner:
             if reduction.name in self.known.made or reduction.name in self.names:
                 raise ModelError(
                     f'reduction "{reduction.name}" of a check or output has the name of another phase',
-                    hint='give it a name of its own with name="…"',
+                    hint="a phase's result is of the middle of the step; for the new state declare a "
+                    'reduction of another name, with name="…"',
                 )
             self.known.made[reduction.name] = reduction.name
             self.add(reduction)
