@@ -1,6 +1,7 @@
 """Looking at runs, checkpoints and logs: what is whole proves itself; what is not is told, whatever it is."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -141,6 +142,16 @@ def test_whatever_the_bytes(run: Path) -> None:
                 found.text()
         path.write_bytes(whole)
     assert inspect_path(run).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["job.toml", "run.json", "replay.jsonl", "outputs.json"])
+def test_a_pipe_is_not_waited_for(run: Path, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    for path in (run, run / name):
+        found = inspect_path(path)
+        assert found.exit_code == 5
+        assert "is not a file" in found.problems[0]
 
 
 def test_nothing_to_look_at(tmp_path: Path) -> None:

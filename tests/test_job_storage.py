@@ -11,6 +11,7 @@ import pytest
 from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.errors import JobError
 from rustsim_hpc.job.checkpoints import storage_options
 from rustsim_hpc.job.signals import StopReason, StopRequests
 from rustsim_hpc.job.spec import Override, read_job
@@ -52,6 +53,18 @@ def test_columns_are_compressed_and_aligned_as_the_job_says(tmp_path: Path) -> N
     with h5py.File(folder / "checkpoints" / "step_0000000010.h5") as file:
         assert [file[f"columns/{name}"].compression for name in ("x", "v", "n")] == ["gzip", None, None]
         assert file["columns/v"].id.get_offset() % 65536 == 0
+
+
+def test_columns_that_are_not_there_and_wide_gaps_are_refused(tmp_path: Path) -> None:
+    for given, text in (
+        ('compression_columns=["xx"]', 'there is no column "xx" (did you mean "x"?)'),
+        (f"alignment={1 << 27}", "must be an integer from 1 to 67108864"),
+    ):
+        code, _, err = command("run", write_job(tmp_path), f"--set=checkpoint.{given}", "--dry-run")
+        assert code == 2
+        assert text in err
+    with pytest.raises(JobError, match="at most 67108864"):
+        StorageOptions(alignment=1 << 27)
 
 
 def test_numbers_go_on_and_labels_say_why(tmp_path: Path) -> None:

@@ -438,6 +438,7 @@ def test_fresh_folders_never_collide(tmp_path: Path) -> None:
     paths = [fresh_folder("flock", tmp_path / "runs") for _ in range(3)]
     assert len(set(paths)) == 3
     assert all(path.is_dir() and path.name.startswith("flock-2") for path in paths)
+    assert fresh_folder("a/b\0", tmp_path / "runs").name.startswith("a_b_-2")
     create(paths[0]).release()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot use the folder"):

@@ -91,6 +91,14 @@ def test_a_run_that_was_taken_further_goes_on_to_there(tmp_path: Path) -> None:
     assert rs.open_run(folder).step_index == 9
 
 
+def test_a_fork_does_not_take_its_parents_folder(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4")
+    code, _, err = command("fork", folder, "--out", tmp_path / "run" / "." / "checkpoints" / "..", "--force")
+    assert code == 2
+    assert "cannot take the folder of its parent" in err
+    assert sorted(rs.open_run(folder).checkpoints()) == [4]
+
+
 def test_a_step_that_an_output_lacks_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, whole, failed = ROOT / "drills" / "drill.toml", tmp_path / "whole", tmp_path / "failed"
     assert command("run", job, "--out", whole, "--no-progress")[0] == 0

@@ -45,6 +45,7 @@ def _power_of_two(value: int | None) -> int | None:
 
 Count = Annotated[int, Field(ge=0, le=_INT64_MAX)]
 Positive = Annotated[int, Field(ge=1, le=_INT64_MAX)]
+Alignment = Annotated[int, Field(ge=1, le=1 << 26, json_schema_extra={"kind": "integer from 1 to 67108864"})]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Duration = Annotated[
     Seconds,
@@ -58,8 +59,9 @@ Texts = Annotated[dict[str, str], Field(json_schema_extra={"kind": "table of tex
 
 def _key(meaning: str, default: Any = ..., *, shown: str | None = None, **more: Any) -> Any:
     """Declare one key; `shown` is what the docs give as its default where that is not a plain value."""
-    extra: dict[str, Any] | None = {"shown": shown} if shown else None
-    return Field(default, description=meaning, json_schema_extra=extra, **more)
+    if shown:
+        more["json_schema_extra"] = {"shown": shown}
+    return Field(default, description=meaning, **more)
 
 
 class _Table(BaseModel):
@@ -178,7 +180,7 @@ class CheckpointTable(_Table):
     compression: Literal["none", "lzf", "gzip"] = _key("filter of the columns", "none")
     compression_columns: list[str] | None = _key("columns that are compressed", None, shown="all")
     chunk_rows: Positive = _key("rows of a chunk of a compressed column", 1 << 18)
-    alignment: Positive = _key(
+    alignment: Alignment = _key(
         "bytes; columns of 64 KiB and more start at a multiple of it in their file: the block or stripe size "
         "of the file system",
         4096,

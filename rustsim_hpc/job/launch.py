@@ -124,6 +124,8 @@ def fork_run(
     """
     if options.out is None:
         raise JobError("fork needs a folder for the new run", hint="give one with --out")
+    if options.out.resolve() == parent.resolve():
+        raise JobError("a fork cannot take the folder of its parent", hint="give another one with --out")
     with StopRequests(spec.run.time_limit) as stop:
         prepared = prepare(spec, team)
         store, step, lineage = _parents_store(prepared, parent, at)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rustsim_hpc.control.stepping import Executor
+from rustsim_hpc.errors import JobError, nearest
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
@@ -84,9 +85,17 @@ def bind(spec: JobSpec) -> BoundModel:
 
     Raises:
         ModelError: it cannot be right.
+        JobError: the job names columns that it does not have.
     """
     model, reference = load_model(spec.model.module)
-    return BoundModel(model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference)
+    bound = BoundModel(model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference)
+    known = ("ids", *bound.schema.names)
+    for name in spec.checkpoint.compression_columns or ():
+        if name not in known:
+            raise JobError(
+                f'[checkpoint] compression_columns: there is no column "{name}"{nearest(name, known)}'
+            )
+    return bound
 
 
 def prepare(spec: JobSpec, team: Team) -> Prepared:

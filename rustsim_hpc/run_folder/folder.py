@@ -240,7 +240,8 @@ def fresh_folder(job: str, parent: Path = Path("runs")) -> Path:
     Raises:
         RunFolderError: it cannot be made.
     """
-    stem = f"{job}-{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}"
+    name = job.replace("/", "_").replace("\0", "_")
+    stem = f"{name}-{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):

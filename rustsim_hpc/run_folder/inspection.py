@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from rustsim_hpc.errors import RunFolderError, RustsimError
 from rustsim_hpc.job.plan import size
+from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.proof.fingerprint import hex64
 from rustsim_hpc.proof.replay_log import ReplayLog, read_replay_log
 from rustsim_hpc.ranks.team import SoloTeam
@@ -32,7 +33,7 @@ _Stated = dict[tuple[str, int], tuple[str, int]]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. kind: "checkpoint", "replay log", "run" or "folder of checkpoints"."""
+    """What was found. kind: "checkpoint", "replay log", "run", "folder of checkpoints" or "file"."""
 
     path: Path
     kind: str
@@ -85,6 +86,9 @@ def inspect_path(path: Path) -> Inspection:
         if list_checkpoints(path):
             return _checkpoints(path)
         raise RunFolderError(f"{path}: neither a run's folder (it has no {JOB}) nor one of checkpoints")
+    if not path.is_file():
+        # A pipe would be waited for.
+        return Inspection(path, "file", {}, ("it is not a file",))
     if path.name.endswith(".jsonl"):
         return _log(path)
     return _checkpoint(path)
@@ -177,8 +181,9 @@ def _checkpoints(folder: Path) -> Inspection:
 
 
 def _run(folder: Path) -> Inspection:
-    problems: list[str] = []
-    run = _attempt(problems, lambda: open_run(folder))
+    named = [folder / name for name in (JOB, RECORD, REPLAY, MANIFEST)]
+    problems = [f"{path} is not a file" for path in named if path.exists() and not path.is_file()]
+    run = None if problems else _attempt(problems, lambda: open_run(folder))
     if run is None:
         return Inspection(folder, "run", {}, tuple(problems))
     facts: dict[str, Any] = {}

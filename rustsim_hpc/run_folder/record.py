@@ -34,7 +34,7 @@ VERSION = 1
 
 _KINDS: Final = {
     "job": str, "seed": int, "agents": int, "steps": int, "params": dict, "model": str, "hosts": list,
-    "lineage": dict, "status": str, "step_index": int, "fingerprint": str, "sessions": list,
+    "status": str, "step_index": int, "fingerprint": str, "sessions": list,
 }  # fmt: skip
 """What the record's values must be, where there are any."""
 

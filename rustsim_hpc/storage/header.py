@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -156,6 +156,10 @@ def _count(value: Any) -> int:
     return value
 
 
+MOST_ALIGNMENT: Final = 1 << 26
+"""Bytes: what lies between two columns is written, too."""
+
+
 @dataclass(frozen=True)
 class StorageOptions:
     """How checkpoints are stored.
@@ -194,6 +198,8 @@ class StorageOptions:
             least = 1 if name in {"chunk_rows", "alignment"} else 0
             if getattr(self, name) < least:
                 raise JobError(f"checkpoint {name} must be at least {least}, got {getattr(self, name)}")
+        if self.alignment > MOST_ALIGNMENT:
+            raise JobError(f"checkpoint alignment must be at most {MOST_ALIGNMENT}, got {self.alignment}")
         for column, text in self.compression.items():
             name, _, level = text.partition(":")
             if name not in _FILTERS or (level and (name != "gzip" or level not in set("123456789"))):
