@@ -65,13 +65,14 @@ def launched(library, blocks, threads, values):
 
 
 class RawKernel:
+    """Launched as a device launches it: `run` with addresses of a device's memory."""
+
     def __init__(self, code, name, options=()):
         self.code, self.name, self.options = code, name, options
         self._library = None
 
-    def __call__(self, grid, block, args):
-        assert isinstance(args, tuple)
-        parameters = as_device_kernel(self, self.name).parameters
+    def run(self, memory, base, blocks, threads, args):
+        parameters = as_device_kernel(self.code, self.name).parameters
         assert len(args) == len(parameters)
         if self._library is None:
             words = [
@@ -79,7 +80,17 @@ class RawKernel:
                 for k, p in enumerate(parameters)
             ]
             self._library = compiled(self.code + LAUNCH % f"{self.name}({', '.join(words)})")
-        launched(self._library, grid[0], block[0], args)
+        here = np.uint64(memory.ctypes.data - base)
+        values = []
+        for parameter, value in zip(parameters, args, strict=True):
+            assert value.dtype == (np.uint64 if parameter.array else parameter.dtype)
+            if parameter.dtype == "rs_rng":  # its last two words are addresses as well, if not 0
+                words = memory[int(value) - base :][:32].view(np.uint64).copy()
+                words[2:] += np.where(words[2:] > 0, here, np.uint64(0))
+                values.append(words)
+            else:
+                values.append(value + here if parameter.array else value)
+        launched(self._library, blocks, threads, values)
 
 
 class ElementwiseKernel:

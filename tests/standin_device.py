@@ -3,12 +3,15 @@
 It does what rustsim_hpc.state.device.Device says and nothing more: nothing queued happens before `wait` or
 `synchronise` (or memory is given back), the streams are interleaved at random but for what `order` says,
 memory holds garbage until written, and buffers are not arrays. Kernels are PTX, and run on `ptx_machine`.
+While a graph is recorded, nothing may be asked for but what a graph is made of; a graph does again what was
+recorded, with the arguments of then, and refuses memory that was given back since.
 """
 
 import random
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from cuda_source import RawKernel
@@ -140,6 +143,7 @@ class StandInDevice:
 
     def copy(self, source, target):
         self._fault("copy")
+        self._uses(source.address, target.address)
         self._move(self._range(source).start, self._range(target).start, source.nbytes)
 
     def _move(self, start, to, size):
@@ -148,6 +152,7 @@ class StandInDevice:
         )
 
     def pinned(self, words):
+        self._not_recording()
         memory = np.full(words, 0x5A5A, np.int64)
         self._pinned.append(memory)
         return memory
@@ -160,6 +165,7 @@ class StandInDevice:
         self._fault("give")
         self._require(buffer, data.nbytes)
         self._require_pinned(data)
+        self._uses(buffer.address)
         start = self._range(buffer).start
         self._record(lambda: self._queue(0, lambda: self._write(start, data.view(np.uint8))))
 
@@ -167,6 +173,7 @@ class StandInDevice:
         self._fault("take")
         self._require(buffer, out.nbytes)
         self._require_pinned(out)
+        self._uses(buffer.address)
         start, target = self._range(buffer).start, out.view(np.uint8)
 
         def queue():
@@ -194,9 +201,19 @@ class StandInDevice:
         return graph
 
     def replay(self, graph):
+        self._not_recording()
         self._fault("replay")
         for queue in graph:
             queue()
+
+    def _uses(self, *addresses):
+        """Let the graph that is being recorded look, when it runs, whether what is there now still is."""
+        if not self._recording:
+            return
+        for address in map(int, addresses):
+            for buffer in self.live.values():
+                if buffer.address <= address < buffer.address + max(buffer.nbytes, 1):
+                    self._graph.append(partial(_require_live, buffer))
 
     def _record(self, queue):
         """Queue something, or make it a part of the graph that is being recorded."""
@@ -236,6 +253,7 @@ class StandInDevice:
         self._memory[start : start + data.size] = data
 
     def load(self, image, name):
+        self._not_recording()
         self._fault("load")
         self.images.append(image.decode())
         machine = Machine(self.images[-1])
@@ -247,6 +265,7 @@ class StandInDevice:
         if not blocks or any(not isinstance(argument, np.generic) for argument in arguments):
             raise AssertionError("a launch takes NumPy scalars, and at least one block")
         values = list(arguments)
+        self._uses(*(value for value in values if value.dtype == np.uint64))
         self._record(lambda: self._queue_launch(kernel, blocks, threads, values))
 
     def _queue_launch(self, kernel, blocks, threads, arguments):
@@ -350,6 +369,7 @@ class StandInDevice:
         return RawKernel(code, name, options=() if fma else ("--fmad=false",))
 
     def array(self, data):
+        self._not_recording()
         return data
 
     @contextmanager
@@ -363,6 +383,11 @@ class StandInDevice:
             columns.verify_unchanged_shape(rows)
         finally:
             columns.seal()
+
+
+def _require_live(buffer):
+    if buffer.released:
+        raise AssertionError("a graph uses memory that was given back")
 
 
 def _rounded(nbytes):

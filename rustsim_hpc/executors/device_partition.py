@@ -1,4 +1,4 @@
-"""What the stages of one partition on a device share: the step's clock, and arrays that they read."""
+"""What the stages of one partition on a device share: what it is told each step, and arrays they read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from rustsim_hpc.executors.device_columns import DeviceColumns
 from rustsim_hpc.executors.work import Board, Frame, Task, Work
 from rustsim_hpc.kernels.cuda_stage import DeviceArray
+from rustsim_hpc.modeling.program import Program
 from rustsim_hpc.state.device import Buffer, Device
 
 _CLOCK_WORDS = 3
@@ -17,6 +18,9 @@ _CLOCK_WORDS = 3
 
 class Partition:
     """What the stages of one partition on a device share.
+
+    What changes from step to step and is a number (the clock; results of reductions, derived values) lies in
+    one block of the device's memory, a word each: launches read it there, and keep their arguments.
 
     Attributes:
         device, columns, work, task: the partition and where it is.
@@ -44,30 +48,40 @@ class Partition:
         self.rows = task.stop - task.start
         self.moved = 0
         self._kept: dict[Any, tuple[Buffer, DeviceArray, Frame | None]] = {}
-        self._clock = device.pinned(_CLOCK_WORDS)
+        self._words = {name: _CLOCK_WORDS + k for k, name in enumerate(_made_by(work.program))}
+        self._told = device.pinned(_CLOCK_WORDS + len(self._words))
 
-    def set_clock(self, frame: Frame) -> None:
-        """Say what `give_clock` shall tell; what it told before has been waited for."""
-        self._clock[:] = frame.step_index, frame.repeat, frame.want_digest
+    def set_told(self, frame: Frame) -> None:
+        """Say what `tell` shall tell: the clock, and the numbers made so far. What was told is waited for."""
+        self._told[:_CLOCK_WORDS] = frame.step_index, frame.repeat, frame.want_digest
+        for name, value in frame.values.items():
+            number = np.asarray(value)
+            if number.ndim == 0 and number.itemsize <= 8:  # a wider one is refused by what would read it
+                word = self._words[name]
+                self._told[word : word + 1].view(number.dtype)[0] = number
 
-    def give_clock(self) -> None:
-        """Queue that the device learns which step it is."""
-        self.device.give(self._clock, self._clock_there)
+    def tell(self) -> None:
+        """Queue that the device learns which step it is, and the numbers made so far."""
+        self.device.give(self._told, self._told_there)
 
     @cached_property
-    def _clock_there(self) -> Buffer:
-        return self.columns.hold(8 * _CLOCK_WORDS)
+    def _told_there(self) -> Buffer:
+        return self.columns.hold(self._told.nbytes)
 
     @property
     def clock(self) -> DeviceArray:
         """What kernels read the step's index, the steps to make and whether to digest from."""
-        return DeviceArray(self._clock_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False)
+        return DeviceArray(self._told_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False)
 
-    def kept(self, name: Any, value: Any, frame: Frame | None = None) -> Any:
-        """Return a read-only array on the device, uploaded once, or once for each frame; or a scalar."""
+    def number(self, name: str, dtype: Any) -> DeviceArray:
+        """Return where a number made by the step lies, as it was told last."""
+        return DeviceArray(
+            self._told_there.address + 8 * self._words[name], (1,), np.dtype(dtype), writable=False
+        )
+
+    def kept(self, name: Any, value: Any, frame: Frame | None = None) -> DeviceArray:
+        """Return a read-only array on the device, uploaded once, or once for each frame."""
         array = np.asarray(value)
-        if array.ndim == 0:
-            return array[()]
         known = self._kept.get(name)
         if known is not None and (known[1].shape, known[1].dtype) == (array.shape, array.dtype):
             buffer, there, seen = known
@@ -84,3 +98,10 @@ class Partition:
         there = DeviceArray(buffer.address, array.shape, array.dtype, writable=False)
         self._kept[name] = buffer, there, frame
         return there
+
+
+def _made_by(program: Program) -> list[str]:
+    """Return the names of all that a step makes for later phases: reductions and derived values."""
+    derives = (derive for segment in program.segments for _, derive in segment.derives)
+    names = [reduction.name for reduction in program.reductions]
+    return [*names, *(name for derive in derives for name in derive.names)]

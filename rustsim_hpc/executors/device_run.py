@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
 from rustsim_hpc.executors.device_columns import DeviceColumns
 from rustsim_hpc.executors.device_kernels import DeviceKernels
 from rustsim_hpc.executors.device_partition import Partition
-from rustsim_hpc.executors.device_stage import DeviceStage, DeviceStages
+from rustsim_hpc.executors.device_queue import DeviceQueue, Piece
+from rustsim_hpc.executors.device_stage import DeviceStages
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache, status_text
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.device_kernel import DeviceKernel
@@ -18,15 +20,6 @@ from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.state.device import Device
 from rustsim_hpc.state.schema import DTYPES
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """What was queued up to a mark: phases in order, and stages that count something."""
-
-    phases: tuple[int, ...]
-    stages: tuple[DeviceStage, ...]
-    mark: Any
 
 
 class DeviceRun(PartitionRun):
@@ -37,7 +30,7 @@ class DeviceRun(PartitionRun):
     Args:
         device: the device.
         fma: let kernels fuse products and sums.
-        graphs: make launches whose arguments stay the same CUDA graphs.
+        graphs: make what is queued in the same way each time CUDA graphs.
         work, task, board, place, stages: as for :class:`~rustsim_hpc.executors.partition_run.PartitionRun`.
 
     Raises:
@@ -61,55 +54,53 @@ class DeviceRun(PartitionRun):
         self.columns = DeviceColumns(device, work, task)
         self._partition = Partition(device, self.columns, work, task, board, place, fma=fma, graphs=graphs)
         self._device_stages = DeviceStages(self._partition)
-        self._kernels = DeviceKernels(device, work, fma=fma)
+        self._kernels = DeviceKernels(self._partition)
+        self._queue = DeviceQueue(self._partition)
         self._digest_only: dict[int, KernelStage] = {}
-        self._flying: list[_Flight] = []
-        self._unsettled: list[int] = []
-        self._begun: Any = None  # mark behind what has been waited for
         self._refused: PhaseFailure | None = None
 
     # -- a segment: all of it is queued, and then waited for -----------------------------------------
 
     def begin(self, segment: Segment, frame: Frame) -> None:
         """Queue a segment's items in order; what fails is told by `end`."""
-        self._flying, self._unsettled, self._begun = [], [], None
-        self._partition.set_clock(frame)
+        self._queue.begin()
+        self._partition.set_told(frame)
         self._refused = self.run(segment, frame)
+        try:
+            self._queue.flush()  # also what stands before a phase that was refused: it may fail first
+        except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
+            self._refused = self._queueing_failed(error)
+
+    def _queueing_failed(self, error: Exception) -> PhaseFailure:
+        if self._queue.at is not None:
+            self._phase = self._queue.at
+        return self._failure(error, "phase")
 
     def end(self, frame: Frame) -> PhaseFailure | None:
-        """Wait for what was queued, item by item, and take what it counted; return what failed first."""
-        times, status = self._board.times[self._place], self._status
+        """Wait for what was queued, flight by flight, and take what it counted; return what failed first."""
         try:
-            while self._flying:
-                flight = self._flying[0]
-                self._phase = status[1] = flight.phases[0]
-                self.device.wait(flight.mark)
-                spent = self.device.nanoseconds(self._begun, flight.mark) // len(flight.phases)
-                for phase in flight.phases:  # one launch for all of them: nobody can say which took how long
-                    times[phase] += spent
-                self._begun = flight.mark
-                for staged in flight.stages:
-                    staged.settle(frame)
-                if status[0]:
-                    self._phase = status[2]
-                    raise ValueError(status_text(self.work, frame.step_index, status))
-                del self._unsettled[: len(flight.phases)], self._flying[0]
+            while self._queue.flights:
+                self._settle(frame)
         except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
             return self._failure(error, "phase")
         return self._refused
 
-    def _start(self, phases: Sequence[int]) -> None:
-        """Note what is going to be queued; the first time set the mark from which time counts."""
-        self._unsettled += phases
-        if self._begun is None:
-            self._begun = self.device.mark()
-
-    def _queue(self, phases: Sequence[int], staged: DeviceStage | None) -> None:
-        """Queue a stage that was prepared, if there is one, and a mark behind it and what came before."""
-        if staged is not None:
-            staged.queue()
-        stages = () if staged is None else (staged,)
-        self._flying.append(_Flight(tuple(phases), stages, self.device.mark()))
+    def _settle(self, frame: Frame) -> None:
+        """Wait for the first flight; raise what is the first failure in it."""
+        queue, status, times = self._queue, self._status, self._board.times[self._place]
+        flight = queue.flights[0]
+        self._phase = status[1] = flight.phases[0]
+        self.device.wait(flight.mark)
+        for phase, spent in flight.share(self.device.nanoseconds(queue.begun, flight.mark)):
+            times[phase] += spent
+        queue.begun = flight.mark
+        for phase, staged in flight.stages:
+            self._phase = status[1] = phase
+            staged.settle(frame)
+            if status[0]:
+                self._phase = status[2]
+                raise ValueError(status_text(self.work, frame.step_index, status))
+        del queue.unsettled[: len(flight.phases)], queue.flights[0]
 
     def _run_stage(self, stage: KernelStage, frame: Frame, status: Any) -> None:
         staged = self._device_stages.get(stage, frame)
@@ -119,10 +110,8 @@ class DeviceRun(PartitionRun):
             self._board.codes[self._place, slot] = DTYPES.index(dtype)
         status[1] = stage.ops[0].phase
         if self.task.start < self.task.stop:
-            phases = [op.phase for op in stage.ops]
-            self._start(phases)
-            staged.prepare(frame)
-            self._queue(phases, staged)
+            self._queue.start([op.phase for op in stage.ops])
+            self._queue.add(staged.prepare(frame))
 
     # -- device phases -------------------------------------------------------------------------------
 
@@ -135,8 +124,34 @@ class DeviceRun(PartitionRun):
         twin = call.column_phase.device
         if twin is None:
             raise DeviceError(f'phase "{call.column_phase.name}" cannot run on a CUDA device')
-        self._start([call.phase])
-        self._bring(call)
+        if isinstance(twin, DeviceKernel) and not twin.elementwise:
+            if start < stop:
+                self._queue.start([call.phase])
+                copies = self._bring(call)
+                launch = self._kernels.prepare(twin, call, frame)
+                self._queue.add(self._together(launch, copies, self._digest(call, frame)))
+            return
+        self._flush()  # CuPy may do what a graph cannot record: memory, waits, functions of the host
+        self._queue.start([call.phase])
+        for copy in self._bring(call):
+            copy()
+        self._call(twin, call, frame, start, stop)
+        digest = self._digest(call, frame)
+        if digest is None:
+            self._queue.called(call.phase)
+        else:
+            self._queue.add(replace(digest, phases=(call.phase,)))
+
+    def _flush(self) -> None:
+        phase = self._phase
+        try:
+            self._queue.flush()
+        except Exception:
+            self._phase = phase if self._queue.at is None else self._queue.at
+            raise
+
+    def _call(self, twin: Any, call: ColumnCall, frame: Frame, start: int, stop: int) -> None:
+        """Let CuPy queue a phase by itself."""
         schema = self.work.memory.schema
         parts = [
             (self.columns.of(column, side), schema.dtypes[column]) for column, side in enumerate(call.sides)
@@ -149,25 +164,35 @@ class DeviceRun(PartitionRun):
                 self._kernels.call(twin, context, columns)
             else:
                 twin(context, columns, stop - start)
-        staged = None
-        if frame.want_digest and call.digests and start < stop:
-            stage = self._digest_only.setdefault(call.phase, KernelStage((), digests=call.digests))
-            staged = self._device_stages.get(stage, frame)
-            staged.prepare(frame)
-        self._queue([call.phase], staged)
 
-    def _bring(self, call: ColumnCall) -> None:
-        """See to it that a phase finds on the device what it sees, and note what it writes."""
+    def _digest(self, call: ColumnCall, frame: Frame) -> Piece | None:
+        """Return the digest of what a phase has written, if one is wanted."""
+        if not (frame.want_digest and call.digests and self.task.start < self.task.stop):
+            return None
+        stage = self._digest_only.setdefault(call.phase, KernelStage((), digests=call.digests))
+        return self._device_stages.get(stage, frame).prepare(frame)
+
+    def _together(self, launch: Piece, copies: list[Callable[[], None]], digest: Piece | None) -> Piece:
+        """Return the piece of a phase: copies before its launch, and its digest behind it."""
+        then = [] if digest is None else [digest.queue]
+        key = None if launch.key is None else (launch.key, self.work.memory.sides(), digest and digest.key)
+        stages = () if digest is None else digest.stages
+        return replace(launch, queue=partial(_each, (*copies, launch.queue, *then)), key=key, stages=stages)
+
+    def _bring(self, call: ColumnCall) -> list[Callable[[], None]]:
+        """See to it that a phase finds on the device what it sees, but for the copies that are returned."""
         held = self.columns
+        copies: list[Callable[[], None]] = []
         for column in call.fill:
             held.bring(column, 0)
-            self.device.copy(held.of(column, 0), held.of(column, 1))
+            copies.append(partial(self.device.copy, held.of(column, 0), held.of(column, 1)))
             held.wrote(column, 1)
         for column, side in enumerate(call.sides):
             if column not in call.fill:
                 held.bring(column, side)
             if call.writable[column]:
                 held.wrote(column, side)
+        return copies
 
     # -- failures ------------------------------------------------------------------------------------
 
@@ -176,15 +201,21 @@ class DeviceRun(PartitionRun):
             return super()._failure(error, kind)
         text, names = message_of(error), self.work.program.phase_names
         # A device tells of a failure when somebody waits or asks for more: it may be of all that is queued.
-        suspects = [names[phase] for phase in self._unsettled]
+        suspects = [names[phase] for phase in self._queue.unsettled]
         if isinstance(error, DeviceError) and len(suspects) > 1:
             text += f" (in one of the phases {', '.join(suspects)})"
         return replace(super()._failure(error, "worker"), message=text)
 
     def close(self) -> None:
         """Give the device's memory back."""
+        self._queue.clear()
         self._device_stages.clear()
         self.columns.close()
+
+
+def _each(parts: tuple[Callable[[], None], ...]) -> None:
+    for part in parts:
+        part()
 
 
 class _DeviceRandom(RowRandom):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.errors import DeviceError
 from rustsim_hpc.executors.device_partition import Partition
+from rustsim_hpc.executors.device_queue import Piece
 from rustsim_hpc.executors.work import Frame, Work
 from rustsim_hpc.kernels.cuda_stage import (
     BLOCK,
@@ -35,18 +34,11 @@ _MOST_REPLICAS = 32
 _ACCUMULATOR_WORDS = 2**17
 
 
-@dataclass
 class _Launch:
-    """A launch with the sides as they stand: its arguments, where among them those are that change.
+    """The arguments of a launch with the sides as they stand; one launch is equal to itself alone."""
 
-    fixed: whether none has changed. times: how often it was made. graph: once it was recorded.
-    """
-
-    arguments: list[Any]
-    changing: list[int]
-    fixed: bool = True
-    times: int = 0
-    graph: Any = None
+    def __init__(self, arguments: list[Any]) -> None:
+        self.arguments = arguments
 
 
 class DeviceStage:
@@ -91,8 +83,10 @@ class DeviceStage:
         self._kernel = partition.device.load(image.ptx, image.entry)
         self._reads, self._writes = reads_and_writes(stage)
         self._launches: dict[bytes, _Launch] = {}
+        self._arrays = [
+            a for a in self.made.arguments if a.source == "value" and a.name not in self.made.numbers
+        ]
         self._moved = 0
-        self._next = _Launch([], [])
 
     def _arrange(self, work: Work) -> None:
         """Decide on the grid and on the places of the accumulators."""
@@ -121,8 +115,10 @@ class DeviceStage:
 
     # -- one launch ----------------------------------------------------------------------------------
 
-    def prepare(self, frame: Frame) -> None:
+    def prepare(self, frame: Frame) -> Piece:
         """Bring to the device what it lacks for a launch, and note what the launch will have written there.
+
+        What the piece queues: the launch, and that what it counts comes here.
 
         Raises:
             DeviceError: the device has failed.
@@ -131,44 +127,19 @@ class DeviceStage:
         own = self._own
         for column, side in self._reads:
             own.columns.bring(column, side)
-        self._next = self._launch(frame)
+        launch = self._launch(frame)
         for column, side in self._writes:
             own.columns.wrote(column, side)
+        phases = tuple(op.phase for op in self.stage.ops)
+        return Piece(phases, partial(self._queue, launch), launch, (self,), bool(self._arrays))
 
-    def queue(self) -> None:
-        """Queue the launch that was prepared, and that what it counts comes here; nothing is waited for.
-
-        Where it takes what it took before it is a graph from the third time on: one call of the driver, and
-        the step's index is in the clock.
-
-        Raises:
-            DeviceError: the device has failed.
-        """
-        now, own = self._next, self._own
-        now.times += 1
-        if own.graphs and now.fixed and now.graph is None and now.times > 2:
-            self._record(now)
-        if own.graphs and now.fixed and now.graph is not None:
-            own.device.replay(now.graph)
-        else:
-            self._queue_each()
-
-    def _queue_each(self) -> None:
+    def _queue(self, launch: _Launch) -> None:
         device = self._own.device
-        self._own.give_clock()
         if self._words:
             device.copy(self._at_first, self._accumulators)
-        device.launch(self._kernel, self._threads // BLOCK, BLOCK, self._next.arguments)
+        device.launch(self._kernel, self._threads // BLOCK, BLOCK, launch.arguments)
         if self._words:
             device.take(self._accumulators, self._found)
-
-    def _record(self, now: _Launch) -> None:
-        """Make a launch a graph; where the driver makes none, go on without."""
-        try:
-            now.graph = self._own.device.capture(self._queue_each)
-        except DeviceError as error:
-            self._own.graphs = False
-            warnings.warn(f"steps are made without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
 
     def settle(self, frame: Frame) -> None:
         """Take what the stage has counted to the board, when what was queued has been waited for.
@@ -211,27 +182,20 @@ class DeviceStage:
     # -- arguments -----------------------------------------------------------------------------------
 
     def _launch(self, frame: Frame) -> _Launch:
-        """Return what a launch takes: made once for each way that the sides stand, but for what changes."""
+        """Return what a launch takes, the same for each way that the sides stand.
+
+        Arrays of the step go to their places before it; numbers are among what the partition tells.
+        """
         own = self._own
-        taken = [argument for argument in self.made.arguments if argument.source == "value"]
-        values = [own.kept(("value", a.key), frame.values[a.key], frame) for a in taken]
-        if taken and self._moved != own.moved:
+        for argument in self._arrays:
+            own.kept(("value", argument.key), frame.values[argument.key], frame)
+        if self._arrays and self._moved != own.moved:
             self._launches.clear()
             self._moved = own.moved
         key = own.work.memory.sides()
         if key not in self._launches:
-            given = self._arguments(frame)
-            at = np.cumsum([0, *(len(flat_arguments([value])) for value in given)])
-            places = {
-                a.name: int(place) for a, place in zip(self.made.arguments, at[len(FIXED) :], strict=False)
-            }
-            self._launches[key] = _Launch(flat_arguments(given), [places[a.name] for a in taken])
-        launch = self._launches[key]
-        for place, value in zip(launch.changing, values, strict=True):
-            if not isinstance(value, DeviceArray):
-                launch.arguments[place] = value
-                launch.fixed = False
-        return launch
+            self._launches[key] = _Launch(flat_arguments(self._arguments(frame)))
+        return self._launches[key]
 
     def _arguments(self, frame: Frame) -> list[Any]:
         own, work = self._own, self._own.work
@@ -264,9 +228,13 @@ class DeviceStage:
             case "param":
                 return work.params[key]
             case "table":
-                return own.kept(("table", key), work.tables[key])
+                table = np.asarray(work.tables[key])
+                return own.kept(("table", key), table) if table.ndim else table[()]
             case "value":
-                return own.kept(("value", key), frame.values[key], frame)
+                value = np.asarray(frame.values[key])
+                if value.ndim:
+                    return own.kept(("value", key), value, frame)
+                return value[()] if typing else own.number(key, value.dtype)
             case "key":
                 return np.uint64(work.stream_key(key))
             case "state":

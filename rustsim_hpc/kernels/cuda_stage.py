@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -95,6 +95,7 @@ class CudaStage:
     Attributes:
         source: what was generated.
         arguments: what it takes after the fixed arguments.
+        numbers: names of those among them that are numbers of the step: taken as arrays of one item.
         can_fail: whether a row can fail: a key out of range, or a value that does not fit its column.
         draws: whether it makes random numbers.
         dtypes: for each reduction slot the dtype of the values that are reduced.
@@ -122,7 +123,9 @@ class CudaStage:
         for fn in self.functions.values():
             refuse_raising(fn)
         self.dtypes = self._explain(kinds)
-        self.source = writer.source(self.dtypes)
+        values = {a.name: kinds(a) for a in self.arguments if a.source == "value"}
+        self.numbers = {name for name, kind in values.items() if not isinstance(kind, types.Array)}
+        self.source = writer.source(self.dtypes, self.numbers)
         self.can_fail = writer.can_fail
 
     def _explain(self, kinds: Callable[[Argument], Any]) -> dict[int, str]:
@@ -224,7 +227,7 @@ class _Writer:
         self.head: list[str] = []
         self.tail: list[str] = []
 
-    def source(self, dtypes: dict[int, str]) -> str:
+    def source(self, dtypes: dict[int, str], numbers: Collection[str] = ()) -> str:
         self.dtypes = dtypes
         self.head, self.tail, self.can_fail = [], [], False
         body = self._ops(self.stage.ops)
@@ -239,7 +242,8 @@ class _Writer:
         if self.can_fail:
             self.head.append(f"worst = np.int64({NEVER})")
             self.tail += [f"if worst != {NEVER}:", "    least_word(failed, 0, worst)"]
-        names = (*FIXED, *(a.name for a in self.arguments.values()))
+        self.head += [f"{name} = {name}_at[0]" for name in sorted(numbers)]
+        names = [*FIXED, *(a.name + "_at" * (a.name in numbers) for a in self.arguments.values())]
         return "\n".join(
             [
                 f"def stage({', '.join(names)}):",

@@ -10,11 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.modeling.device_random import RNG
 from rustsim_hpc.state.schema import Schema
 
 PLACES: Final = ("rows", "row_start", "step")
 """What a kernel may take beside columns, parameters, tables and results, as int64: rows of the partition, the
-first one's global row, the step's index."""
+first one's global row, the step's index (by a pointer as well). And its phase's stream of random numbers."""
 
 _TYPES: Final = {
     "bool": "bool", "char": "int8", "signed char": "int8", "int8_t": "int8",
@@ -87,6 +88,10 @@ class DeviceKernel:
         tables: Mapping[str, Any],
     ) -> str:
         name = parameter.name
+        if parameter.dtype == RNG:
+            if self.made is not None:
+                return f"is {RNG}, which CUDA C given as text can take"
+            return "" if parameter.array and not parameter.writes else f"is const {RNG}*: take it so"
         if name in schema.names:
             if parameter.writes and writes is not None and name not in writes:
                 return "is not among the columns that its phase writes: take it as const"
@@ -97,7 +102,8 @@ class DeviceKernel:
         if parameter.writes:
             return "is no column: take it as const"
         if name in PLACES:
-            return _mismatch(parameter, np.dtype(np.int64), array=False)
+            by_pointer = parameter.array and name == "step" and not self.elementwise
+            return _mismatch(parameter, np.dtype(np.int64), array=by_pointer)
         if name in params:
             return _mismatch(parameter, np.asarray(params[name]).dtype, array=False)
         if name in tables:
@@ -157,10 +163,10 @@ def _raw_parameters(code: str, entry: str) -> tuple[KernelParameter, ...]:
 def _raw_parameter(text: str, entry: str) -> KernelParameter:
     words = _QUALIFIER.sub(" ", text).replace("*", " ").split()
     ctype, name = " ".join(words[:-1]), words[-1]
-    if ctype not in _TYPES or text.count("*") > 1:
+    if ctype not in (*_TYPES, RNG) or text.count("*") > 1:
         raise ModelError(
             f"kernel {entry} takes {' '.join(text.split())}: no column or number is of that type"
         )
     array = "*" in text
     constant = "const" in text.split("*", maxsplit=1)[0].split()
-    return KernelParameter(name, _TYPES[ctype], array, array and not constant)
+    return KernelParameter(name, _TYPES.get(ctype, ctype), array, array and not constant)
