@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import types
 from ctypes import CDLL
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ CTYPES = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=64)
 def compiled(source):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cpp"

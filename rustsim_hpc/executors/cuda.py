@@ -230,7 +230,7 @@ class CudaPartitionExecutor:
     Args:
         open_device: makes the device of a number; CuPy's by default.
         fma: let kernels fuse products and sums: faster, and not the CPU's bits.
-        graphs: make launches whose arguments stay the same CUDA graphs: fewer calls of the driver.
+        graphs: make what is queued in the same way each step CUDA graphs: fewer calls of the driver.
     """
 
     name = "cuda"

@@ -28,7 +28,7 @@ class Partition:
         moved: how often a kept array got another place.
         board, place: where it reports.
         fma: let kernels fuse products and sums.
-        graphs: make launches whose arguments stay the same graphs.
+        graphs: make what is queued in the same way each time graphs.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class RunTable(_Table):
         False,
     )
     cuda_graphs: bool = _key(
-        "on CUDA, make a launch that takes the same arguments each step a graph: fewer calls of the driver",
+        "on CUDA, make what is queued in the same way each step a graph: fewer calls of the driver",
         True,
     )
     share_devices: bool = _key("let ranks of a machine with fewer CUDA devices than ranks share them", False)

@@ -87,7 +87,8 @@ __device__ inline float rs_uniform32(const rs_rng* rng, long long i, rs_u64 draw
     unsigned c[4];
     if (draw >= @uniform32_draws@) return (float)rs_nan();
     rs_block(rng, i, @uniform32_slot@ | (unsigned)(draw >> 2), c);
-    return (float)(c[draw & 3] >> 8) * (float)@UNIT_24@;
+    unsigned low = draw & 1 ? c[1] : c[0], high = draw & 1 ? c[3] : c[2];
+    return (float)((draw & 2 ? high : low) >> 8) * (float)@UNIT_24@;
 }
 __device__ inline double rs_normal(const rs_rng* rng, long long i, rs_u64 draw) {
     if (draw >= @normal_draws@) return rs_nan();
