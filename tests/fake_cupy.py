@@ -72,6 +72,8 @@ class FakeCupy(types.ModuleType):
                 if hasattr(self, "ptr") and not self.buffer.released:
                     standin.release(self.buffer)
 
+        streams = self._streams = []
+
         class Stream:
             made = 0
 
@@ -81,10 +83,11 @@ class FakeCupy(types.ModuleType):
                 Stream.made += 1
 
             def __enter__(self):
+                streams.append(self)
                 return self
 
             def __exit__(self, *_):
-                return None
+                streams.pop()
 
             def synchronize(self):
                 typed(standin.synchronise, self.ptr)
@@ -142,8 +145,8 @@ class FakeCupy(types.ModuleType):
             def get_function(self, name):
                 kernel = typed(standin.load, self.image, name)
 
-                def call(grid, block, args, shared_mem=0, stream=None):
-                    assert (len(grid), len(block), stream.ptr) == (3, 3, 0)
+                def call(grid, block, args):
+                    assert (len(grid), len(block), streams[-1].ptr) == (3, 3, 0)
                     typed(standin.launch, kernel, grid[0], block[0], args)
 
                 return call
@@ -191,8 +194,8 @@ class FakeCupy(types.ModuleType):
         self.raw_kernels.append((code, name, options))
         kernel = RawKernel(code, name, options)
 
-        def call(grid, block, args, shared_mem=0, stream=None):
-            assert (len(grid), len(block), stream.ptr) == (3, 3, 0)
+        def call(grid, block, args):
+            assert (len(grid), len(block), self._streams[-1].ptr) == (3, 3, 0)
             self._typed(self.standin.launch, kernel, grid[0], block[0], args)
 
         return call

@@ -10,7 +10,9 @@ import math
 import numpy as np
 import pytest
 import test_cuda_arithmetic as arithmetic
+import test_cuda_graphs as graphs
 import test_cuda_kernels as kernels
+import test_cuda_random as randoms
 import test_cuda_source as sources
 from cuda_planes import CudaSuite, Devices, needs_compiler
 from executor_suite import ExecutorSuite
@@ -88,6 +90,21 @@ def test_graphs_of_launches():
     here, there, _ = kernels.both(kernels.drawing_model(), 9, parts=2, devices=CupyDevice)
     kernels.assert_same(here, there)
     there.close()
+
+
+@gpu
+def test_graphs_of_all_that_follows_a_meeting():
+    here, there, _ = kernels.both(graphs.whole_steps(graphs.STIR), 11, parts=2, devices=CupyDevice)
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+@pytest.mark.parametrize("draw", [0, 3])
+def test_random_numbers_of_cuda_c(draw):
+    ids = np.random.default_rng(5).permutation(100_003).astype(np.uint64)
+    there = randoms.run(draw, randoms.SOME, ids, 5, rs.CudaPartitionExecutor())
+    assert there == randoms.run(draw, randoms.SOME, ids, 5)
 
 
 @gpu

@@ -178,8 +178,8 @@ class CupyDevice:
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel."""
-        with self._guard():
-            kernel((blocks, 1, 1), (threads, 1, 1), tuple(arguments), stream=self._streams[COMPUTE])
+        with self._guard(), self._streams[COMPUTE]:
+            kernel((blocks, 1, 1), (threads, 1, 1), tuple(arguments))
 
     def capture(self, queue: Callable[[], None]) -> Any:
         """Record a CUDA graph on the stream of launches."""
