@@ -338,3 +338,10 @@ def test_switches_are_not_part_of_the_job(job: Path) -> None:
     spec, _ = read_job(job, [Override("command", "force", True, "--force")])
     assert "command" not in tomllib.loads(spec.to_toml())
     assert not set(CommandTable.model_fields) & set(JobSpec.model_fields)
+
+
+def test_a_model_given_as_a_job_is_told_what_a_job_is(tmp_path: Path) -> None:
+    (tmp_path / "flock.py").write_text("import numpy as np\n")
+    with pytest.raises(JobError, match=r"flock\.py: not TOML") as caught:
+        read_job(tmp_path / "flock.py", environ={})
+    assert 'module = "flock.py"' in (caught.value.hint or "")

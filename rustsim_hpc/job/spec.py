@@ -93,7 +93,8 @@ def read_job(
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise JobError(f"{path}: not TOML: {error}") from error
+        hint = f'a job file names its model: run a TOML file with [model] module = "{path.name}"'
+        raise JobError(f"{path}: not TOML: {error}", hint=hint if path.suffix == ".py" else None) from error
     return resolve_job(raw, path, tuple(overrides), environ=environ, debug=debug)
 
 
