@@ -201,7 +201,7 @@ def test_jobs_run_unchanged(stand_ins, tmp_path, job):
     assert (made.executor, made.workers, made.partitions) == ("cuda", 1, 1)
     assert plain.executor != "cuda"
     assert made.fingerprint == plain.fingerprint
-    assert stand_ins(0).counts["launch"]
+    assert stand_ins(0).counts["replay"]
     assert not stand_ins(0).live, "all of its memory is given back"
     runs = [rs.open_run(path) for path in (tmp_path / "cpu", tmp_path / "gpu")]
     assert runs[1].columns("x" if job != "us_flights" else "state", step=6).tobytes() == (

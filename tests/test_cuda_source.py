@@ -1,5 +1,6 @@
 """A user's kernels of CuPy for phases: parameters bound by name, misfits refused, the CPU's bits over g++."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.job.backend import choose_backend
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.device_kernel import as_device_kernel
+from rustsim_hpc.modeling.device_random import source_with_random
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.state import cuda_found
 
@@ -161,16 +163,20 @@ def test_the_example_of_the_page():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("fused", [False, True])
-def test_nvcc_takes_it_and_fuses_nothing_unless_it_may(tmp_path, fused):
+@pytest.mark.parametrize(
+    ("code", "entry", "fused"),
+    [(SHIFT, "shift", False), (SHIFT, "shift", True), (None, "pull", False)],
+    ids=["not fused", "fused", "the page's"],
+)
+def test_nvcc_takes_it_and_fuses_nothing_unless_it_may(tmp_path, code, entry, fused):
     path = tmp_path / "shift.cu"
-    path.write_text(SHIFT)
+    path.write_text(code or source_with_random(re.search(r'r"""(.*?)"""', block("python", 1), re.DOTALL)[1]))
     options = [] if fused else ["--fmad=false"]
     command = ["nvcc", "-ptx", *options, "-o", f"{path}.ptx", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "shift.cu.ptx").read_text()
-    assert ".entry shift(" in text
+    assert f".entry {entry}(" in text
     assert ("fma.rn" in text) is fused
 
 

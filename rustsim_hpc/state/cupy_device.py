@@ -182,7 +182,10 @@ class CupyDevice:
             kernel((blocks, 1, 1), (threads, 1, 1), tuple(arguments))
 
     def capture(self, queue: Callable[[], None]) -> Any:
-        """Record a CUDA graph on the stream of launches."""
+        """Record a CUDA graph on the stream of launches.
+
+        In CuPy's mode, the relaxed one: a thread that brings a checkpoint here may wait meanwhile.
+        """
         stream = self._streams[COMPUTE]
         with self._guard():
             stream.begin_capture()
