@@ -199,3 +199,27 @@ def test_hot_kernels_vectorise(module: str, tmp_path: Any, monkeypatch: pytest.M
     assert "mulps" in assembly
     assert "movntps" in assembly
     assert sys.modules[function.module.__name__] is function.module
+
+
+def test_a_key_out_of_range_says_whether_the_step_or_its_result_is_meant() -> None:
+    @rs.row_kernel(writes="x")
+    def rise(x: int) -> int:
+        return x + 1
+
+    @rs.reduction("histogram", bins=3)
+    def after(x: int) -> int:
+        return x
+
+    model = rs.Model(
+        columns=[rs.Column("x", "int32")],
+        phases=[rise],
+        initialise=lambda rows, params, tables, seed: {"x": np.zeros(len(rows), np.int32)},
+        checks=[rs.check(reductions=[after])(lambda context: True)],
+    )
+    bound = rs.BoundModel(model, {}, seed=1, agents=10)
+    with rs.EngineControlPlane(rs.ColumnarRuntime(bound.new_store(0, 10))) as plane:
+        plane.add_model(bound)
+        plane.run_partitions_with_executor(2, rs.InlinePartitionExecutor())
+        with pytest.raises(rs.EngineControlPlaneError, match=r"key 3 .* in the state at step 3$") as caught:
+            plane.step_partitions_with_executor(rs.InlinePartitionExecutor())
+    assert caught.value.step == 2
