@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rustsim_hpc.facts import PartitionLike
 from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
 from rustsim_hpc.facts import message_of as message_of  # noqa: PLC0414
+from rustsim_hpc.facts import named as named  # noqa: PLC0414
 from rustsim_hpc.facts import nearest as nearest  # noqa: PLC0414
 from rustsim_hpc.partition_errors import CoverageMismatch as CoverageMismatch  # noqa: PLC0414
 from rustsim_hpc.partition_errors import EmptyRange as EmptyRange  # noqa: PLC0414

@@ -145,11 +145,22 @@ def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, An
 
 
 def message_of(error: BaseException) -> str:
-    """Return the text of any exception, one that has none or whose `str` fails included."""
+    """Return the text of any exception, one that has none or whose `str` fails included.
+
+    One that is no `Exception`, as `SystemExit`, is named: its text says little.
+    """
+    name = type(error).__name__
     try:
-        return str(error) or type(error).__name__
+        text = str(error)
+        return text if text and isinstance(error, Exception) else f"{name}: {text}" if text else name
     except Exception:  # noqa: BLE001 (somebody else's code, while its failure is being reported)
         return type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """Return the type and the text of any exception."""
+    name, text = type(error).__name__, message_of(error)
+    return text if text.startswith(name) else f"{name}: {text}"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

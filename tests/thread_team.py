@@ -28,6 +28,7 @@ class ThreadTeam:
     native = None
     waiting = False
     broken = False
+    leaving: Any = None
 
     def __init__(self, world: _World, rank: int) -> None:
         self._world, self.rank, self.size = world, rank, len(world.slots)

@@ -20,7 +20,7 @@ from rustsim_hpc.cli.look import doctor, inspect, plan
 from rustsim_hpc.cli.run import resume, run
 from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
-from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.errors import RustsimError, named
 from rustsim_hpc.version import __version__
 
 EXIT_FAILED: Final = 3
@@ -89,17 +89,18 @@ def _run(session: Session, arguments: list[str] | None) -> int:
         if session.lost:
             session.leave_alone(error.exit_code, str(error))
         return error.exit_code
-    except SystemExit:
+    except SystemExit as stop:
         # click's answer to a broken pipe. `Session.say` deals with a reader who has gone, so it is another.
-        return _unexpected(session, BrokenPipeError("a pipe between processes broke"))
-    except Exception as error:  # noqa: BLE001 (the last place: whatever it is, it ends with a message and a code)
+        broken = isinstance(stop.__context__, BrokenPipeError)
+        return _unexpected(session, BrokenPipeError("a pipe between processes broke") if broken else stop)
+    except BaseException as error:  # noqa: BLE001 (the last place: whatever it is, it ends with a message and a code)
         return _unexpected(session, error)
     return code if isinstance(code, int) else 0
 
 
-def _unexpected(session: Session, error: Exception) -> int:
+def _unexpected(session: Session, error: BaseException) -> int:
     """Tell an error that nobody expected, on whichever rank; end the others, which do not know of it."""
-    message = f"{type(error).__name__}: {error}"
+    message = named(error)
     if session.debug:
         traceback.print_exception(error)
     elif session.speaks or session.alone_among_ranks:

@@ -152,7 +152,9 @@ class Stepper:
             if set(results) != set(derive.names):
                 raise ValueError(f"returned {sorted(results)}, declared {sorted(derive.names)}")
             frame.values.update({name: _as_value(name, results[name]) for name in derive.names})
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             message = message_of(error)
             raise ColumnarRuntimeError(index, derive.name, message, step=frame.step_index) from error
 

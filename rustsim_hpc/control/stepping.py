@@ -169,7 +169,9 @@ class Stepping:
         for check in due:
             try:
                 holds, why = bool(check.fn(context)), "it is false"
-            except Exception as error:  # noqa: BLE001 (a check is somebody else's code)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 (a check is somebody else's code)
                 holds, why = False, message_of(error)
             if not holds:
                 failure = CheckFailed(check.name, f"{why} after step {step - 1}", step=step - 1)

@@ -43,7 +43,7 @@ from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.restored import RestoredStore, forked_rows
 from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
-from rustsim_hpc.job.watchdog import Watchdog
+from rustsim_hpc.job.watchdog import Watchdog, watching
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.proof.replay_log import ReplayLog
 from rustsim_hpc.ranks.agreement import on_all
@@ -126,7 +126,7 @@ def verify_run(
     for line in [*own.notes, *lines, *environment_differences(left.record or own.record, right.record)]:
         _say(team, f"warning: {line}")
     limit = prepared.spec.run.watchdog_seconds
-    with Watchdog(limit, rank=team.rank, host=team.host) as watchdog:
+    with watching(limit, team) as watchdog:
         made = _run(prepared, own, log, folder, options, watchdog)
         if not isinstance(made.failure, ReplayDivergence):
             return made
@@ -165,7 +165,7 @@ def diff_runs(
             run = side.spec.run.model_copy(update={"workers": workers})
             side.spec = side.spec.model_copy(update={"run": run})
     limit = max(side.spec.run.watchdog_seconds if side.spec else 0.0 for side in sides)
-    with Watchdog(limit, rank=team.rank, host=team.host) as watchdog:
+    with watching(limit, team) as watchdog:
         report = investigate(*sides, team, say=lambda text: _say(team, text), beat=watchdog.beat)
     if out is not None or not report.equal:
         _write(report, out or left / DIVERGENCE, team)

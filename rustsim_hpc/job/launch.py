@@ -29,6 +29,7 @@ from rustsim_hpc.job.restored import (
 from rustsim_hpc.job.signals import StopRequests
 from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
+from rustsim_hpc.job.watchdog import Watchdog, watching
 from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.modeling.reductions import meeting_bytes
 from rustsim_hpc.ranks.agreement import on_all
@@ -52,11 +53,12 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
     Raises:
         RustsimError: it cannot be started, or ended in a failure; the same on every rank.
     """
-    with StopRequests(spec.run.time_limit) as stop:
+    limit = spec.run.watchdog_seconds
+    with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
         folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
-        with _session(folder, team) as session:
+        with _session(folder, team, watchdog) as session:
             return _run(prepared, session, _first_store(prepared), 0, options, stop)
 
 
@@ -68,13 +70,14 @@ def resume_run(
     Raises:
         RustsimError: as :func:`run_job`; also when no checkpoint can be used.
     """
-    with StopRequests(spec.run.time_limit) as stop:
+    limit = spec.run.watchdog_seconds
+    with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         finished = on_all(team, lambda: _finished(path, spec))
         if finished is not None and at is None:
             return finished
         folder = RunFolder.reopen(path, facts(prepared), team)
-        with _session(folder, team) as session:
+        with _session(folder, team, watchdog) as session:
             on_first_rank(team, lambda: sweep(folder.checkpoints))
             last = on_first_rank(team, lambda: last_sequence(folder.checkpoints))
             store, step = _newest_store(prepared, folder, at)
@@ -126,13 +129,14 @@ def fork_run(
         raise JobError("fork needs a folder for the new run", hint="give one with --out")
     if options.out.resolve() == parent.resolve():
         raise JobError("a fork cannot take the folder of its parent", hint="give another one with --out")
-    with StopRequests(spec.run.time_limit) as stop:
+    limit = spec.run.watchdog_seconds
+    with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         store, step, lineage = _parents_store(prepared, parent, at)
         folder = RunFolder.create(
             options.out, spec.to_toml(), facts(prepared, lineage), team, force=options.force
         )
-        with _session(folder, team) as session:
+        with _session(folder, team, watchdog) as session:
             return _run(prepared, session, store, step, options, stop, forked=True)
 
 
@@ -181,15 +185,20 @@ class _Session:
     """A session that has a run's folder. step_index: how far it has come."""
 
     folder: RunFolder
+    watchdog: Watchdog
     plane: EngineControlPlane | None = None
     step_index: int = 0
     reported: bool = False
 
 
 @contextmanager
-def _session(folder: RunFolder, team: Team) -> Iterator[_Session]:
+def _session(folder: RunFolder, team: Team, watchdog: Watchdog) -> Iterator[_Session]:
     """Hold a run's folder; whatever ends the session early is recorded in it."""
-    session = _Session(folder)
+    session = _Session(folder, watchdog)
+    watchdog.folder = folder.path
+    watchdog.beat("start-up", 0)
+    if team.leaving is not None:
+        team.leaving.move(folder.path)
     for line in mixtures(folder.record["sessions"][-1]["hosts"] if team.rank == 0 else []):
         _say(team, f"warning: {line}")
     try:
@@ -230,16 +239,18 @@ def _run(
     """Build the plane on a store, run the steps that are left, and record how it ended."""
     spec, team, folder = prepared.spec, prepared.team, session.folder
     session.step_index = step_index
+    session.watchdog.beat("start-up", step_index)
     executor = executor_of(prepared, folder.lock.descriptors)
     session.plane = plane = on_all(team, lambda: _plane(prepared, store, step_index))
     run = JobRun(
-        spec, prepared.model, plane, executor, folder, team, stop,
+        spec, prepared.model, plane, executor, folder, team, stop, session.watchdog,
         resumed_from=resumed_from, last_sequence=last_sequence, forked=forked,
         progress=options.progress, profile=options.profile,
     )  # fmt: skip
     session.reported = True
     result = run.run()
     session.reported = False
+    session.watchdog.beat("end", plane.runtime.step_index)
     fingerprint = plane.fingerprint()
     _draw(run, folder, team)
     summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)

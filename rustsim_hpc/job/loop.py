@@ -60,6 +60,7 @@ class JobRun:
         folder: the run's folder, held.
         team: the ranks.
         stop: requests to stop, from before the run began.
+        watchdog: watches this rank since then.
         resumed_from: the restored step, or None.
         last_sequence: number of the last checkpoint of the sessions before.
         forked: the state comes from another run's checkpoint, so this one saves it first.
@@ -76,6 +77,7 @@ class JobRun:
         folder: RunFolder,
         team: Team,
         stop: StopRequests,
+        watchdog: Watchdog,
         *,
         resumed_from: int | None,
         last_sequence: int = 0,
@@ -85,7 +87,7 @@ class JobRun:
     ) -> None:
         self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
         self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
-        self._stop = stop
+        self._stop, self._watchdog = stop, watchdog
         self._stepper: Stepper | None = None
         self._first = team.rank == 0
         self._bar = Progress(
@@ -122,15 +124,16 @@ class JobRun:
         Raises:
             RustsimError: whatever ended the run, the same on every rank; a crash bundle is in the folder.
         """
-        watchdog = self._watchdog()
-        with self._bar, watchdog, self._bundle_on_failure():
+        watchdog = self._watchdog
+        watchdog.phase, watchdog.show_more = self._phases_begun, self._show_workers
+        with self._bar, self._bundle_on_failure():
             self._on_first(self.records.open)
             self._opened = True
             self.checkpoints.reserve(self.spec.run.steps)
             self.records.first_state(self.executor)
             if self.forked:
                 self.checkpoints.begin("fork")
-            result = self._loop(watchdog)
+            result = self._loop()
             self._note_workers(tell=False)  # one may have been started anew on another machine
             watchdog.beat("end", self.plane.runtime.step_index)
             self.checkpoints.make_last("end" if result.stopped is None else f"stopped: {result.stopped}")
@@ -138,14 +141,6 @@ class JobRun:
                 self.checkpoints.check_saved()
             self._on_first(lambda: self.records.close(result.profile))
             return result
-
-    def _watchdog(self) -> Watchdog:
-        table, team = self.spec.run, self.team
-        watchdog = Watchdog(table.watchdog_seconds, rank=team.rank, host=team.host, folder=self.folder.path)
-        watchdog.waiting = lambda: team.waiting
-        watchdog.phase = self._phases_begun
-        watchdog.show_more = self._show_workers
-        return watchdog
 
     def _phases_begun(self) -> str:
         """Return which phases this rank's partitions have begun last."""
@@ -159,8 +154,8 @@ class JobRun:
         if show is not None:
             show()
 
-    def _loop(self, watchdog: Watchdog) -> LoopResult:
-        plane, target, stop = self.plane, self.spec.run.steps, self._stop
+    def _loop(self) -> LoopResult:
+        plane, target, stop, watchdog = self.plane, self.spec.run.steps, self._stop, self._watchdog
         begun = plane.runtime.step_index
         self._stepper = stepper = plane.stepper(self.executor)
         compiled_before = stepper.session.compile_seconds

@@ -2,7 +2,8 @@
 
 A compiled loop or a waiting MPI call cannot be interrupted from Python, so there is no way back: the stacks
 of all threads go to standard error, a crash bundle into the run's folder, and the process leaves with exit
-code 3. Its launcher then ends the other ranks.
+code 3. The thread also hears when another rank has to leave (`ranks/leaving.py`), so that all do so with one
+code; those that hear nothing are ended by their launcher.
 
 The thread needs Python's global lock. Code that loops in C and never gives it back stops the watchdog too;
 for that case Python's own C-level watchdog is armed behind it, with a longer limit. It prints the stacks as
@@ -22,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rustsim_hpc.ranks.leaving import Leaving
+from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 
 EXIT_CODE = 3
@@ -51,11 +54,12 @@ class Watchdog:
         host: str | None = None,
         folder: Path | None = None,
         backstop: bool = True,
+        leaving: Leaving | None = None,
     ) -> None:
         """Prepare; without a ``limit`` (None or 0; seconds between two beats) nothing is watched.
 
         ``folder``: the run's folder, for the crash bundle. ``backstop``: arm Python's C-level watchdog, too;
-        a process has only one.
+        a process has only one. ``leaving``: how the ranks leave together, if there are several.
         """
         self.limit = limit or 0.0
         self.rank = rank
@@ -65,12 +69,13 @@ class Watchdog:
         self.phase: Callable[[], str] = lambda: ""
         self.show_more: Callable[[], None] = lambda: None
         self._backstop = backstop
-        self._beat: tuple[str, int] = ("start", 0)
+        self._leaving = leaving
+        self._beat: tuple[str, int] = ("start-up", 0)
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self.limit > 0:
+        if self.limit > 0 or self._leaving is not None:
             self._done.clear()
             self._thread = threading.Thread(target=self._watch, name="rustsim-watchdog", daemon=True)
             self._thread.start()
@@ -90,7 +95,7 @@ class Watchdog:
         self._beat = (phase, step)
 
     def _watch(self) -> None:
-        poll, patience = min(1.0, self.limit / 10), min(PATIENCE, self.limit)
+        poll, patience = min(1.0, (self.limit or 10) / 10), min(PATIENCE, self.limit)
         seen, quiet, before = self._beat, 0.0, time.monotonic()
         try:
             while not self._done.wait(poll):
@@ -100,7 +105,12 @@ class Watchdog:
                 before = now
                 if self._beat is not seen:
                     seen, quiet = self._beat, 0.0
-                elif quiet >= self.limit and (quiet >= self.limit + patience or not self.waiting()):
+                    continue
+                if self._leaving is not None and (code := self._leaving.heard()) is not None:
+                    self._leaving.leave(code)
+                if not self.limit:
+                    continue
+                if quiet >= self.limit and (quiet >= self.limit + patience or not self.waiting()):
                     self._expire(*seen)
                 if self._backstop:
                     faulthandler.dump_traceback_later(2 * self.limit + 30, exit=True, file=_STDERR)
@@ -134,7 +144,16 @@ class Watchdog:
                     more={"reason": line.strip()},
                 )
         finally:
+            if self._leaving is not None:
+                self._leaving.leave(EXIT_CODE)
             os._exit(EXIT_CODE)
+
+
+def watching(limit: float | None, team: Team) -> Watchdog:
+    """Return the watchdog of this rank of a team, for a ``with`` block; ``limit`` as of `Watchdog`."""
+    watchdog = Watchdog(limit, rank=team.rank, host=team.host, leaving=team.leaving)
+    watchdog.waiting = lambda: team.waiting
+    return watchdog
 
 
 def _stacks() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.errors import ModelError, message_of, nearest
 from rustsim_hpc.executors.work import Work
 from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.global_random import refuse_global_random
@@ -148,10 +148,11 @@ class BoundModel:
         fn = self.model.initialise
         try:
             made = fn(Rows(start, stop, self.agents), self.params, self.tables, self.seed)
-        except ModelError:
+        except (ModelError, KeyboardInterrupt):
             raise
-        except Exception as error:
-            raise ModelError(f"initialise ({where(fn)}) failed for rows {start}..{stop}: {error}") from error
+        except BaseException as error:
+            message = f"initialise ({where(fn)}) failed for rows {start}..{stop}: {message_of(error)}"
+            raise ModelError(message) from error
         arrays = self._by_column(made, fn)
         for column, array in zip(self.schema.columns, arrays, strict=True):
             if array.shape != (stop - start,):
@@ -291,10 +292,10 @@ def _tables(model: Model, params: Params) -> dict[str, Array]:
         return {}
     try:
         made = model.tables(params)
-    except ModelError:
+    except (ModelError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise ModelError(f"tables ({where(model.tables)}) failed: {error}") from error
+    except BaseException as error:
+        raise ModelError(f"tables ({where(model.tables)}) failed: {message_of(error)}") from error
     _require(isinstance(made, Mapping), f"tables ({where(model.tables)}) must return a dict of arrays")
     tables = {}
     for name, value in made.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, overload
 
-from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.errors import ModelError, message_of, nearest
 from rustsim_hpc.modeling.device_kernel import DeviceKernel, as_device_kernel
 from rustsim_hpc.modeling.outputs import Arrays, Picture, Sample, Series
 from rustsim_hpc.modeling.params import Param, Params, as_param
@@ -122,8 +122,9 @@ class Reduction(_Described):
             return 0
         try:
             given = self.bins(params) if callable(self.bins) else self.bins
-        except Exception as error:
-            raise ModelError(f"reduction {self.name} ({where(self.fn)}): bins failed: {error}") from error
+        except (Exception, SystemExit) as error:
+            failed = f"bins failed: {message_of(error)}"
+            raise ModelError(f"reduction {self.name} ({where(self.fn)}): {failed}") from error
         count = operator.index(given) if hasattr(given, "__index__") else -1
         if count < 1:
             raise ModelError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from rustsim_hpc.errors import ModelError, nearest
+from rustsim_hpc.errors import ModelError, named, nearest
 from rustsim_hpc.modeling.model import Model
 
 
@@ -50,10 +50,10 @@ def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, 
         raise ModelError(f"model {module} has no function model(){nearest('model', vars(found))}")
     try:
         model = function()
-    except ModelError:
+    except (ModelError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise ModelError(f"model {module}: model() failed: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        raise ModelError(f"model {module}: model() failed: {named(error)}") from error
     if not isinstance(model, Model):
         raise ModelError(f"model {module}: model() returned {type(model).__name__}, not a rustsim_hpc.Model")
     return model, reference
@@ -100,7 +100,7 @@ def _failed(module: str, error: BaseException) -> ModelError:
         trace = trace.tb_next
     if isinstance(error, SyntaxError) and error.lineno:
         line = f", line {error.lineno}"
-    return ModelError(f"model {module}{line}: {type(error).__name__}: {error}")
+    return ModelError(f"model {module}{line}: {named(error)}")
 
 
 def _source_hash(module: ModuleType) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from rustsim_hpc.errors import LauncherError, RustsimError, TeamError
+from rustsim_hpc.errors import LauncherError, RustsimError, TeamError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ def on_all(team: Team, make: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> RustsimError:
-    text = f"{type(error).__name__}: {error}"
+    text = named(error)
     if not isinstance(error, RustsimError):
         wrapped = TeamError(message=text)
         wrapped.__cause__ = error

@@ -9,14 +9,16 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rustsim_hpc.errors import LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["SHARED_MEMORY", "Launcher", "check_shared_memory", "detect_launcher"]
+    from numpy.typing import NDArray
+
+__all__ = ["SHARED_MEMORY", "Launcher", "check_shared_memory", "detect_launcher", "why_not_shared"]
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where MPI has its own memory and its shared windows)
 _BYTES_A_RANK = 1 << 20
@@ -87,6 +89,20 @@ def check_shared_memory(environ: Mapping[str, str]) -> None:
                 hint="make room there (1 MiB a rank at least, and what the model's tables take), or enlarge "
                 f"it: mount -o remount,size=1G {SHARED_MEMORY}; docker run --shm-size=1g",
             )
+
+
+def why_not_shared(array: NDArray[Any] | None) -> str | None:
+    """Return why an array cannot be shared by the ranks of this machine, None if it can."""
+    if array is None:
+        return "the first rank of each machine must bring the array that is shared on it"
+    if array.dtype.hasobject:
+        return f"an array of dtype {array.dtype} cannot be shared between processes"
+    if SHARED_MEMORY.is_dir():
+        # A full /dev/shm shows as a bus error on the first write, which nothing can catch.
+        room = os.statvfs(SHARED_MEMORY)
+        if array.nbytes > room.f_bavail * room.f_frsize:
+            return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
+    return None
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

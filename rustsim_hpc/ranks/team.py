@@ -9,6 +9,7 @@ waits for a rank that left.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, runtime_checkable
@@ -17,7 +18,8 @@ import numpy as np
 
 from rustsim_hpc.errors import LauncherError, TeamError
 from rustsim_hpc.ranks.agreement import agree, agree_hash
-from rustsim_hpc.ranks.launcher import SHARED_MEMORY, Launcher, check_shared_memory, detect_launcher
+from rustsim_hpc.ranks.launcher import Launcher, check_shared_memory, detect_launcher, why_not_shared
+from rustsim_hpc.ranks.leaving import Leaving, goodbye
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,6 +43,7 @@ class Team(Protocol):
 
     waiting: whether this rank is in a collective at this moment, for a watchdog to see.
     broken: whether a collective has failed here, so that the other ranks may be gone, or wait for ever.
+    leaving: how the ranks leave together when one cannot go on; None where they are no processes.
     """
 
     rank: int
@@ -50,6 +53,7 @@ class Team(Protocol):
     host: str
     waiting: bool
     broken: bool
+    leaving: Leaving | None
 
     @property
     def native(self) -> Any:
@@ -99,7 +103,8 @@ class Team(Protocol):
     def abort(self, code: int, message: str) -> NoReturn:
         """Write one line to standard error and end all ranks with exit status `code`. One rank may do so.
 
-        The launcher ends with `code` too, or at times with that of the ranks that it had to kill.
+        The launcher ends with `code` too where the others hear of it (a watchdog listens on each); else at
+        times with that of the ranks that it had to kill.
         """
 
 
@@ -113,6 +118,7 @@ class SoloTeam:
     native = None
     waiting = False
     broken = False
+    leaving: Leaving | None = None
 
     def __init__(self) -> None:
         self.host = socket.gethostname()
@@ -185,6 +191,8 @@ class MpiTeam:
         self.host = socket.gethostname()
         self.waiting = False
         self.broken = False
+        key = self._comm.bcast(secrets.token_hex(8))
+        self.leaving: Leaving | None = Leaving(self.rank, self.size, key) if self.size > 1 else None
         self._windows: list[Any] = []
         self._link = np.zeros(2, np.uint64)
         # Looked up once: the allreduce is in every step, and attribute look-ups would be a tenth of it.
@@ -268,7 +276,7 @@ class MpiTeam:
 
     def node_shared_array(self, array: NDArray[Any] | None) -> NDArray[Any]:
         """Return a read-only array that exists once a machine, filled by its rank with node_rank 0."""
-        refusal = _why_not_shared(array) if self.node_rank == 0 else None
+        refusal = why_not_shared(array) if self.node_rank == 0 else None
         agree(self, None if refusal is None else TeamError(message=refusal))
         shape, dtype = self._collect(self._node.bcast, None if array is None else (array.shape, array.dtype))
         size = int(np.prod(shape)) * dtype.itemsize
@@ -289,6 +297,9 @@ class MpiTeam:
     def abort(self, code: int, message: str) -> NoReturn:
         """Write one line to standard error and end all ranks with `code`."""
         _last_words(f"rank {self.rank} of {self.size} on {self.host}: {message}")
+        if self.leaving is not None and self.leaving.together(code):
+            goodbye()
+            os._exit(code)
         self._comm.Abort(code)
         os._exit(code)
 
@@ -310,19 +321,6 @@ class MpiTeam:
 def _last_words(message: str) -> None:
     sys.stderr.write(" ".join(message.split()) + "\n")
     sys.stderr.flush()
-
-
-def _why_not_shared(array: NDArray[Any] | None) -> str | None:
-    if array is None:
-        return "the first rank of each machine must bring the array that is shared on it"
-    if array.dtype.hasobject:
-        return f"an array of dtype {array.dtype} cannot be shared between processes"
-    if SHARED_MEMORY.is_dir():
-        # A full /dev/shm shows as a bus error on the first write, which nothing can catch.
-        room = os.statvfs(SHARED_MEMORY)
-        if array.nbytes > room.f_bavail * room.f_frsize:
-            return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
-    return None
 
 
 def open_team(environ: Mapping[str, str] | None = None) -> Team:

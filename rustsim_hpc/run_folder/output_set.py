@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.errors import OutputError
+from rustsim_hpc.errors import OutputError, message_of, named
 from rustsim_hpc.files import sweep_temporary, write_atomic
 from rustsim_hpc.modeling.outputs import MANIFEST, Arrays, Output, Picture, Recorded, Sample, Series
 from rustsim_hpc.run_folder.array_file import ArrayFile, checked_array
@@ -35,15 +35,15 @@ def failing(file: str, step: int | None, doing: str) -> Iterator[None]:
     """Turn what the block raises into an `OutputError` that names the output and the step."""
     try:
         yield
-    except OutputError:
+    except (OutputError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        hint, text = None, f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        hint, text = None, named(error)
         if isinstance(error, OSError):
             hint = "make room or repair the file system, then resume the run"
             text = error.strerror or str(error)
         elif isinstance(error, ValueError):
-            text = str(error)
+            text = message_of(error)
         raise OutputError(f'output "{file}": cannot {doing}: {text}', step=step, hint=hint) from error
 
 

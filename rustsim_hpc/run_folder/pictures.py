@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc.errors import OutputError
+from rustsim_hpc.errors import OutputError, named
 from rustsim_hpc.files import write_atomic
 from rustsim_hpc.modeling.outputs import Picture
 
@@ -49,9 +49,11 @@ def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> Pictur
         try:
             _draw(picture, folder, run)
             drawn.append(picture.file)
-        except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (a user's function may raise anything)
             failure = OutputError(
-                f'picture "{picture.file}": {type(error).__name__}: {error}',
+                f'picture "{picture.file}": {named(error)}',
                 hint="the run's other results are whole",
             )
             failure.__cause__ = error
