@@ -141,8 +141,8 @@ class RunTable(_Table):
         shown="none; Slurm's own",
     )
     watchdog_seconds: Seconds = _key(
-        "a rank that stays at its start, in one step or in a collective for longer is reported with its stack "
-        "and ends the job; 0: never",
+        "a rank that stays in its start, a step or a collective for longer is reported with its stack and "
+        "ends the job; 0: never",
         600.0,
     )
 
