@@ -67,6 +67,15 @@ def test_columns_that_are_not_there_and_wide_gaps_are_refused(tmp_path: Path) ->
         StorageOptions(alignment=1 << 27)
 
 
+def test_a_wrong_step_to_go_on_from_changes_nothing(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, _, err = command("resume", folder, "--at=3", "--no-progress")
+    assert code == 5
+    assert "there is no checkpoint of step 3\nhint: there are steps 2, 4" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_numbers_go_on_and_labels_say_why(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "--steps=5", "--checkpoint-every=2")
     assert told(folder) == [(2, 1, None), (4, 2, None), (5, 3, "end")]

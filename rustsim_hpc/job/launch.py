@@ -36,10 +36,10 @@ from rustsim_hpc.ranks.agreement import on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.environment import mixtures
-from rustsim_hpc.run_folder.folder import RunFolder, fresh_folder
+from rustsim_hpc.run_folder.folder import CHECKPOINTS, RunFolder, fresh_folder
 from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.state.columns import DeviceSoaStore
-from rustsim_hpc.storage.folder import move_aside, sweep
+from rustsim_hpc.storage.folder import find_checkpoint, move_aside, sweep
 from rustsim_hpc.storage.reading import on_first_rank
 from rustsim_hpc.storage.restoring import load_newest
 
@@ -76,6 +76,8 @@ def resume_run(
         finished = on_all(team, lambda: _finished(path, spec))
         if finished is not None and at is None:
             return finished
+        if at is not None:  # before the record is touched: a wrong number is no failure of the run
+            on_first_rank(team, lambda: find_checkpoint(path / CHECKPOINTS, at))
         folder = RunFolder.reopen(path, facts(prepared), team)
         with _session(folder, team, watchdog) as session:
             on_first_rank(team, lambda: sweep(folder.checkpoints))

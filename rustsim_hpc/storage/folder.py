@@ -71,6 +71,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def find_checkpoint(folder: Path, step: int) -> Path:
+    """Return the published checkpoint of a step; whether it holds is another question.
+
+    Raises:
+        CheckpointFileError: there is none, or the folder cannot be read.
+    """
+    found = {step_of(path): path for path in list_checkpoints(folder)}
+    if step not in found:
+        raise CheckpointFileError(
+            message=f"{folder}: there is no checkpoint of step {step}",
+            damaged=False,
+            hint=f"there are steps {', '.join(map(str, sorted(found)))}" if found else None,
+        )
+    return found[step]
+
+
 def manifest_of(path: Path) -> Manifest:
     """Return the proof that belongs to the checkpoint `path`, checked by itself and against the files' sizes.
 

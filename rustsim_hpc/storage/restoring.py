@@ -26,7 +26,7 @@ from rustsim_hpc.proof.fingerprint import (
 )
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import SoloTeam, Team
-from rustsim_hpc.storage.folder import list_checkpoints, manifest_of, move_aside, step_of
+from rustsim_hpc.storage.folder import find_checkpoint, list_checkpoints, manifest_of, move_aside
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.proof import Manifest
 from rustsim_hpc.storage.reading import (
@@ -249,16 +249,9 @@ def load_newest(
     Raises:
         CheckpointFileError: there is none of step `at` or it does not hold, or one is out of reach.
     """
-    paths = on_first_rank(team, lambda: list_checkpoints(folder))
     if at is not None:
-        steps = ", ".join(str(step_of(path)) for path in reversed(paths))
-        paths = [path for path in paths if step_of(path) == at]
-        if not paths:
-            message = f"{folder}: there is no checkpoint of step {at}"
-            raise CheckpointFileError(
-                message=message, damaged=False, hint=f"there are steps {steps}" if steps else None
-            )
-        return load(paths[0], team, rows_for, room_for)
+        return load(on_first_rank(team, lambda: find_checkpoint(folder, at)), team, rows_for, room_for)
+    paths = on_first_rank(team, lambda: list_checkpoints(folder))
     for path in paths:
         try:
             return load(path, team, rows_for, room_for)
