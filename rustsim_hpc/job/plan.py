@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -98,21 +97,18 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
     sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
     row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
     partitions = partition_count(spec, ranks)
-    shares = []
-    for rank in range(ranks):
-        part = rank_part(spec.run.agents, partitions, ranks, rank)
-        rows = part.row_stop - part.row_start
-        shares.append(
-            RankShare(
-                first=rank,
-                last=rank,
-                partitions=part.stop - part.start,
-                rows=rows,
-                state_bytes=rows * row_bytes,
-                undo_bytes=rows * undo_bytes,
-                checkpoint_bytes=rows * row_bytes,
-            )
+    shares = [
+        RankShare(
+            first=first,
+            last=last,
+            partitions=held,
+            rows=rows,
+            state_bytes=rows * row_bytes,
+            undo_bytes=rows * undo_bytes,
+            checkpoint_bytes=rows * row_bytes,
         )
+        for first, last, held, rows in _alike(spec.run.agents, partitions, ranks)
+    ]
     return RunPlan(
         job=spec.run.name,
         agents=spec.run.agents,
@@ -124,7 +120,7 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
         row_bytes=row_bytes,
         undo_row_bytes=undo_bytes,
         step_bytes=step_bytes,
-        shares=tuple(_joined(shares)),
+        shares=tuple(shares),
     )
 
 
@@ -173,11 +169,17 @@ def rank_part(rows: int, partitions: int, ranks: int, rank: int) -> RankPart:
     return RankPart(start, stop, start * each + min(start, left), stop * each + min(stop, left))
 
 
-def _joined(shares: list[RankShare]) -> Iterator[RankShare]:
-    """Join neighbouring ranks that hold the same."""
-    for _, equal in groupby(shares, key=lambda share: (share.partitions, share.rows)):
-        members = list(equal)
-        yield RankShare(**{**asdict(members[0]), "last": members[-1].last})
+def _alike(rows: int, partitions: int, ranks: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first, last, partitions, rows) of neighbouring ranks that hold the same, in order."""
+    first, held = 0, (-1, -1)
+    for rank in range(ranks):
+        part = rank_part(rows, partitions, ranks, rank)
+        its = (part.stop - part.start, part.row_stop - part.row_start)
+        if its != held:
+            if rank:
+                yield first, rank - 1, *held
+            first, held = rank, its
+    yield first, ranks - 1, *held
 
 
 def size(count: int) -> str:
