@@ -14,8 +14,9 @@ from rustsim_hpc.errors import (
     ModelError,
     PartitionCheckpointError,
 )
-from rustsim_hpc.state.columns import DTYPES, Column, DeviceSoaCheckpoint, DeviceSoaStore, Schema, same_bits
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint, DeviceSoaStore, same_bits
 from rustsim_hpc.state.memory import ColumnMemory
+from rustsim_hpc.state.schema import DTYPES, Column, Schema
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/golden.json").read_text("utf-8"))
 ERRORS = {entry["id"]: entry["display"] for entry in GOLDEN["errors"]}

@@ -17,9 +17,8 @@ import psutil
 import pytest
 
 from rustsim_hpc.errors import ColumnMemoryError
-from rustsim_hpc.state.columns import DTYPES, Schema
 from rustsim_hpc.state.memory import ColumnMemory
-from rustsim_hpc.state.schema import Column
+from rustsim_hpc.state.schema import DTYPES, Column, Schema
 
 BIG = 300_000  # float32 columns of this length are above the limit from which pages are mapped
 KINDS = pytest.mark.parametrize("kind", ["heap", "shared"])
@@ -252,7 +251,7 @@ def test_more_than_there_is_is_a_typed_error_that_names_the_bytes(kind):
 
 SHORT = """
     import resource
-    from rustsim_hpc.state.columns import Schema
+    from rustsim_hpc.state.schema import Schema
     from rustsim_hpc.errors import ColumnMemoryError
     from rustsim_hpc.state.memory import ColumnMemory
     memory = ColumnMemory(Schema.plain(["x"], ["float64"]), 4_000_000)

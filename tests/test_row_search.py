@@ -18,7 +18,7 @@ from rustsim_hpc.divergence.row_search import (
     ids_of,
 )
 from rustsim_hpc.ranks.team import SoloTeam, Team
-from rustsim_hpc.state.columns import DTYPES
+from rustsim_hpc.state.schema import DTYPES
 
 Array = np.ndarray
 

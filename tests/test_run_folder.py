@@ -40,8 +40,9 @@ from rustsim_hpc.run_folder.metrics_log import MetricsLog, read_metrics
 from rustsim_hpc.run_folder.output_set import OutputSet
 from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.run_folder.record import RunFacts, read_record
-from rustsim_hpc.state.columns import Column, DeviceSoaCheckpoint, Schema
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint
 from rustsim_hpc.state.partition import PartitionId
+from rustsim_hpc.state.schema import Column, Schema
 from rustsim_hpc.storage import CheckpointHeader, write_checkpoint
 
 ROOT = Path(__file__).parents[1]

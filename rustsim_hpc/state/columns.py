@@ -9,10 +9,9 @@ import numpy as np
 
 from rustsim_hpc.errors import DeviceSoaRestoreError, InvalidConfig, PartitionCheckpointError
 from rustsim_hpc.state.backing import Kind
+from rustsim_hpc.state.given_arrays import as_array, as_ids, misfit
 from rustsim_hpc.state.memory import ColumnMemory
-from rustsim_hpc.state.schema import DTYPES as DTYPES  # noqa: PLC0414
-from rustsim_hpc.state.schema import Column as Column  # noqa: PLC0414
-from rustsim_hpc.state.schema import Schema
+from rustsim_hpc.state.schema import DTYPES, Schema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -94,9 +93,9 @@ class DeviceSoaCheckpoint:
         fits = schema is not None and len(schema) == len(columns)
         wanted = schema.dtypes if schema is not None and fits else (None,) * len(columns)
         try:
-            arrays = tuple(_as_array(column, dtype) for column, dtype in zip(columns, wanted, strict=True))
+            arrays = tuple(as_array(column, dtype) for column, dtype in zip(columns, wanted, strict=True))
             if ids is not None and not isinstance(ids, np.ndarray):
-                ids = _as_ids(ids)
+                ids = as_ids(ids)
             if schema is None:
                 schema = Schema.plain(column_names, [array.dtype for array in arrays])
         except (ValueError, TypeError, OverflowError) as error:
@@ -224,14 +223,14 @@ class DeviceSoaStore:
             raise InvalidConfig(f"columns are {tuple(named)}, the schema's are {schema.names}")
         wanted = schema.dtypes if schema is not None else (None,) * len(named)
         try:
-            arrays = [_as_array(column, dtype) for column, dtype in zip(named.values(), wanted, strict=True)]
+            arrays = [as_array(column, dtype) for column, dtype in zip(named.values(), wanted, strict=True)]
             schema = Schema.plain(named, [array.dtype for array in arrays]) if schema is None else schema
-            ids = None if ids is None else _as_ids(ids)
+            ids = None if ids is None else as_ids(ids)
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidConfig(str(error)) from error
         labels = [f'column "{name}"' for name in named]
         first = next((array for array in (ids, *arrays) if array is not None and array.ndim), np.zeros(0))
-        if problem := _misfit(labels, arrays, schema, len(first)):
+        if problem := misfit(labels, arrays, schema, len(first)):
             raise InvalidConfig(problem)
         memory = _filled_memory(schema, len(first), kind, ids, arrays)
         return cls(memory, row_offset=row_offset, total_rows=total_rows)
@@ -254,11 +253,11 @@ class DeviceSoaStore:
         if names != schema.names:
             raise DeviceSoaRestoreError(f"column names {names} are not those of the schema, {schema.names}")
         try:
-            ids = None if checkpoint.default_ids else _as_ids(checkpoint.ids)
+            ids = None if checkpoint.default_ids else as_ids(checkpoint.ids)
         except (ValueError, TypeError, OverflowError) as error:
             raise DeviceSoaRestoreError(str(error)) from error
         labels = [f"column {index}" for index in range(len(names))]
-        if problem := _misfit(labels, arrays, schema, checkpoint.agent_count):
+        if problem := misfit(labels, arrays, schema, checkpoint.agent_count):
             raise DeviceSoaRestoreError(problem)
         memory = _filled_memory(schema, checkpoint.rows, kind, ids, arrays)
         try:
@@ -342,57 +341,6 @@ class DeviceSoaStore:
 
     def __repr__(self) -> str:
         return f"DeviceSoaStore({self.memory.rows} rows, columns {', '.join(self.column_names) or 'none'})"
-
-
-def _as_array(column: Any, dtype: np.dtype[Any] | None) -> Array:
-    """Return an array as it is, and a list as an array of `dtype` if that loses no kind of value."""
-    if isinstance(column, np.ndarray):
-        return column
-    array = np.asarray(column)
-    if dtype is None or array.dtype == dtype:
-        return array
-    if (
-        array.size
-        and not np.can_cast(array.dtype, dtype, "same_kind")
-        and (array.dtype.kind, dtype.kind) != ("i", "u")
-    ):
-        raise ValueError(f"values of {array.dtype} cannot become a column of {dtype}")
-    # From the list again: NumPy then checks that each integer fits.
-    return np.asarray(column, dtype)
-
-
-def _as_ids(ids: Any) -> Array:
-    """Return ids as uint64 (n,), refusing what is not a row of integers of 64 bits."""
-    if not isinstance(ids, np.ndarray):
-        ids = list(ids)
-        strange = next(
-            (one for one in ids if isinstance(one, bool) or not isinstance(one, int | np.integer)), None
-        )
-        if strange is not None:
-            raise ValueError(f"ids must be integers from 0 to 2^64 - 1, got {strange!r}")
-        if any(not 0 <= one < 2**64 for one in ids):
-            raise ValueError(f"ids must be integers from 0 to 2^64 - 1, got {min(ids)} to {max(ids)}")
-        return np.array(ids, dtype=np.uint64)
-    if ids.ndim != 1:
-        raise ValueError(f"ids have {ids.ndim} dimensions, expected 1")
-    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
-        raise ValueError(f"ids have dtype {ids.dtype.str}, expected uint64")
-    if ids.dtype.kind == "i" and ids.size and ids.min() < 0:
-        raise ValueError(f"ids must not be negative, got {ids.min()}")
-    return ids.astype(np.uint64, copy=False)
-
-
-def _misfit(labels: Sequence[str], arrays: Sequence[Array], schema: Schema, rows: int) -> str:
-    """Return what is wrong with columns for a schema and a number of rows, or ""."""
-    for label, array, dtype in zip(labels, arrays, schema.dtypes, strict=True):
-        if array.ndim != 1:
-            return f"{label} has {array.ndim} dimensions, expected 1"
-        if array.dtype != dtype:
-            found = array.dtype.name if array.dtype.isnative else array.dtype.str
-            return f"{label} has dtype {found}, expected {dtype}"
-        if len(array) != rows:
-            return f"{label} has {len(array)} rows, expected {rows}"
-    return ""
 
 
 def _filled_memory(
