@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import linecache
 import re
@@ -11,12 +12,13 @@ from typing import Any
 
 from numba import types
 
-from rustsim_hpc.errors import KernelError
+from rustsim_hpc.errors import KernelError, nearest
 from rustsim_hpc.kernels.draws import ready_draws
 from rustsim_hpc.modeling.model import Reduction, RowKernel
 from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.modeling.signatures import where
 
+_UNKNOWN = re.compile(r"name '(\w+)' is not defined|has no attribute '(\w+)'")
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -150,10 +152,16 @@ def _kernel_error(
     phase: str, fn: Callable[..., Any], reads: Sequence[Binding], signature: Sequence[Any], text: str
 ) -> KernelError:
     """Build the error for a function that Numba refuses: its line, the arguments there, Numba's reason."""
-    own = inspect.unwrap(fn).__code__.co_filename
+    plain = inspect.unwrap(fn)
+    own = plain.__code__.co_filename
     locations = [(path, int(line)) for path, line in _LOCATION.findall(text)]
+    near = ""
+    # Of a name that is nowhere, Numba does not say the line.
+    if (unknown := _UNKNOWN.search(text)) and (named := _line_of(plain, unknown[1] or unknown[2])):
+        locations = [(own, named)]
+        near = nearest(unknown[1], (*plain.__code__.co_varnames, *plain.__globals__)) if unknown[1] else ""
     matching = [(p, n) for p, n in locations if Path(p).name == Path(own).name]
-    path, line = (matching or locations or [(own, inspect.unwrap(fn).__code__.co_firstlineno)])[-1]
+    path, line = (matching or locations or [(own, plain.__code__.co_firstlineno)])[-1]
     source = linecache.getline(own if matching else path, line).strip()
     used = [
         f"{read.argument} ({kind})"
@@ -163,9 +171,15 @@ def _kernel_error(
     arguments = f"; arguments there: {', '.join(used)}" if used else ""
     return KernelError(
         f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: "
-        f"{reason(text)}",
+        f"{reason(text)}{near}",
         phase=phase,
     )
+
+
+def _line_of(fn: Callable[..., Any], name: str) -> int | None:
+    """Return the first line on which a function names a global or an attribute, None where it does not."""
+    steps = (step for step in dis.get_instructions(fn) if step.argval == name and step.positions)
+    return next((step.positions.lineno for step in steps if step.positions), None)
 
 
 def reason(text: str) -> str:
