@@ -46,12 +46,14 @@ def rows_from_checkpoints(
 ) -> None:
     """Find rows in the nearest checkpoint at or after a step. Collective.
 
-    The other side is its own checkpoint of that step or, where can_run says that it may be, it run again.
+    The other side is its own checkpoint of that step or, where can_run says that it may be, it run again: not
+    one that does not repeat its own record, since the state that it was in does not come back.
     """
     sides = (report.left, report.right)
     for at in sorted({at for side in sides for at, _ in side.checkpoints if at >= step}):
         stored = [dict(side.checkpoints).get(at) for side in sides]
-        if None in stored and not can_run:
+        missing = [side for side, path in zip(sides, stored, strict=True) if path is None]
+        if missing and not (can_run and all(_repeats(side, at) for side in missing)):
             continue
         try:
             made = [_rows(side, at, path, bench, team) for side, path in zip(sides, stored, strict=True)]
@@ -67,6 +69,11 @@ def rows_from_checkpoints(
             continue
         return
     report.notes.append("there is no later checkpoint that could tell the rows")
+
+
+def _repeats(side: RunSide, step: int) -> bool:
+    """Return whether a side that is run again has, as far as is known, the state of a step that it was in."""
+    return side.strayed is None or step < side.strayed[0]
 
 
 def _given(by_side: Mapping[int, Rows]) -> RowsOf:
