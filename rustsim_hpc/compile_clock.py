@@ -13,10 +13,12 @@ class CompileClock:
 
     Attributes:
         seconds: the sum so far, over all threads of the process.
+        running: threads that are compiling or loading at this moment.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.running = 0
         self._lock = threading.Lock()
         self._thread = threading.local()
 
@@ -35,6 +37,8 @@ class CompileClock:
         self._thread.depth = depth + 1
         if depth == 0:
             self._thread.begun = time.perf_counter()
+            with self._lock:
+                self.running += 1
 
     def end(self) -> None:
         """End what :meth:`begin` began."""
@@ -42,6 +46,7 @@ class CompileClock:
         if self._thread.depth == 0:
             with self._lock:
                 self.seconds += time.perf_counter() - self._thread.begun
+                self.running -= 1
 
 
 CLOCK = CompileClock()

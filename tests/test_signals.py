@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.job.signals import SIGNALS, StopRequests
 from rustsim_hpc.job.watchdog import Watchdog
 
@@ -252,6 +253,21 @@ def test_a_watchdog_without_a_limit_watches_nothing() -> None:
     with Watchdog(60, backstop=False):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_process_that_compiles_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step: ended.append((phase, step)))
+    with Watchdog(0.05, backstop=False) as watchdog:
+        watchdog.beat("step", 0)
+        with CLOCK.counting(), CLOCK.counting():
+            time.sleep(0.5)
+            assert (CLOCK.running, ended) == (1, [])
+        assert CLOCK.running == 0
+        until = time.monotonic() + 30
+        while not ended and time.monotonic() < until:
+            time.sleep(0.01)
+    assert ended[0] == ("step", 0)
 
 
 def test_an_unwritable_folder_does_not_keep_the_watchdog_from_ending_it(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.ranks.leaving import Leaving
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
@@ -30,6 +31,9 @@ from rustsim_hpc.run_folder.crash import write_crash_bundle
 EXIT_CODE = 3
 PATIENCE = 5.0
 """Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
+
+COMPILING = 60.0
+"""Seconds that a limit is at least while this process compiles: that is slow, but not stuck."""
 
 _STDERR = 2
 
@@ -110,7 +114,8 @@ class Watchdog:
                     self._leaving.leave(code)
                 if not self.limit:
                     continue
-                if quiet >= self.limit and (quiet >= self.limit + patience or not self.waiting()):
+                limit = max(self.limit, COMPILING) if CLOCK.running else self.limit
+                if quiet >= limit and (quiet >= limit + patience or not self.waiting()):
                     self._expire(*seen)
                 if self._backstop:
                     faulthandler.dump_traceback_later(2 * self.limit + 30, exit=True, file=_STDERR)
