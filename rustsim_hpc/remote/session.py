@@ -211,6 +211,8 @@ class RemoteSession:
         for share, result in zip(reach, converse(talks), strict=True):
             if isinstance(result, LinkError):
                 self._contacts.give_up(share)
+                lost = f"the worker at {share.address.endpoint} {result}"
+                self._tell(f"{lost}: its rows of step {self._step} are made again here")
                 continue
             for column, pieces in zip(self.work.program.written, result, strict=True):
                 target = memory.array(column, int(memory.parity[column]))[share.rows]
