@@ -4,9 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import test_cuda_graphs as graphs
 from cuda_planes import CudaSuite, expected, needs_compiler
+from cuda_source import needs_gxx
 from executor_suite import Driven
 from fake_cupy import FakeCupy
+from test_cuda_kernels import assert_same, plane_of
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -64,6 +67,20 @@ def test_graphs_of_launches(cupy):
     driven.run(1)
     assert driven.stream == expected(9, **config)
     driven.plane.close()
+
+
+@needs_gxx
+def test_graphs_of_stages_and_cuda_c(cupy):
+    bound = graphs.whole_steps(graphs.STIR)
+    there = plane_of(bound, 1, (rs.PartitionWorker.cuda_device("gpu", 0),))
+    there.run_partitions_with_executor(9, rs.CudaPartitionExecutor())
+    assert cupy.standin.counts["capture"] == 2 * 2, "each of two segments, for both ways that the sides stand"
+    assert cupy.standin.counts["replay"] == 2 * (9 - 4)
+    here = plane_of(bound, 1)
+    here.run_partitions_with_executor(9, rs.InlinePartitionExecutor())
+    assert_same(here, there)
+    there.close()
+    assert not cupy.standin.live
 
 
 def test_a_driver_that_makes_no_graphs(cupy):

@@ -65,6 +65,10 @@ def test_one_stream(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     show(lambda: load("flights", monkeypatch).main(5, agents=20_000, steps=5))
 
 
+def test_devices_that_are_none(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    show(lambda: load("devices", monkeypatch).main(4, seed=2))
+
+
 def test_what_is_told_is_what_was_recorded() -> None:
     docs = DRILLS.parent / "docs"
     text = (docs / "drills.md").read_text(encoding="utf-8")
@@ -72,7 +76,8 @@ def test_what_is_told_is_what_was_recorded() -> None:
     rows = re.findall(row, text, re.MULTILINE)
     told = {script for script, _, _ in rows}
     assert told >= {
-        f"{name}.py" for name in ("kill", "flip", "restore", "disk_full", "faults", "flights", "cost")
+        f"{name}.py"
+        for name in ("kill", "flip", "restore", "disk_full", "faults", "flights", "cost", "devices")
     }
     assert all((DRILLS / script).is_file() for script in told)
     for _, result, log in rows:
