@@ -545,6 +545,13 @@ def test_a_rank_that_cannot_join_ends_it_on_all(tmp_path: Path, monkeypatch: pyt
 # --- metrics log, crash bundle, environment
 
 
+@pytest.mark.parametrize("step", ['"10"', "null", "[]"])
+def test_a_metrics_log_with_another_step_than_a_number_is_cut_there(tmp_path: Path, step: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}}}\n{{"step": 2}}\n')
+    MetricsLog(tmp_path, resume_step=10).close()
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
 def test_the_metrics_log_is_cut_back_on_resume(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in (0, 5, 10, 15):
@@ -749,9 +756,10 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (folder.path / "curve.csv").write_text("a\n1,2\n")
     with pytest.raises(RunFolderError, match="line 2 has 2 fields, expected 1"):
         run.series("curve")
-    (folder.path / "outputs.json").write_text('{"outputs": [{}]}')
-    with pytest.raises(RunFolderError, match=r"cannot read .*outputs\.json"):
-        run.outputs()
+    for text in ('{"outputs": [{}]}', "[1, 2]", '{"outputs": 1}', '{"outputs": [1]}'):
+        (folder.path / "outputs.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"cannot read .*outputs\.json"):
+            run.outputs()
     (folder.path / "job.toml").write_text("=")
     with pytest.raises(RunFolderError, match=r"cannot read .*job\.toml"):
         open_run(folder.path)

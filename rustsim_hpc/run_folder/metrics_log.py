@@ -77,7 +77,8 @@ def _entries_up_to(path: Path, step: int) -> int:
             entry = json.loads(line)
         except ValueError:
             break
-        if not isinstance(entry, dict) or entry.get("step", step + 1) > step:
+        made = entry.get("step") if isinstance(entry, dict) else None
+        if not isinstance(made, int) or made > step:
             break
         count += 1
     return count

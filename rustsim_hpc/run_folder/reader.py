@@ -160,8 +160,11 @@ class Run:
         """
         path = self.path / MANIFEST
         with _reading(path):
-            entries = json.loads(path.read_bytes())["outputs"] if path.exists() else []
-            return {str(entry["file"]): str(entry["kind"]) for entry in entries}
+            try:
+                entries = json.loads(path.read_bytes())["outputs"] if path.exists() else []
+                return {str(entry["file"]): str(entry["kind"]) for entry in entries}
+            except TypeError as error:
+                raise ValueError(f"not the list of a run's outputs ({error})") from error
 
     def series(self, name: str) -> dict[str, Array]:
         """Return a series as one array a column; ``name`` is its file's, with or without the ending.
