@@ -15,6 +15,7 @@ from compare_runs import (
     mpirun,
     needs_mpirun,
     report_of,
+    write_job,
 )
 
 
@@ -54,6 +55,20 @@ def test_run_that_is_as_its_log(clean: Path, tmp_path: Path, options: tuple[str,
     recorded = json.loads((run / "run.json").read_text())
     assert facts["fingerprint"] == recorded["fingerprint"]
     assert content(run) == before
+
+
+def test_a_run_is_checked_while_it_is_made(clean: Path, tmp_path: Path) -> None:
+    log, job = clean / "replay.jsonl", write_job(tmp_path)
+    same = ("--no-progress", "--verify", log, "--out")
+    assert command("run", job, *same, tmp_path / "equal")[0] == 0
+    code, _, err = command("run", job, "--seed=2", *same, tmp_path / "other")
+    assert code == 4
+    assert "replay diverged at step 1:" in err
+    hint = f"hint: rustsim-hpc verify {tmp_path / 'other'} --against {log} finds phase and rows"
+    assert hint in err.splitlines()
+    code, out, _ = verify(tmp_path / "other", log)
+    assert code == 4
+    assert "other seed: " in out
 
 
 @needs_mpirun

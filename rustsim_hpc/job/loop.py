@@ -15,7 +15,7 @@ from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import Profiler, RunProfile
 from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.control.stepping import Executor
-from rustsim_hpc.errors import CheckpointWriteFailed, RustsimError
+from rustsim_hpc.errors import CheckpointWriteFailed, ReplayDivergence, RustsimError
 from rustsim_hpc.job.checkpoints import JobCheckpoints
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.progress import Progress
@@ -254,6 +254,9 @@ class JobRun:
         try:
             yield
         except Exception as error:
+            if isinstance(error, ReplayDivergence) and self.spec.replay.verify:
+                search = f"rustsim-hpc verify {self.folder.path} --against {self.spec.replay.verify}"
+                error.add_facts(hint=f"{search} finds phase and rows")
             write_crash_bundle(
                 self.folder.path,
                 rank=self.team.rank,
