@@ -223,3 +223,56 @@ def test_a_key_out_of_range_says_whether_the_step_or_its_result_is_meant() -> No
         with pytest.raises(rs.EngineControlPlaneError, match=r"key 3 .* in the state at step 3$") as caught:
             plane.step_partitions_with_executor(rs.InlinePartitionExecutor())
     assert caught.value.step == 2
+
+
+@rs.reduction("sum")
+def everyone():
+    return 1
+
+
+@rs.reduction("min")
+def least(c1):
+    return 3
+
+
+@rs.reduction("histogram", bins=2)
+def all_in_one():
+    return 1
+
+
+@rs.reduction("sum", bins=2, key=lambda c1: 0)
+def keyed(c1):
+    return 2
+
+
+def test_reductions_of_a_constant() -> None:
+    """Numba calls what ``return 1`` gives the literal 1; it is an int64 like others."""
+    model = rs.Model(
+        columns=[rs.Column("c1", "int8")],
+        initialise=lambda rows, params, tables, seed: {"c1": np.zeros(rows.stop - rows.start, np.int8)},
+        phases=[everyone, least, all_in_one, keyed],
+    )
+    bound = BoundModel(model, {}, seed=1, agents=10)
+    config = rs.ControlPlaneConfig(partition_plan=rs.PartitionPlan.row_ranges(10, 3))
+    with rs.EngineControlPlane(rs.ColumnarRuntime(bound.new_store(0, 10)), config) as made:
+        made.add_model(bound)
+        made.step_partitions_with_executor(rs.InlinePartitionExecutor())
+        values = {name: np.asarray(value).tolist() for name, value in made.values.items()}
+    assert values == {"everyone": 10, "least": 3, "all_in_one": [0, 10], "keyed": [20, 0]}
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        ("columns", None),
+        ("columns", ["x"]),
+        ("phases", None),
+        ("checks", 3),
+        ("params", []),
+        ("step_length", "1"),
+    ],
+)
+def test_a_model_of_the_wrong_kinds(field: str, given: Any) -> None:
+    fields = {"columns": [rs.Column("c1", "int8")], "initialise": initialise, "phases": [halve], field: given}
+    with pytest.raises(rs.RustsimError, match=r"must be|not a Column"):
+        BoundModel(rs.Model(**fields), {}, seed=1, agents=1)

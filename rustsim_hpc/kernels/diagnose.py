@@ -73,7 +73,8 @@ def return_type(phase: str, function: Any, reads: Sequence[Binding], signature: 
             function.compile(signature)
     except Exception as error:
         raise _kernel_error(phase, function.py_func, reads, signature, str(error)) from error
-    return function.overloads[signature].signature.return_type
+    # Of `return 1` Numba says that it is the literal 1; what is reduced or stored is an int64.
+    return types.unliteral(function.overloads[signature].signature.return_type)
 
 
 def _signature(reads: Sequence[Binding], types_by_name: Mapping[str, Any], ready: int = 0) -> tuple[Any, ...]:

@@ -100,6 +100,7 @@ class BoundModel:
         reference: Any = None,
         tables: Mapping[str, Array] | None = None,
     ) -> None:
+        _require_kinds(model)
         self.model = model
         self.schema: Schema = model.schema()
         self.phases: tuple[Phase, ...] = model.phase_list()
@@ -320,6 +321,16 @@ def _as_array(name: Any, value: Any, fn: Any) -> Array:
         return np.ascontiguousarray(value)
     except ValueError as error:  # rows of several lengths
         raise ModelError(f'table "{name}" ({where(fn)}) is not an array: {error}') from error
+
+
+def _require_kinds(model: Model) -> None:
+    """Raise ModelError where a field of a model is not of the kind that it is declared to be."""
+    sequences = ("columns", "phases", "checks", "outputs")
+    wanted: list[tuple[str, Any, str]] = [(name, Sequence, "a list") for name in sequences]
+    wanted += [("params", Mapping, "a dict"), ("step_length", int | float | np.number, "a number")]
+    for name, kind, what in wanted:
+        value = getattr(model, name)
+        _require(isinstance(value, kind), f"{name} of a model must be {what}, got {value!r}")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -171,7 +171,7 @@ def row_kernel(
         name: name of the phase; the function's by default.
 
     The arguments bind by name: columns, parameters, tables, results of earlier reductions and derived
-    values as they are at this row, and ``step``, ``row``, ``id`` and ``rng``.
+    values as they are at this row, and ``step``, ``row``, ``id`` and ``rng``. Literals are float64 and int64.
     """
     targets = _targets("row_kernel", writes)
     if not targets:

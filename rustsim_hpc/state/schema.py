@@ -106,7 +106,10 @@ class Schema:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
         seen: set[str] = set()
-        for column in self.columns:
+        columns: tuple[Any, ...] = self.columns
+        for column in columns:
+            if not isinstance(column, Column):
+                raise ModelError(f"{column!r} is not a Column")
             if column.name in seen:
                 raise ModelError(f'two columns are called "{column.name}"')
             seen.add(column.name)
