@@ -292,6 +292,8 @@ class EngineControlPlane:
     def checkpoint(self, label: str | None = None) -> EngineCheckpoint:
         """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it.
 
+        The fingerprint is made before this returns; files of checkpoints are proved behind the steps.
+
         Raises:
             CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
             TornState: there is no whole state.
