@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from compare_runs import mpirun, needs_mpirun
 
+from rustsim_hpc.ranks.launcher import must_end
 from rustsim_hpc.ranks.leaving import Leaving, goodbye
 
 MODEL = """
@@ -115,6 +118,19 @@ def test_last_words_go_to_mpich_alone() -> None:
             his.recv(10)
         goodbye({"PMI_FD": str(mine.fileno()), "MPI_LOCALRANKID": "0"})
         assert his.recv(100) == b"cmd=finalize\n"
+
+
+def test_what_cannot_be_interrupted_must_end() -> None:
+    code = "import time\nfrom rustsim_hpc.ranks.launcher import must_end\n"
+    late = subprocess.run(
+        [sys.executable, "-c", code + "with must_end('the start', 0.2): time.sleep(60)"],
+        capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert (late.returncode, late.stderr.count("\n")) == (3, 1)
+    assert late.stderr.startswith("Error: the start has not ended in 0.2 s on ")
+    with must_end("a quick one", 0.2):
+        pass
+    time.sleep(0.5)  # this process is still there
 
 
 @needs_mpirun

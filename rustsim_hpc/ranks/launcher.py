@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +22,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["SHARED_MEMORY", "Launcher", "check_shared_memory", "detect_launcher", "why_not_shared"]
+__all__ = [
+    "SHARED_MEMORY",
+    "Launcher",
+    "check_shared_memory",
+    "detect_launcher",
+    "must_end",
+    "why_not_shared",
+]
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where MPI has its own memory and its shared windows)
+START_SECONDS = 600.0
+"""What the start of MPI may take: a rank that never comes is waited for without an end otherwise."""
+
 _BYTES_A_RANK = 1 << 20
 """What MPI takes there for a rank before the first message: MPICH 5 was seen to need a little more."""
 
@@ -103,6 +117,24 @@ def why_not_shared(array: NDArray[Any] | None) -> str | None:
         if array.nbytes > room.f_bavail * room.f_frsize:
             return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
     return None
+
+
+@contextmanager
+def must_end(what: str, seconds: float = START_SECONDS) -> Iterator[None]:
+    """End this process with a line and exit code 3 if the block, which nothing interrupts, takes longer."""
+
+    def give_up() -> None:
+        sys.stderr.write(f"Error: {what} has not ended in {seconds:g} s on {socket.gethostname()}\n")
+        sys.stderr.flush()
+        os._exit(3)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -18,7 +18,13 @@ import numpy as np
 
 from rustsim_hpc.errors import LauncherError, TeamError
 from rustsim_hpc.ranks.agreement import agree, agree_hash
-from rustsim_hpc.ranks.launcher import Launcher, check_shared_memory, detect_launcher, why_not_shared
+from rustsim_hpc.ranks.launcher import (
+    Launcher,
+    check_shared_memory,
+    detect_launcher,
+    must_end,
+    why_not_shared,
+)
 from rustsim_hpc.ranks.leaving import Leaving, goodbye
 
 if TYPE_CHECKING:
@@ -349,7 +355,8 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
                 _last_words(f"{error} (on {error.host})")
             raise
         # One thread calls MPI: the locks of a higher level cost a tenth of every collective.
-        mpi.Init_thread(mpi.THREAD_FUNNELED)
+        with must_end(f"the start of MPI ({launcher.size} ranks)"):
+            mpi.Init_thread(mpi.THREAD_FUNNELED)
     world = mpi.COMM_WORLD
     if world.Get_size() != launcher.size:
         raise _crossed(launcher, f"MPI here ({library}) sees {world.Get_size()}")
