@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -111,6 +112,12 @@ def _content(place: Path) -> bytes:
     with suppress(OSError):
         return place.read_bytes()
     return b""
+
+
+def last_words(message: str) -> None:
+    """Write one line to standard error."""
+    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.flush()
 
 
 def goodbye(environ: Mapping[str, str] | None = None) -> None:

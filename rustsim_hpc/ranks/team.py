@@ -25,7 +25,7 @@ from rustsim_hpc.ranks.launcher import (
     must_end,
     why_not_shared,
 )
-from rustsim_hpc.ranks.leaving import Leaving, goodbye
+from rustsim_hpc.ranks.leaving import Leaving, goodbye, last_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -172,7 +172,7 @@ class SoloTeam:
 
     def abort(self, code: int, message: str) -> NoReturn:
         """Write one line to standard error and end the process with `code`."""
-        _last_words(message)
+        last_words(message)
         os._exit(code)
 
 
@@ -302,7 +302,7 @@ class MpiTeam:
 
     def abort(self, code: int, message: str) -> NoReturn:
         """Write one line to standard error and end all ranks with `code`."""
-        _last_words(f"rank {self.rank} of {self.size} on {self.host}: {message}")
+        last_words(f"rank {self.rank} of {self.size} on {self.host}: {message}")
         if self.leaving is not None and self.leaving.together(code):
             goodbye()
             os._exit(code)
@@ -322,11 +322,6 @@ class MpiTeam:
         self.waiting, self.broken = False, True
         message = f"a collective failed: {error}"
         return TeamError(message=message, rank=self.rank, host=self.host, hint="a rank was probably lost")
-
-
-def _last_words(message: str) -> None:
-    sys.stderr.write(" ".join(message.split()) + "\n")
-    sys.stderr.flush()
 
 
 def open_team(environ: Mapping[str, str] | None = None) -> Team:
@@ -352,7 +347,7 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
         except LauncherError as error:
             if error.rank:
                 # Rank 0, which speaks, may be on another machine and know nothing of it.
-                _last_words(f"{error} (on {error.host})")
+                last_words(f"{error} (on {error.host})")
             raise
         # One thread calls MPI: the locks of a higher level cost a tenth of every collective.
         with must_end(f"the start of MPI ({launcher.size} ranks)"):
