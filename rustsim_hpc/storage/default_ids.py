@@ -12,13 +12,14 @@ to a whole byte and to an empty window (RFC 1951); so can its Adler-32 (RFC 1950
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-CHUNK_ROWS = 1 << 20
+_PERIOD = 1 << 16
+CHUNK_ROWS = 16 * _PERIOD
 """Rows of a chunk; a multiple of 2^16, so that the two lowest planes are the same in all chunks of a file."""
 
 _LEVEL = 9
@@ -53,7 +54,7 @@ def chunk_of_ids(first: int, rows: int) -> bytes:
 
 
 def _pieces(first: int, rows: int) -> Iterator[_Piece]:
-    yield _low_planes(first % (1 << 16), rows)
+    yield _low_planes(first % _PERIOD, rows)
     for shift in range(16, 64, 8):
         at = first
         while at < first + rows:
@@ -65,18 +66,28 @@ def _pieces(first: int, rows: int) -> Iterator[_Piece]:
 
 @lru_cache(maxsize=16)
 def _low_planes(first: int, rows: int) -> _Piece:
-    low = np.arange(first, first + rows, dtype="<u8").view(np.uint8).reshape(rows, 8)[:, :2]
-    return _compressed(low.T.tobytes())
+    again = np.roll(np.arange(_PERIOD, dtype="<u2"), -first).view(np.uint8).reshape(_PERIOD, 2)
+    return _compressed(part for plane in again.T for part in _repeated(plane.tobytes(), rows))
 
 
 @lru_cache(maxsize=2048)
 def _run(value: int, count: int) -> _Piece:
-    return _compressed(bytes([value]) * count)
+    return _compressed(_repeated(bytes([value]) * _PERIOD, count))
 
 
-def _compressed(data: bytes) -> _Piece:
+def _repeated(data: bytes, size: int) -> Iterator[bytes]:
+    """Yield ``size`` bytes, of ``data`` again and again: a chunk is never in memory."""
+    for start in range(0, size, len(data)):
+        yield data[: size - start]
+
+
+def _compressed(parts: Iterable[bytes]) -> _Piece:
     deflate = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return _Piece(deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH), zlib.adler32(data), len(data))
+    made, adler, size = [], 1, 0
+    for part in parts:
+        made.append(deflate.compress(part))
+        adler, size = zlib.adler32(part, adler), size + len(part)
+    return _Piece(b"".join((*made, deflate.flush(zlib.Z_FULL_FLUSH))), adler, size)
 
 
 def _joined(adler: int, piece: _Piece) -> int:
