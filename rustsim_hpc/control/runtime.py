@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rustsim_hpc.control.metrics import ColumnarPhaseBackend
@@ -218,7 +216,8 @@ class ColumnarRuntime:
             ColumnarRuntimeError: a phase failed; nothing has changed.
             InvalidConfig: a step is being made already, or there is no step index after this one.
         """
-        with self.making_steps(1):
+        self.begin_steps(1)
+        try:
             start = time.perf_counter_ns()
             stepper = self.stepper(two_sided=True)
             try:
@@ -228,27 +227,25 @@ class ColumnarRuntime:
                 raise error from error.__cause__
             self.commit(stepper)
             return self.timing(stepper, report, start)
+        finally:
+            self.in_step.release()
 
     def refuse_in_step(self) -> None:
         """Raise InvalidConfig while a step is being made."""
         if self.in_step.locked():
             raise _in_a_step()
 
-    @contextmanager
-    def making_steps(self, steps: int) -> Iterator[None]:
-        """Hold :attr:`in_step` while so many steps are made.
+    def begin_steps(self, steps: int) -> None:
+        """Take :attr:`in_step` for so many steps; the caller releases it after them.
 
         Raises:
             InvalidConfig: a step is being made already, or there are not so many step indices left.
         """
         if not self.in_step.acquire(blocking=False):
             raise _in_a_step()
-        try:
-            if self._step_index + steps > MAX_STEP_INDEX:
-                raise InvalidConfig(f"there is no step after step index {MAX_STEP_INDEX}")
-            yield
-        finally:
+        if self._step_index + steps > MAX_STEP_INDEX:
             self.in_step.release()
+            raise InvalidConfig(f"there is no step after step index {MAX_STEP_INDEX}")
 
     def stepper(self, *, two_sided: bool) -> Stepper:
         """Return what steps the runtime phases, bound to the state as it lies now."""
