@@ -6,7 +6,7 @@
 COUNT rounds, at 10^7 rows of four float32 columns:
     pause      of the step loop when a checkpoint is due, against np.copyto of the state; no step is recorded
     write      bytes per second from then on, against `dd conv=fsync` of as many bytes in the same round
-    restore    from file, with both proofs, against reading the same datasets with h5py alone
+    restore    from file, with both proofs, against reading the columns with h5py alone
     memory     the highest resident size of a run with checkpoints, above that of one of 1,000 rows
     verify     a step that is verified against a log, against one that is recorded
 Medians are compared with the bounds that the project has set itself; the exit code is 1 where one is not
@@ -70,9 +70,9 @@ def dd(path: Path, size: int) -> None:
 
 
 def read_plain(path: Path) -> None:
-    """Read the datasets of a checkpoint with h5py and nothing else."""
+    """Read the columns of a checkpoint with h5py and nothing else."""
     with h5py.File(path) as file:
-        for name in ("ids", *(f"columns/{column}" for column in SCHEMA.names)):
+        for name in (f"columns/{column}" for column in SCHEMA.names):
             file[name][:]
 
 
