@@ -61,7 +61,8 @@ _INTEGRATE = (
     "`x += vx*dt; y += vy*dt; vx *= keep; vy *= keep` over four float32 columns, {rows:,} rows. By hand: one "
     "Numba loop that does all four in place, {who}; keeping the state before, it reads one set of columns "
     "and fills another. The engine: two row kernels, with everything that a step promises. `torn` works in "
-    "place too, `rollback` keeps the state before the step until the step is whole."
+    "place too, `rollback` keeps the state before the step until the step is whole. Each is timed right "
+    "after a call of its own that is not: as in the middle of a long run."
 )
 
 
@@ -85,18 +86,18 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         )
         timings = interleave(
             {
-                "hand": Case(lambda: [by_hand.integrate(*hand, dt, keep) for _ in range(2)], 2),
-                "hand.beside": Case(
+                "hand": Case.steady(lambda: [by_hand.integrate(*hand, dt, keep) for _ in range(2)], 2),
+                "hand.beside": Case.steady(
                     lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
                 ),
-                "numpy": Case(lambda: _numpy_integrate(*plain)),
-                "torn": Case(lambda: torn.step(2), 2),
-                "rollback": Case(lambda: rollback.step(2), 2),
-                "torn.fused": Case(lambda: torn.step_fused(FUSED), FUSED),
-                "rollback.fused": Case(lambda: rollback.step_fused(FUSED), FUSED),
-                "digest": Case(lambda: digest.step(2), 2),
+                "numpy": Case.steady(lambda: _numpy_integrate(*plain)),
+                "torn": Case.steady(lambda: torn.step(2), 2),
+                "rollback": Case.steady(lambda: rollback.step(2), 2),
+                "torn.fused": Case.steady(lambda: torn.step_fused(FUSED), FUSED),
+                "rollback.fused": Case.steady(lambda: rollback.step_fused(FUSED), FUSED),
+                "digest": Case.steady(lambda: digest.step(2), 2),
                 "fnv1a": Case(lambda: fnv.step(1)),
-                "hash": Case(lambda: _bare_hash(hand)),
+                "hash": Case(lambda: _bare_hash(plain)),
             },
             size.rounds,
         )
@@ -144,13 +145,13 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         engines = {key: stack.enter_context(Engine(made)) for key, made in setups.items()}
         run = stack.enter_context(shared_out(size.workers))
         cases = {
-            "hand": Case(lambda: [run(by_hand.integrate, hand, dt, keep) for _ in range(2)], 2),
-            "hand.beside": Case(
+            "hand": Case.steady(lambda: [run(by_hand.integrate, hand, dt, keep) for _ in range(2)], 2),
+            "hand.beside": Case.steady(
                 lambda: [run(by_hand.integrate_beside, [*old, *new], dt, keep) for old, new in turns], 2
             ),
-            "prange": Case(lambda: [by_hand.integrate_cores(*hand, dt, keep) for _ in range(2)], 2),
-            **{key: Case(partial(engine.step, 2), 2) for key, engine in engines.items()},
-            "threads.fused": Case(lambda: engines["threads.rollback"].step_fused(FUSED), FUSED),
+            "prange": Case.steady(lambda: [by_hand.integrate_cores(*hand, dt, keep) for _ in range(2)], 2),
+            **{key: Case.steady(partial(engine.step, 2), 2) for key, engine in engines.items()},
+            "threads.fused": Case.steady(lambda: engines["threads.rollback"].step_fused(FUSED), FUSED),
         }
         timings = interleave(cases, size.rounds)
     names = {
@@ -236,9 +237,9 @@ def orbit_all(size: Size, bandwidth: Bandwidth) -> Section:
     with Engine(setup) as rollback, Engine(replace(setup, guard="torn")) as torn:
         timings = interleave(
             {
-                "hand": Case(lambda: by_hand.orbit_cores(hand, *values)),
-                "torn": Case(lambda: torn.step(2), 2),
-                "rollback": Case(lambda: rollback.step(2), 2),
+                "hand": Case.steady(lambda: by_hand.orbit_cores(hand, *values)),
+                "torn": Case.steady(lambda: torn.step(2), 2),
+                "rollback": Case.steady(lambda: rollback.step(2), 2),
             },
             size.rounds,
         )

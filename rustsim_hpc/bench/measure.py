@@ -20,6 +20,14 @@ class Case:
     units: int = 1
     settle: Callable[[], object] | None = None
 
+    @classmethod
+    def steady(cls, call: Callable[[], object], units: int = 1) -> Case:
+        """Return a case that is called once before each timed call: as a step in the middle of a long run.
+
+        It then finds in the caches what its own last call has left there, not what the case before it has.
+        """
+        return cls(call, units, settle=call)
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -65,13 +65,13 @@ def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
     }
     with ExitStack() as stack:
         cases = {
-            "hand": Case(lambda: [by_hand.integrate(*mine, dt, keep) for _ in range(2)], 2),
-            "hand.beside": Case(
+            "hand": Case.steady(lambda: [by_hand.integrate(*mine, dt, keep) for _ in range(2)], 2),
+            "hand.beside": Case.steady(
                 lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
             ),
         }
         for key, made in setups.items():
-            cases[key] = Case(partial(stack.enter_context(Engine(made, team)).step, 2), 2)
+            cases[key] = Case.steady(partial(stack.enter_context(Engine(made, team)).step, 2), 2)
         return _interleave(team, cases, rounds)
 
 
