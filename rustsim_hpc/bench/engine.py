@@ -9,7 +9,7 @@ from typing import Any, Self
 from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.runtime import ColumnarRuntime
-from rustsim_hpc.control.stepping import Executor
+from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.processes import ProcessPartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor

@@ -112,7 +112,7 @@ class Checkpointing:
         store, step = self._runtime.device_store(), self._runtime.step_index
         validate_plan(self._config.partition_plan, store.total_rows)
         made = []
-        for task in self._stepping.tasks():
+        for task in self._stepping.bindings.tasks():
             state = store.checkpoint(task.start, task.stop)
             fingerprint = fingerprint_checkpoint(step, state, self._config.fingerprint)
             made.append(PartitionCheckpoint(task.assignment, step, fingerprint, state.resident_bytes, state))
@@ -136,7 +136,7 @@ class Checkpointing:
         def expected(stop: int) -> Sequence[PartitionAssignment]:
             if alone:
                 return plan.materialized_assignments(stop)
-            return [task.assignment for task in self._stepping.tasks()]
+            return [task.assignment for task in self._stepping.bindings.tasks()]
 
         def prepare() -> DeviceSoaStore:
             store = new_store(assemble_partitions(given, expected, current.row_offset), current, alone=alone)

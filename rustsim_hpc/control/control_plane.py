@@ -21,8 +21,9 @@ from rustsim_hpc.control.reports import PartitionedStep as PartitionedStep  # no
 from rustsim_hpc.control.reports import PhaseReports, StepSpent
 from rustsim_hpc.control.runtime import ColumnarRuntime, closure_phase
 from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
-from rustsim_hpc.control.stepping import Executor, Stepping
+from rustsim_hpc.control.stepping import Stepping
 from rustsim_hpc.errors import InvalidConfig
+from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase, Phase
@@ -59,6 +60,7 @@ class EngineControlPlane:
         self._replay = ReplayRecorder(self._config.replay_mode, self._config.fingerprint, runtime.step_index)
         self._proof = StateProof(runtime.device_store(), self._team, self._config.fingerprint)
         self._stepping = Stepping(runtime, self._config, self._replay, self._proof)
+        self._bindings = self._stepping.bindings
         self._checkpoints = Checkpointing(self._stepping, self._meter)
 
     @classmethod
@@ -80,7 +82,7 @@ class EngineControlPlane:
 
     def runtime_mut(self) -> ColumnarRuntime:
         """Return the wrapped runtime, to be changed: sums remembered of its state are forgotten."""
-        self._stepping.take_back()
+        self._runtime.take_back()
         self._proof.forget()
         return self._runtime
 
@@ -127,12 +129,12 @@ class EngineControlPlane:
 
     def add_partition_cpu_phase(self, name: str, function: Any) -> None:
         """Add a phase ``fn(context, columns, rows)`` that :meth:`step_partitions` runs on each partition."""
-        self._stepping.drop(StepKind.PARTITION)
+        self._bindings.drop(StepKind.PARTITION)
         self._partition_phases.append(closure_phase(name, function))
 
     def add_partition_executor_phase(self, name: str, function: Any) -> None:
         """Add a phase for :meth:`step_partitions_with_executor`; it may run on several threads at once."""
-        self._stepping.drop(StepKind.EXECUTOR)
+        self._bindings.drop(StepKind.EXECUTOR)
         self._executor_phases.append(closure_phase(name, function))
 
     def add_model(self, model: BoundModel, *, checked: bool = False, tile_rows: int = 0) -> None:
@@ -146,20 +148,20 @@ class EngineControlPlane:
         Raises:
             InvalidConfig: there are executor phases already, or the state has other columns than the model.
         """
-        self._stepping.drop(StepKind.EXECUTOR)
+        self._bindings.drop(StepKind.EXECUTOR)
         if self._executor_phases:
             raise InvalidConfig("a model's phases cannot be added to other executor phases")
         if model.schema != self._runtime.schema:
             raise InvalidConfig("the runtime's store does not have the model's columns")
         self._executor_phases = list(model.phases)
-        self._stepping.model = model
-        self._stepping.compile_options = {"checked": checked, "tile_rows": tile_rows}
+        self._bindings.model = model
+        self._bindings.compile_options = {"checked": checked, "tile_rows": tile_rows}
 
     def stepper(self, executor: Executor) -> Stepper:
         """Return what steps the executor phases through an executor, bound to the state as it lies now."""
         self._stepping.ready()
         base = self._phase_base(StepKind.EXECUTOR)
-        return self._stepping.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
+        return self._bindings.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
 
     def fingerprint(self) -> ReplayFingerprint:
         """Return the fingerprint of the current state under the configured scheme."""
@@ -338,7 +340,7 @@ class EngineControlPlane:
         self._begin()
         start = time.perf_counter_ns()
         base = self._phase_base(kind)
-        stepper = self._stepping.stepper(kind, executor, phases, base)
+        stepper = self._bindings.stepper(kind, executor, phases, base)
         before = self._runtime.step_index
         report, fingerprint = self._stepping.step(kind, stepper, base, repeat)
         total_us = (time.perf_counter_ns() - start) // 1000
@@ -378,8 +380,7 @@ class EngineControlPlane:
 
     def close(self) -> None:
         """Release what executors hold (threads, processes); the plane stays usable."""
-        for kind in StepKind:
-            self._stepping.drop(kind)
+        self._bindings.drop_all()
 
     def __enter__(self) -> Self:
         return self

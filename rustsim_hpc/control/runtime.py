@@ -178,6 +178,11 @@ class ColumnarRuntime:
         """
         self._store.memory.refresh()
 
+    def take_back(self) -> None:
+        """Let nobody else keep the state, which is to be changed; in the middle of a step it stays."""
+        if not self.in_step.locked():
+            self._store.memory.take_back()
+
     def add_cpu_phase(self, name: str, fn: object) -> None:
         """Add a phase ``fn(context, columns, rows)`` that runs over all rows of this rank.
 

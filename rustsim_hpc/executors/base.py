@@ -216,6 +216,10 @@ class ResidentExecutor(Protocol):
         ...
 
 
+Executor = PartitionExecutor | ResidentExecutor
+"""What a plane steps its partitions with."""
+
+
 def require_local(work: Work, executor: str) -> None:
     """Raise ExecutorError if a partition's backend is not the local CPU."""
     for task in work.tasks:

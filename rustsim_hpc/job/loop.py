@@ -14,8 +14,8 @@ import numpy as np
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import Profiler, RunProfile
 from rustsim_hpc.control.stepper import Stepper
-from rustsim_hpc.control.stepping import Executor
 from rustsim_hpc.errors import CheckpointWriteFailed, ReplayDivergence, RustsimError
+from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.job.checkpoints import JobCheckpoints
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.progress import Progress

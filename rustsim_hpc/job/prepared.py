@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rustsim_hpc.control.stepping import Executor
 from rustsim_hpc.errors import JobError, nearest
+from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor

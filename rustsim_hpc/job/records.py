@@ -9,9 +9,8 @@ import numpy as np
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import RunProfile
-from rustsim_hpc.control.stepping import Executor
 from rustsim_hpc.errors import OutputError
-from rustsim_hpc.executors.base import ResidentSession
+from rustsim_hpc.executors.base import Executor, ResidentSession
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase
