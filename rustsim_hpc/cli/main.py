@@ -16,8 +16,8 @@ from rustsim_hpc.cli.bench import bench
 from rustsim_hpc.cli.common import Session
 from rustsim_hpc.cli.compare import diff, verify
 from rustsim_hpc.cli.fork import fork
-from rustsim_hpc.cli.look import doctor, inspect, plan
 from rustsim_hpc.cli.run import resume, run
+from rustsim_hpc.cli.show import doctor, inspect, plan
 from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
 from rustsim_hpc.errors import RustsimError, named
