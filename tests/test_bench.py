@@ -68,6 +68,17 @@ def test_integrate_by_hand_is_the_model(loop: Any) -> None:
         np.testing.assert_allclose(mine, engine, rtol=2e-7)  # by hand LLVM may contract x + vx*dt
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0, 5000), (7, 4999), (3, 20), (0, 0)])
+def test_loops_by_hand_that_keep_the_state_before_agree(begin: int, end: int) -> None:
+    """Any rows: those in front of a cache line and behind the last one are stored plainly."""
+    old = [column[begin:end] for column in setting.columns_of(integrate.model(), 5000)]
+    plain, around = (setting.columns_of(integrate.model(), 5000) for _ in range(2))
+    for loop, new in ((by_hand.integrate_beside, plain), (by_hand.integrate_around, around)):
+        loop(*old, *(column[begin:end] for column in new), integrate.DT, integrate.KEEP)
+    for one, other in zip(plain, around, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-7)
+
+
 def test_orbit_by_hand_is_the_model() -> None:
     columns = setting.columns_of(orbit.model(), 5000)
     by_hand.orbit_cores(columns, orbit.DT, orbit.K, orbit.KEEP, orbit.WIDTH)

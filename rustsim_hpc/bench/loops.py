@@ -60,9 +60,10 @@ def memory(size: Size) -> tuple[Section, Bandwidth]:
 _INTEGRATE = (
     "`x += vx*dt; y += vy*dt; vx *= keep; vy *= keep` over four float32 columns, {rows:,} rows. By hand: one "
     "Numba loop that does all four in place, {who}; keeping the state before, it reads one set of columns "
-    "and fills another. The engine: two row kernels, with everything that a step promises. `torn` works in "
-    "place too, `rollback` keeps the state before the step until the step is whole. Each is timed right "
-    "after a call of its own that is not: as in the middle of a long run."
+    "and fills another, with plain stores or with stores around the cache. The engine: two row kernels, with "
+    "everything that a step promises. `torn` works in place too, `rollback` keeps the state before the step "
+    "until the step is whole. Each is timed right after a call of its own that is not: as in the middle of a "
+    "long run."
 )
 
 
@@ -90,6 +91,9 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
                 "hand.beside": Case.steady(
                     lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
                 ),
+                "hand.around": Case.steady(
+                    lambda: [by_hand.integrate_around(*old, *new, dt, keep) for old, new in turns], 2
+                ),
                 "numpy": Case.steady(lambda: _numpy_integrate(*plain)),
                 "torn": Case.steady(lambda: torn.step(2), 2),
                 "rollback": Case.steady(lambda: rollback.step(2), 2),
@@ -104,6 +108,7 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
     names = {
         "hand": "by hand",
         "hand.beside": "by hand, keeping the state before",
+        "hand.around": "by hand, keeping it, around the cache",
         "numpy": "NumPy, in place",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
@@ -149,6 +154,9 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
             "hand.beside": Case.steady(
                 lambda: [run(by_hand.integrate_beside, [*old, *new], dt, keep) for old, new in turns], 2
             ),
+            "hand.around": Case.steady(
+                lambda: [run(by_hand.integrate_around, [*old, *new], dt, keep) for old, new in turns], 2
+            ),
             "prange": Case.steady(lambda: [by_hand.integrate_cores(*hand, dt, keep) for _ in range(2)], 2),
             **{key: Case.steady(partial(engine.step, 2), 2) for key, engine in engines.items()},
             "threads.fused": Case.steady(lambda: engines["threads.rollback"].step_fused(FUSED), FUSED),
@@ -157,6 +165,7 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
     names = {
         "hand": f"by hand, {size.workers} threads",
         "hand.beside": f"by hand, {size.workers} threads, keeping the state before",
+        "hand.around": f"by hand, {size.workers} threads, keeping it, around the cache",
         "prange": "by hand, prange",
         "threads.torn": "engine, threads, torn",
         "threads.rollback": "engine, threads, rollback",

@@ -69,6 +69,9 @@ def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
             "hand.beside": Case.steady(
                 lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
             ),
+            "hand.around": Case.steady(
+                lambda: [by_hand.integrate_around(*old, *new, dt, keep) for old, new in turns], 2
+            ),
         }
         for key, made in setups.items():
             cases[key] = Case.steady(partial(stack.enter_context(Engine(made, team)).step, 2), 2)
@@ -142,6 +145,7 @@ def integrate_ranks(size: Size, bandwidth: Bandwidth) -> Section:
     names = {
         "hand": "by hand, mpi4py and Numba",
         "hand.beside": "by hand, mpi4py and Numba, keeping the state before",
+        "hand.around": "by hand, mpi4py and Numba, keeping it, around the cache",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
         "digest": "engine, rollback, digest of each step",
