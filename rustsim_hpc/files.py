@@ -12,12 +12,65 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 TEMPORARY_SUFFIX = ".rustsim-tmp"
 """How the names of unfinished files end; nothing that ends so is ever read."""
+
+
+class NotAFileError(OSError):
+    """What stands at a path is no regular file: a pipe would be waited for, a device read without end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.EINVAL, "it is not a regular file", str(path))
+
+    def __reduce__(self) -> tuple[type[NotAFileError], tuple[Path]]:
+        return type(self), (Path(self.filename),)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Return a descriptor of a regular file; the one way in which files that may not be ours are opened.
+
+    Raises:
+        NotAFileError: it is a pipe, a device or a socket. Nothing is waited for.
+        OSError: it is a folder, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        # A socket cannot be opened at all, a pipe without a reader not for writing.
+        if error.errno == errno.ENXIO:
+            raise NotAFileError(path) from error
+        raise
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise NotAFileError(path)
+
+
+def require_regular(path: Path) -> None:
+    """Check that a library which opens files by name will not wait for one.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    os.close(open_regular(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: as `open_regular`; or it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def temporary_path(path: Path) -> Path:
@@ -111,7 +164,7 @@ class AppendFile:
             OSError: it cannot be opened.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self.size = os.fstat(self._descriptor).st_size
 
     def append(self, *parts: bytes | memoryview) -> None:
@@ -165,7 +218,7 @@ def whole_lines(path: Path) -> Iterator[bytes]:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield line[:-1]
@@ -178,7 +231,7 @@ def keep_lines(path: Path, count: int) -> None:
         OSError: it cannot be read or written; it is then as before.
     """
     size = 0
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         for number, line in enumerate(file):
             if number == count or not line.endswith(b"\n"):
                 break

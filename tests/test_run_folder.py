@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -22,7 +23,10 @@ from rustsim_hpc.control.metrics import EngineMetrics
 from rustsim_hpc.errors import CheckpointFileError, OutputError, PartitionExecution, RunFolderError
 from rustsim_hpc.files import (
     AppendFile,
+    NotAFileError,
     keep_lines,
+    read_bytes,
+    require_regular,
     sweep_temporary,
     temporary_path,
     whole_lines,
@@ -90,6 +94,22 @@ def test_temporary_files_are_swept_and_others_are_not(tmp_path: Path) -> None:
         path.write_text("x")
     assert sweep_temporary(tmp_path) == [left]
     assert sorted(tmp_path.iterdir()) == sorted(keep)
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe, zeros = tmp_path / "pipe", tmp_path / "zeros"
+    os.mkfifo(pipe)
+    zeros.symlink_to("/dev/zero")
+    for path in (pipe, zeros):
+        for open_it in (read_bytes, require_regular, AppendFile, lambda p: list(whole_lines(p))):
+            with pytest.raises(NotAFileError, match="it is not a regular file") as caught:
+                open_it(path)
+            copy = pickle.loads(pickle.dumps(caught.value))
+            assert (type(copy), str(copy)) == (NotAFileError, str(caught.value))
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
 
 
 def test_a_record_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

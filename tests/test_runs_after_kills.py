@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import xxhash
 from compare_runs import ROOT, command, make_run, write_job
 
 import rustsim_hpc as rs
+from rustsim_hpc.errors import RustsimError
+from rustsim_hpc.run_folder.record import RECORD
 
 
 def test_left_overs_of_a_kill_are_swept_when_the_run_goes_on(tmp_path: Path) -> None:
@@ -112,3 +116,65 @@ def test_a_step_that_an_output_lacks_is_made_again(tmp_path: Path, monkeypatch: 
     assert command("resume", failed, "--no-progress")[0] == 0
     for name in ("curve.csv", "replay.jsonl"):
         assert (failed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _finished(folder: Path) -> Path:
+    """Run the drills' job to step 6 in `folder`; return it."""
+    job = ROOT / "drills" / "drill.toml"
+    assert command("run", job, "--out", folder, "--no-progress", "--steps=6")[0] == 0
+    return folder
+
+
+def _read_everything(folder: Path) -> None:
+    run = rs.open_run(folder)
+    for read in (run.outputs, run.checkpoints, run.columns, run.replay, run.metrics, run.crashes):
+        read()
+    for name, kind in run.outputs().items():
+        {"series": run.series, "arrays": run.arrays, "sample": run.samples}[kind](name)
+
+
+def test_pipes_in_place_of_a_runs_files_are_told_and_not_waited_for(tmp_path: Path) -> None:
+    whole, old = _finished(tmp_path / "whole"), "checkpoints/step_0000000003"
+    names = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()]
+    assert {"job.toml", "run.json", "crowd.h5", "checkpoints/step_0000000006.proof.json"} <= {*names}
+    for name in names:
+        folder = tmp_path / "piped"
+        shutil.copytree(whole, folder)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        if name not in (".lock", ".lock.ranks", f"{old}.h5", f"{old}.proof.json"):
+            with pytest.raises(RustsimError):
+                _read_everything(folder)
+        for words in (("inspect", folder), ("diff", folder, whole), ("resume", folder, "--steps=7")):
+            code, _, err = command(*words)
+            assert code in (0, 2, 3, 5), (name, words, err)
+            assert "--debug" not in err, (name, words, err)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("broken", ["replay.jsonl", "curve.csv", "checkpoints/step_0000000006.h5"])
+def test_a_resume_that_fails_leaves_a_finished_runs_record_as_it_is(tmp_path: Path, broken: str) -> None:
+    folder = _finished(tmp_path / "run")
+    before = (folder / RECORD).read_bytes()
+    content = (folder / broken).read_bytes()
+    (folder / broken).write_bytes(b"not what it was\n")
+    code, _, _ = command("resume", folder, "--steps=8", "--at=6", "--no-progress")
+    assert code in (2, 3, 5)
+    assert (folder / RECORD).read_bytes() == before
+    (folder / broken).write_bytes(content)
+    assert command("resume", folder, "--steps=8", "--no-progress")[0] == 0
+    assert [session["status"] for session in rs.open_run(folder).record["sessions"]] == ["done", "done"]
+
+
+def test_a_step_that_fails_leaves_a_finished_runs_record_until_one_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _finished(tmp_path / "run")
+    before = (folder / RECORD).read_bytes()
+    monkeypatch.setenv("DRILL_FAULT", "middle:raise:6:0")
+    assert command("resume", folder, "--steps=9", "--no-progress")[0] == 3
+    assert (folder / RECORD).read_bytes() == before
+    monkeypatch.setenv("DRILL_FAULT", "middle:raise:7:0")
+    assert command("resume", folder, "--steps=9", "--no-progress")[0] == 3
+    run = rs.open_run(folder)
+    assert (run.status, run.step_index) == ("failed", 7)

@@ -671,7 +671,7 @@ def test_what_is_out_of_reach_is_not_moved_aside(tmp_path: Path, monkeypatch: py
     def deny(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr("rustsim_hpc.storage.proof.read_bytes", deny)
     with pytest.raises(CheckpointFileError, match="Permission denied") as caught:
         load_newest(tmp_path, SoloTeam(), whole)
     assert not caught.value.damaged

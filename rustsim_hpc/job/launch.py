@@ -106,8 +106,6 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
     if loaded is None:
         return _first_store(prepared), None
     step = loaded.header.step_index
-    if at is not None:
-        on_first_rank(team, lambda: set_aside_later(folder.checkpoints, step))
     on_all(team, lambda: folder.update(session={"resumed_from": step}))
     for line in machine_differences(folder):
         _say(team, f"warning: {line}")
@@ -249,6 +247,8 @@ def _run(
         resumed_from=resumed_from, last_sequence=last_sequence, forked=forked,
         progress=options.progress, profile=options.profile,
     )  # fmt: skip
+    if resumed_from is not None:
+        on_all(team, lambda: _take_back(folder, step_index, team))
     session.reported = True
     result = run.run()
     session.reported = False
@@ -279,6 +279,15 @@ def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> Engine
     plane = EngineControlPlane(runtime, config)
     plane.add_model(prepared.model, checked=spec.run.check, tile_rows=spec.run.tile_rows or 0)
     return plane
+
+
+def _take_back(folder: RunFolder, step: int, team: Team) -> None:
+    """Set aside what a run has left of steps that it makes again; a finished one's record tells it first."""
+    if team.rank > 0:
+        return
+    if folder.takes_back(step):
+        folder.begin()
+    set_aside_later(folder.checkpoints, step)
 
 
 def _choose_folder(spec: JobSpec, options: RunOptions, team: Team) -> Path:

@@ -178,6 +178,7 @@ class JobRun:
             if votes & _TROUBLE:
                 agree(self.team, self.records.trouble)
             if before == begun:
+                self._on_first(self.folder.begin)
                 self._note_workers(tell=self.resumed_from is not None)
             stepped = time.perf_counter_ns()
             self.records.after_step(step.fingerprint)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rustsim_hpc.errors import JobError
+from rustsim_hpc.files import read_bytes
 from rustsim_hpc.job.key_errors import Origin, describe, nearest_of
 from rustsim_hpc.job.keys import (
     BACKEND_VARIABLE,
@@ -85,7 +86,7 @@ def read_job(
             has one line for each mistake.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise JobError(f"{path}: {error.strerror or error}", hint=_job_files_beside(path)) from error
     except UnicodeDecodeError as error:

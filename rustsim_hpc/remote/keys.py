@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import RemoteError, message_of
+from rustsim_hpc.files import read_bytes
 
 _Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _SECRET = 0o600
@@ -119,7 +120,7 @@ def _public(path: Path, who: str) -> str:
 
 def _read(path: Path, who: str) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bytes(path).decode())
     except (OSError, ValueError) as error:
         hint = "rustsim-hpc worker --make-keys DIR makes keys"
         raise RemoteError(f"cannot read the key {path}: {message_of(error)}", hint=hint) from error

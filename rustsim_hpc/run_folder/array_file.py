@@ -33,7 +33,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rustsim_hpc.files import AppendFile, publish, temporary_path, write_atomic
+from rustsim_hpc.files import (
+    AppendFile,
+    open_regular,
+    publish,
+    require_regular,
+    temporary_path,
+    write_atomic,
+)
 from rustsim_hpc.run_folder.sample_journal import (
     Array,
     JournalRecord,
@@ -220,7 +227,7 @@ def _reserve(path: Path, size: int) -> None:
     So the room must be there before; closing cuts the file to what is used.
     """
     if hasattr(os, "posix_fallocate"):
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = open_regular(path, os.O_RDWR)
         try:
             os.posix_fallocate(descriptor, 0, size)
         finally:
@@ -314,6 +321,7 @@ def _joined(arrays: dict[str, Array], fresh: list[JournalRecord]) -> dict[str, A
 def _read_file(path: Path) -> tuple[dict[str, Array], int]:
     import h5py
 
+    require_regular(path)
     with h5py.File(path, "r", locking=False) as file:
         _check_format(file)
         return {name: np.asarray(file[name][()]) for name in file}, int(file.attrs["every"])
@@ -323,6 +331,7 @@ def _stored(path: Path) -> tuple[npt.NDArray[np.int64], Layout | None]:
     """Return the steps in an HDF5 file of samples, and the layout of a sample, None without samples."""
     import h5py
 
+    require_regular(path)
     with h5py.File(path, "r", locking=False) as file:
         _check_format(file)
         names = sorted(set(_sampled(file)) - {"step", "time"})

@@ -26,7 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rustsim_hpc.errors import OutputError, RunFolderError
-from rustsim_hpc.files import TEMPORARY_SUFFIX, fsync_folder, sweep_temporary, write_atomic
+from rustsim_hpc.files import (
+    TEMPORARY_SUFFIX,
+    NotAFileError,
+    fsync_folder,
+    read_bytes,
+    sweep_temporary,
+    write_atomic,
+)
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.run_folder import crash, metrics_log
@@ -67,12 +74,15 @@ class RunFolder:
         path: the folder.
         lock: this rank's hold on it; worker processes must inherit ``lock.descriptors``.
         record: the content of ``run.json``; on rank 0 only, empty elsewhere.
+
+    The record of a finished run stays on the disk as it is until `begin`.
     """
 
-    def __init__(self, path: Path, lock: FolderLock, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, lock: FolderLock, record: dict[str, Any], *, begun: bool) -> None:
         self.path = path
         self.lock = lock
         self.record = record
+        self._begun = begun
 
     @classmethod
     def create(
@@ -126,6 +136,8 @@ class RunFolder:
     ) -> Self:
         """Take an existing run's folder to go on with it; left-overs of a killed writer are swept.
 
+        The record of a finished run is not touched before `begin`: what fails until then changes nothing.
+
         Raises:
             RunFolderError: it is no run's folder, its record is damaged, or it is in use; the same on every
                 rank.
@@ -171,10 +183,12 @@ class RunFolder:
         except (RunFolderError, OSError) as caught:
             error = _folder_error(path, caught)
         hosts = team.gather(host_facts(facts.device))
+        begun = record.get("status") != "done"
         if team.rank == 0 and hosts is not None:
             begin_session(record, facts, by_host(hosts), team.size, resumed_from)
             try:
-                write_record(path, record)
+                if begun:
+                    write_record(path, record)
             except OSError as caught:
                 error = _folder_error(path, caught)
         try:
@@ -184,7 +198,7 @@ class RunFolder:
                 lock.release()
             raise
         assert lock is not None  # noqa: S101 (agree has raised where there is none)
-        return cls(path, lock, record)
+        return cls(path, lock, record, begun=begun)
 
     @property
     def replay_log(self) -> Path:
@@ -196,6 +210,20 @@ class RunFolder:
         """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
+    def begin(self) -> None:
+        """Write down that this session works on the run: it is about to change what the run has left.
+
+        Raises:
+            OutputError: the record cannot be written; the file is as before.
+        """
+        if not self._begun:
+            self._begun = True
+            self._write()
+
+    def takes_back(self, step_index: int) -> bool:
+        """Return whether a run that was finished goes on from a step before its last, on rank 0."""
+        return not self._begun and step_index < int(self.record.get("step_index") or 0)
+
     def update(self, **facts: Any) -> None:
         """Put facts into the record, on rank 0; elsewhere nothing happens. ``session=`` updates its session.
 
@@ -206,6 +234,12 @@ class RunFolder:
             return
         self.record["sessions"][-1].update(facts.pop("session", {}))
         self.record.update(facts)
+        if self._begun:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.record:
+            return
         try:
             write_record(self.path, self.record)
         except OSError as error:
@@ -220,11 +254,14 @@ class RunFolder:
         fingerprint: int | None = None,
         reason: str | None = None,
     ) -> None:
-        """Record how this session of the run ended.
+        """Record how this session of the run ended; one that failed before it changed anything, not at all.
 
         Raises:
             OutputError: the record cannot be written.
         """
+        if status == "failed" and not self._begun:
+            return
+        self._begun = True
         value = None if fingerprint is None else f"{fingerprint:#018x}"
         end = {"status": status, "step_index": step_index, "fingerprint": value, "ended": now()}
         self.update(**end, session={**end, "exit_code": exit_code, "reason": reason})
@@ -315,7 +352,7 @@ def _clear(path: Path) -> None:
 
 def _outputs_of(path: Path) -> Iterable[str]:
     try:
-        entries = json.loads((path / MANIFEST).read_bytes())["outputs"]
+        entries = json.loads(read_bytes(path / MANIFEST))["outputs"]
         files = [str(entry["file"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -326,6 +363,8 @@ def _folder_error(path: Path, error: Exception) -> RunFolderError:
     if isinstance(error, RunFolderError):
         return error
     text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, NotAFileError):
+        text = f"{Path(error.filename).name}: {text}"
     wrapped = RunFolderError(f"cannot use the folder {path}: {text}", hint="give another one with --out")
     wrapped.__cause__ = error
     return wrapped

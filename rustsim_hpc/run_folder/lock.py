@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Self
 
 from rustsim_hpc.errors import RunFolderError
+from rustsim_hpc.files import open_regular, read_bytes
 
 OWNER = ".lock"
 RANKS = ".lock.ranks"
@@ -106,7 +107,7 @@ class FolderLock:
 def read_holder(folder: Path) -> dict[str, object]:
     """Return what the newest run wrote into the lock: token, pid, host, since; empty if there was none."""
     try:
-        holder = json.loads((folder / OWNER).read_bytes())
+        holder = json.loads(read_bytes(folder / OWNER))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
@@ -124,7 +125,7 @@ def is_locked(folder: Path) -> bool:
     """Return whether a process holds the folder at this moment."""
     for name, kind in ((OWNER, fcntl.LOCK_SH), (RANKS, fcntl.LOCK_EX)):
         try:
-            descriptor = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_regular(folder / name, os.O_RDWR)
         except OSError:
             # Not there, or not ours to write: then nobody can be told from somebody.
             continue
@@ -143,7 +144,7 @@ def _wait(folder: Path, name: str, kind: int, deadline: float) -> int:
     """Return a descriptor of the lock file that has the lock, or raise at the deadline."""
     while True:
         try:
-            descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_regular(folder / name, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             # On a network file system another machine sees a new folder a little later.
             descriptor = -1

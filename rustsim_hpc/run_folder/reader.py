@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rustsim_hpc.errors import RunFolderError, RustsimError, nearest
+from rustsim_hpc.files import read_bytes
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.run_folder import crash
 from rustsim_hpc.run_folder.array_file import read_samples
@@ -74,7 +75,7 @@ class Run:
             what = f"it has no {JOB}" if path.is_dir() else "there is no such folder"
             raise RunFolderError(f"{path} is not a run's folder: {what}")
         with _reading(path / JOB):
-            self.job: dict[str, Any] = tomllib.loads((path / JOB).read_text())
+            self.job: dict[str, Any] = tomllib.loads(read_bytes(path / JOB).decode())
         self.record: dict[str, Any] = {}
         self.reload()
 
@@ -161,7 +162,7 @@ class Run:
         path = self.path / MANIFEST
         with _reading(path):
             try:
-                entries = json.loads(path.read_bytes())["outputs"] if path.exists() else []
+                entries = json.loads(read_bytes(path))["outputs"] if path.exists() else []
                 return {str(entry["file"]): str(entry["kind"]) for entry in entries}
             except TypeError as error:
                 raise ValueError(f"not the list of a run's outputs ({error})") from error

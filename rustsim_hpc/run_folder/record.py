@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from rustsim_hpc.errors import RunFolderError
-from rustsim_hpc.files import write_atomic
+from rustsim_hpc.files import read_bytes, write_atomic
 from rustsim_hpc.run_folder.environment import versions
 
 RECORD = "run.json"
@@ -83,7 +83,7 @@ def read_record(path: Path) -> dict[str, Any]:
         RunFolderError: it is not there, damaged, or of another version.
     """
     try:
-        record = json.loads((path / RECORD).read_bytes())
+        record = json.loads(read_bytes(path / RECORD))
     except OSError as error:
         raise RunFolderError(f"cannot read {path / RECORD}: {error.strerror}") from error
     except ValueError as error:

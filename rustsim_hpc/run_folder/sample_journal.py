@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rustsim_hpc.files import open_regular
+
 _HEAD = struct.Struct("<4sIQI")  # magic, header bytes, payload bytes, CRC-32 of header and payload
 _MAGIC = b"rsj1"
 
@@ -77,7 +79,7 @@ def scan_journal(path: Path) -> Iterator[JournalRecord]:
         OSError: it cannot be read.
     """
     try:
-        file = path.open("rb")
+        file = os.fdopen(open_regular(path), "rb")
     except FileNotFoundError:
         return
     with file:

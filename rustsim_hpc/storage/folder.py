@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rustsim_hpc.errors import CheckpointFileError
-from rustsim_hpc.files import fsync_folder, sweep_temporary, write_atomic
+from rustsim_hpc.files import fsync_folder, read_bytes, sweep_temporary, write_atomic
 from rustsim_hpc.storage.proof import (
     Manifest,
     check_blocks,
@@ -136,7 +136,7 @@ def publish(path: Path, first: Path, proof: Path) -> None:
     """
     previous = previous_path(path)
     if path.exists() and proof_path(path).exists():
-        write_atomic(previous, proof_path(path).read_bytes())
+        write_atomic(previous, read_bytes(proof_path(path)))
     try:
         proof.replace(proof_path(path))
         # On the disk before the file that it proves: a crash may keep the later rename only.
@@ -206,7 +206,7 @@ def _sweep_one(path: Path) -> list[Path]:
 
 def _same_text(proof: Path, manifest: Manifest) -> bool:
     try:
-        return parse_manifest(proof.read_bytes(), proof) == manifest
+        return parse_manifest(read_bytes(proof), proof) == manifest
     except CheckpointFileError:
         return False
 

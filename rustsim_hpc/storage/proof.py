@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import xxhash
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.files import NotAFileError, open_regular, read_bytes
 from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, CheckpointHeader
 
 BLOCK_BYTES = 4 << 20
@@ -79,6 +79,8 @@ def file_errors(path: Path, doing: str = "read") -> Iterator[None]:
         yield
     except CheckpointFileError:
         raise
+    except NotAFileError as error:
+        raise CheckpointFileError(message=f"{path}: {error.strerror}") from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
         damaged = doing == "read" and error.errno not in _OUT_OF_REACH
@@ -179,9 +181,7 @@ def read_manifest(path: Path) -> Manifest:
     with file_errors(path):
         if not path.exists():
             raise CheckpointFileError(message=f"{path}: there is no such file: nothing proves the checkpoint")
-        if not path.is_file():
-            raise CheckpointFileError(message=f"{path}: it is not a file")
-        return parse_manifest(path.read_bytes(), path)
+        return parse_manifest(read_bytes(path), path)
 
 
 def block_count(size: int) -> int:
@@ -227,7 +227,7 @@ def hash_blocks(path: Path, first: int, last: int) -> list[str]:
     """
     found = []
     with file_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path)
         try:
             size = os.fstat(descriptor).st_size
             # Not mapped into memory: a file that is cut meanwhile would end the process.
@@ -261,13 +261,11 @@ def check_size(folder: Path, file: FileProof) -> None:
     path = folder / file.name
     with file_errors(path):
         # Opened, not only looked at: a network file system answers with what it remembers otherwise.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_regular(path)
         try:
             status = os.fstat(descriptor)
         finally:
             os.close(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointFileError(message=f"{path}: it is not a file")
     if status.st_size != file.size:
         raise CheckpointFileError(
             message=f"{path}: it has {status.st_size} bytes, its proof says {file.size}"
