@@ -68,7 +68,7 @@ def test_the_example_runs_and_is_told_apart_when_it_is_changed(project: Path) ->
     curve, state = run.series("curve"), run.columns("state", step=50)
     assert [int((state == code).sum()) for code in range(3)] == [int(curve[name][50]) for name in "SIR"]
     assert curve["R"][-1] > 1000
-    listed = {name.rstrip("/") for name in first_cells(PYTHON, "| in a run's folder |")}
+    listed = {name.rstrip("/") for name in first_cells(PYTHON, "| in the folder of a run |")}
     left = {path.name for path in (project / "runs" / "checked").iterdir() if not path.name.startswith(".")}
     assert left - listed == {"curve.csv"}
     assert listed - left == {"crash"}

@@ -13,9 +13,9 @@ from rustsim_hpc.job.options import OPTION_KEYS
 _HEAD: Final = """\
 # The job file
 
-A job is a TOML file: which model, which values of its parameters, how many agents and steps, and how it is
-run. A key or table that is not in the list below is refused, with the nearest one that is; so is a value of
-another type or out of its bounds. Paths are relative to the job file's folder.
+A job is a TOML file: which model, the values of its parameters, how many agents and steps, and how to run it.
+Unknown keys and tables are refused, and so are values of the wrong type or out of bounds; the message
+suggests the nearest name. Paths are relative to the folder of the job file.
 
 ```toml
 [model]
@@ -38,11 +38,13 @@ mode = "record"
 every = 50
 ```
 
-Where the list names an option, the command line sets the key with it; `--set TABLE.KEY=VALUE` sets any key,
-with the value as TOML writes it: `--set params.dt=0.1 --set checkpoint.keep=5`. Paths given on the command
-line are relative to the working directory. The run's folder keeps the job as resolved in `job.toml`, without
-the table `[command]`, which belongs to one start. The model, `[params]`, `agents` and `seed` decide the bits
-of a run; everything else decides how it is computed and what is kept.
+The last column of the table names the command-line option that sets the key. `--set TABLE.KEY=VALUE` sets any
+key, with the value written as in TOML: `--set params.dt=0.1 --set checkpoint.keep=5`. Paths on the command
+line are relative to the working directory.
+
+The folder of a run keeps the resolved job in `job.toml`, without the table `[command]`, which is for one
+start only. The model, `[params]`, `agents` and `seed` determine the bits of a run. All other keys determine
+how it is computed and what is kept.
 
 | key | type | default | meaning | option |
 | --- | --- | --- | --- | --- |

@@ -72,8 +72,8 @@ class ModelTable(_Table):
     """Which model the job runs."""
 
     module: str = _key(
-        "the model: a Python file (path ending in .py, relative to the job file) or an importable name; "
-        "it has a function `model()`",
+        "the model: a Python file (a path ending in .py, relative to the job file) or an importable module; "
+        "it must have a function `model()`",
         min_length=1,
     )
 
@@ -82,67 +82,69 @@ class RunTable(_Table):
     """How much is run, and by what."""
 
     name: str = _key("the job's name", "job", shown="the job file's name without .toml", min_length=1)
-    agents: Count = _key("number of rows of the state")
-    steps: Count = _key("step index to reach")
+    agents: Count = _key("number of agents, that is rows of the state")
+    steps: Count = _key("step index at which the run ends")
     seed: int = _key("seed of all random numbers", 0, ge=-(2**63), le=2**64 - 1)
     executor: Literal["inline", "threads", "processes", "remote"] = _key(
-        "what runs a rank's partitions on CPUs; ranks come from the launcher (mpirun, srun); `remote`: the "
-        "workers of `[remote]`",
+        "what runs the partitions of a rank on CPUs; `remote`: the workers listed in `[remote]`. (Ranks are "
+        "started by mpirun or srun.)",
         "inline",
     )
     workers: Positive | None = _key(
-        "threads or worker processes of a rank; `inline` has one, `remote` its part of the endpoints",
+        "threads or worker processes of each rank; `inline` has one, `remote` its share of the endpoints",
         None,
-        shown="the cores this rank may use, shared among the node's ranks",
+        shown="the available cores, divided among the ranks of the node",
     )
     partitions: Positive | None = _key(
-        "partitions of the state's rows; each rank runs a contiguous part of them",
+        "number of partitions of all rows; each rank runs a contiguous range of them",
         None,
         shown="one per worker of every rank, or per endpoint",
     )
     guard: Literal["rollback", "torn"] = _key(
-        "what a failed step leaves: `rollback`: the state before it; `torn`: a state that only a restore "
-        "mends, for half the memory",
+        "after a failed step: `rollback` keeps the state before it; `torn` needs half the memory, but the "
+        "state must then be restored from a checkpoint",
         "rollback",
     )
     backend: Literal["auto", "cpu", "cuda"] = _key(
-        f"where partitions run; `auto` asks the environment's {BACKEND_VARIABLE}, then takes CUDA where a "
-        "device and CuPy are",
+        f"where partitions run; `auto` takes the environment variable {BACKEND_VARIABLE} if it is set, "
+        "else CUDA if there is a device and CuPy, else the CPU",
         "auto",
     )
     fma: bool = _key(
-        "on CUDA, let products and sums of a kernel be fused: faster, and not the CPU's bits (docs/gpu.md)",
+        "on CUDA, allow fused multiply-add in kernels: faster, but other bits than on the CPU (docs/gpu.md)",
         False,
     )
     cuda_graphs: bool = _key(
-        "on CUDA, make what is queued in the same way each step a graph: fewer calls of the driver",
+        "on CUDA, record repeated work as CUDA graphs, which saves driver calls",
         True,
     )
-    share_devices: bool = _key("let ranks of a machine with fewer CUDA devices than ranks share them", False)
+    share_devices: bool = _key(
+        "allow ranks to share a CUDA device where a machine has fewer devices than ranks", False
+    )
     memory: Literal["auto", "heap", "shared", "device"] = _key(
-        "where columns live; `auto`: `shared` under MPI and for worker processes, `device` on CUDA, "
+        "memory of the columns; `auto`: `shared` under MPI and for worker processes, `device` on CUDA, "
         "else `heap`",
         "auto",
     )
     tile_rows: Annotated[int, Field(ge=4096)] | None = _key(
-        "rows of a tile, a power of two", None, shown="by the size of the cache"
+        "rows of a tile, a power of two", None, shown="from the cache size"
     )
     fuse_steps: Positive = _key(
-        "so many steps at most are made on a tile of rows before the next tile, where nothing between them "
-        "is due and no phase needs the rest of the world; 1: never",
+        "how many steps may be made on one tile of rows before the next tile, where no phase needs other "
+        "rows and nothing is due in between (fingerprint, check, output, checkpoint); 1: never",
         16,
     )
     check: bool = _key(
-        "compile with bounds checks, and refuse NaN or values out of range where they become integers", False
+        "compile with bounds checks; NaN or values out of range that become integers are errors", False
     )
     time_limit: Duration | None = _key(
         "wall-clock time after which the run saves a checkpoint and stops (exit code 75)",
         None,
-        shown="none; Slurm's own",
+        shown="none; under Slurm, the job's limit",
     )
     watchdog_seconds: Seconds = _key(
-        "a rank that stays in its start, a step or a collective for longer is reported with its stack and "
-        "ends the job; 0: never",
+        "a rank that makes no progress for longer (in its start, a step or a collective) is reported with "
+        "its stack, and the job is ended; 0: never",
         600.0,
     )
 
@@ -152,42 +154,43 @@ class RunTable(_Table):
 class ReplayTable(_Table):
     """What is recorded, and what it is checked against."""
 
-    mode: Literal["off", "record"] = _key("whether each step's fingerprint is written to replay.jsonl", "off")
-    fingerprint: Literal["digest", "fnv1a"] = _key("scheme of the fingerprints", "digest")
-    interval: Positive = _key("steps from one recorded fingerprint to the next", 1)
-    verify: str | None = _key("a replay.jsonl to check each step against", None, shown="none", min_length=1)
+    mode: Literal["off", "record"] = _key(
+        "`record`: write the fingerprint of each step to replay.jsonl", "off"
+    )
+    fingerprint: Literal["digest", "fnv1a"] = _key("fingerprint scheme (docs/fingerprints.md)", "digest")
+    interval: Positive = _key("record (or verify) every so many steps", 1)
+    verify: str | None = _key(
+        "a replay.jsonl against which each step is checked", None, shown="none", min_length=1
+    )
 
 
 class CheckpointTable(_Table):
     """When checkpoints are written, how, and which are kept."""
 
-    every: Count = _key("steps between checkpoints; 0: only at the end and on signals", 0)
-    min_seconds: Seconds = _key("wall-clock time that must have passed since the last one", 0.0)
-    keep: Positive = _key("how many of the newest stay", 3)
-    keep_every: Count = _key("checkpoints of steps divisible by it stay for ever; 0: none does", 0)
+    every: Count = _key("steps between checkpoints; 0: only at the end, and when the run is stopped", 0)
+    min_seconds: Seconds = _key("minimum wall-clock time between checkpoints, in seconds", 0.0)
+    keep: Positive = _key("number of newest checkpoints to keep", 3)
+    keep_every: Count = _key("also keep every checkpoint whose step is divisible by this; 0: none", 0)
     on_error: Literal["stop", "continue"] = _key(
-        "after a checkpoint that cannot be written: stop (exit code 5), or warn and go on", "stop"
+        "if a checkpoint cannot be written: stop (exit code 5), or warn and continue", "stop"
     )
     layout: Literal["auto", "single", "sharded"] = _key(
-        "`single`: one file written by all ranks; `sharded`: several under one master; `auto`: `single` for "
-        "one rank, else `sharded`",
+        "`single`: one file, written by all ranks; `sharded`: several files and a master that joins them; "
+        "`auto`: `single` for one rank, else `sharded`",
         "auto",
     )
-    shards: Literal["rank", "node"] = _key(
-        "a shard for each rank, or for all ranks of a node together", "rank"
-    )
-    asynchronous: bool = _key("write behind the running steps", True, alias="async")
-    compression: Literal["none", "lzf", "gzip"] = _key("filter of the columns", "none")
-    compression_columns: list[str] | None = _key("columns that are compressed", None, shown="all")
-    chunk_rows: Positive = _key("rows of a chunk of a compressed column", 1 << 18)
+    shards: Literal["rank", "node"] = _key("one shard for each rank, or for each node", "rank")
+    asynchronous: bool = _key("write while the next steps run", True, alias="async")
+    compression: Literal["none", "lzf", "gzip"] = _key("compression of the columns", "none")
+    compression_columns: list[str] | None = _key("which columns to compress", None, shown="all")
+    chunk_rows: Positive = _key("rows in a chunk of a compressed column", 1 << 18)
     alignment: Alignment = _key(
-        "bytes; columns of 64 KiB and more start at a multiple of it in their file: the block or stripe size "
-        "of the file system",
+        "columns of 64 KiB and more start at a multiple of so many bytes in the file; use the block or "
+        "stripe size of the file system",
         4096,
     )
     hints: Texts = _key(
-        "MPI-IO hints by name, for single files that parallel HDF5 writes: "
-        '`hints = { striping_factor = "16" }`',
+        'MPI-IO hints for single files written by parallel HDF5: `hints = { striping_factor = "16" }`',
         {},
         shown="none",
     )
@@ -197,35 +200,35 @@ class RemoteTable(_Table):
     """The workers of `executor = "remote"`, and how long they are waited for."""
 
     endpoints: list[str] = _key(
-        "where workers listen, as tcp://HOST:PORT; the partitions are dealt out to them in this order",
+        "addresses of the workers, as tcp://HOST:PORT; they receive the partitions in this order",
         [],
         shown="none",
     )
     keys: str | None = _key(
-        "a folder made by `rustsim-hpc worker --make-keys`; needed for workers beyond the loopback",
+        "a folder made by `rustsim-hpc worker --make-keys`; required for workers on other machines",
         None,
-        shown="none: plain connections on the loopback",
+        shown="none: unencrypted, this machine only",
         min_length=1,
     )
     connect_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _key(
-        "until a connection to a worker must stand", 10.0
+        "time limit for connecting to a worker", 10.0
     )
     answer_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _key(
-        "until a worker must have answered; compiling is part of its first step", 600.0
+        "time limit for an answer; the first step includes compilation", 600.0
     )
     retries: Annotated[int, Field(ge=0, le=1_000)] = _key(
-        "how often an unanswered request is sent again, over a fresh connection, before its worker counts as "
-        "dead, and how often in a request a worker that was started anew is brought its rows again",
+        "how often an unanswered request is sent again over a new connection before the worker counts as "
+        "dead; also how often, in one request, a restarted worker is sent its rows again",
         1,
     )
     rejoin_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _key(
-        "until a connection that broke must stand again: a worker that has died may be started anew at its "
-        "endpoint meanwhile, and the step goes on",
+        "time limit for a broken connection to come back: a worker that died can be restarted at its "
+        "endpoint within this time, and the step continues",
         15.0,
     )
     keep_steps: Positive = _key(
-        "after so many steps the state is fetched from the workers; no more than these have to be made again "
-        "when one is lost",
+        "the state is fetched from the workers every so many steps; at most these steps are computed again "
+        "when a worker is lost",
         256,
     )
 
@@ -244,12 +247,10 @@ class CommandTable(_Table):
 
     out: str | None = _key("the run's folder", None, shown="runs/NAME-TIME", min_length=1)
     force: bool = _key("use a folder that is not empty", False)
-    dry_run: bool = _key("print the resolved job and its plan, and run nothing", False)
+    dry_run: bool = _key("print the resolved job and its plan without running it", False)
     no_progress: bool = _key("no progress bar", False)
-    profile: bool = _key(
-        "end with a table of where the time went; metrics.jsonl and the line of JSON have it too", False
-    )
-    json_line: bool = _key("end standard output with one line of JSON", False, alias="json")
+    profile: bool = _key("print where the time went; also in metrics.jsonl and the JSON line", False)
+    json_line: bool = _key("print one line of JSON at the end of standard output", False, alias="json")
 
 
 class JobSpec(_Table):
