@@ -7,12 +7,13 @@ same bits. Importing the package starts nothing: no MPI, no compiler, no signal 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from rustsim_hpc.version import __version__ as __version__
 
+# Not typing's: the command imports this first, and what takes time comes after its handler of Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import typing
+
     from rustsim_hpc import errors as errors
     from rustsim_hpc import random as random
     from rustsim_hpc.control.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
@@ -211,8 +212,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Load a public name when it is first asked for."""
+    from importlib import import_module
+
     if name in _SUBMODULES:
         return import_module(f"rustsim_hpc.{name}")
     if name not in _MODULE_OF:

@@ -242,6 +242,43 @@ def test_an_interrupt_where_nothing_is_to_be_saved_gives_130(call: Call, engine:
     assert call("run", job)[0] == 130
 
 
+@pytest.mark.parametrize("module", ["click", "pydantic", "h5py"])
+def test_an_interrupt_while_something_is_imported_gives_130_and_no_traceback(
+    tmp_path: Path, job: Path, module: str
+) -> None:
+    # As with a Ctrl-C at that moment; what could swallow a KeyboardInterrupt stands around it.
+    text = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / f"{module}.py").write_text(text)
+    (tmp_path / "flock.py").write_text("import h5py\ndef model(): ...\n")
+    code = "import sys; from rustsim_hpc.__main__ import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(job)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'shadow'}{os.pathsep}{Path(__file__).parents[1]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_command_answers_an_interrupt_before_it_imports_anything() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import rustsim_hpc.__main__; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["__future__", "rustsim_hpc", "rustsim_hpc.__main__", "rustsim_hpc.version"]
+
+
 def test_mistakes_end_with_2(call: Call, engine: Engine, job: Path) -> None:
     for words, said in [
         (["run", job, "--agnets", "3"], "No such option"),
