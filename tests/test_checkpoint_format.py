@@ -42,7 +42,7 @@ def write(folder: Path, size: int, layout: str) -> None:
 def test_the_folder_is_as_documented(tmp_path: Path, size: int, layout: str, number: int) -> None:
     write(tmp_path, size, layout)
     documented, parents = set(), [tmp_path]
-    for line in block("In the folder", number):
+    for line in block("Files", number):
         depth = (len(line) - len(line.lstrip())) // 2
         name = line.split()[0].replace("1f3a9c2e", "NONCE").rstrip("/")
         parents = [*parents[: depth + 1], parents[depth] / name]
@@ -55,7 +55,7 @@ def documented_tree() -> dict[str, dict[str, bool]]:
     """Return object to attribute to whether it is only in whole files."""
     tree: dict[str, dict[str, bool]] = {}
     current = ""
-    for line in block("In the file"):
+    for line in block("Contents of a file"):
         if line.startswith("/"):
             current = line.split()[0]
             tree[current] = {}
