@@ -38,4 +38,4 @@ def test_every_key_of_the_report_is_described(tmp_path: Path) -> None:
 def test_every_cause_is_described() -> None:
     sources = [Path(str(module.__file__)).read_text() for module in (causes, divergence, run_side)]
     made = set(re.findall(r'Cause\(\s*"([a-z ]+)"', "".join(sources))) | {"dtype"}
-    assert set(table_after("What it recognises")) == made
+    assert set(table_after("Causes that are recognised")) == made
