@@ -54,8 +54,8 @@ class Size:
 QUICK = Size(rows=1_000_000, rounds=3)
 
 _TEXT = (
-    "{text} {rows:,} rows, where a line names no others. The time is that of one row and step; a multiple is "
-    "of the fastest loop by hand on as many cores."
+    "{text} {rows:,} rows, unless a line says otherwise. Times are for one row and one step; the baseline of "
+    "the multiples is the fastest loop by hand on the same number of cores."
 )
 
 
@@ -126,10 +126,10 @@ def _programs(size: Size, programs: Sequence[Program]) -> Section:
     for (source, *told), names in alike.items():
         lines.append(f"| [{'; '.join(names)}](../benchmarks/{source}) | {' | '.join(told)} |")
     text = (
-        "Each is written as its own documentation would have it, and draws with the generator that comes "
-        "with it. Columns are float32 or uint8 for all (objects have Python's numbers); a draw has 23 bits "
-        "or more. The bits of a run are what was found with the versions above. The engine is stepped "
-        "through its control plane, without a run's files around it.\n\n" + "\n".join(lines)
+        "Each program follows the documentation of its library and draws from the library's own random "
+        "generator. Columns are float32 or uint8 everywhere (objects have Python's numbers); a draw has at "
+        "least 23 bits. Whether two runs give the same bits was found out with the versions above. The "
+        "engine is stepped through its control plane and writes no files.\n\n" + "\n".join(lines)
     )
     return Section("programs", "The programs", text)
 

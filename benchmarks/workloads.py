@@ -166,20 +166,21 @@ WORKLOADS = {
         Workload(
             "walk",
             "Random walk",
-            f"Each row moves along x and along y by {REACH:g} m times a number uniform in [-1, 1), two draws "
-            f"a row and step, between walls at 0 and {WIDTH:g} m that reflect; two float32 columns, at first "
-            "spread evenly. Checked: within the walls, evenly spread still, the right mean square of the "
-            "moves, nothing in common between x and y or neighbours.",
+            f"In each step a row moves along x and along y by {REACH:g} m times a uniform random number in "
+            f"[-1, 1), two draws, between reflecting walls at 0 and {WIDTH:g} m. Two float32 columns, evenly "
+            "spread at the start. Checked: the rows are within the walls and still evenly spread, the mean "
+            "square of the moves is right, and x, y and neighbouring rows are uncorrelated.",
             start_walk,
             check_walk,
         ),
         Workload(
             "sir",
             "SIR epidemic",
-            f"One uint8 column, the state. Each step counts the infectious of all rows, "
-            f"p = 1 - exp(-{BETA} I/N), then makes one draw u a row: S becomes I if u < p, I becomes R if "
-            f"u < {GAMMA}. At first one row in {EVERY} is infectious; what is timed is the wave. Checked: "
-            "S + I + R = N, nobody goes back, and the shares follow the deterministic epidemic.",
+            f"One uint8 column, the state. Each step counts the infectious rows I of all rows N, computes "
+            f"p = 1 - exp(-{BETA} I/N), and makes one draw u a row: S becomes I if u < p, I becomes R if "
+            f"u < {GAMMA}. One row in {EVERY} is infectious at the start; the timed steps are those of the "
+            "epidemic wave. Checked: S + I + R = N, no row returns to an earlier state, and the shares "
+            "follow the deterministic epidemic.",
             start_sir,
             check_sir,
         ),

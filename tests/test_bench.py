@@ -145,7 +145,7 @@ def test_report_is_whole_as_json(report: Report) -> None:
 
 @pytest.mark.parametrize(("before", "busy"), [(0.1, False), (3.0, True)])
 def test_a_busy_machine_is_told(report: Report, before: float, busy: bool) -> None:
-    assert ("busy with something else" in replace(report, load=(before, 4.0)).text()) is busy
+    assert ("other work was running" in replace(report, load=(before, 4.0)).text()) is busy
 
 
 def test_every_goal_has_its_row(report: Report) -> None:
@@ -241,15 +241,17 @@ def test_the_readme_has_the_figures() -> None:
     assert text == readme.with_measured(text, figures), (
         "nobody writes in it by hand: rustsim-hpc bench --write docs/benchmarks.md"
     )
-    assert "as a multiple of the loop by hand" in text
+    assert "as a multiple of the loop by hand in place" in text
+    for cores in ("one core", "threads", "ranks"):
+        assert f"\n| {cores} | 1.00 x |" in text
 
 
 def test_a_readme_without_marks_stays(report: Report) -> None:
     figures = {"bench": report.to_dict()}
     assert readme.with_measured("words", figures) == "words"
-    made = readme.with_measured(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n", figures)
+    made = readme.with_measured(f"a\n{readme.BEGIN}\nstale\n{readme.END}\nb\n", figures)
     assert made == readme.with_measured(made, figures)
-    assert "old" not in made
+    assert "stale" not in made
     assert made.startswith("a\n")
     assert made.endswith(f"{readme.END}\nb\n")
 

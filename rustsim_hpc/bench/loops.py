@@ -46,11 +46,11 @@ def memory(size: Size) -> tuple[Section, Bandwidth]:
         name = f"{kind}, {'one core' if cores == 'one' else f'{size.workers} cores'}"
         rows.append(Row.of(key, name, timing, rate=rate / 1e9, unit="GB/s"))
     text = (
-        f"Numba loops over float64 arrays of {size.rows:,} items: STREAM's copy and triad, and an update in "
-        "place (`a *= f`), which spares memory the reading of lines that are only written to. Bytes are "
-        "those that the source names (16, 24 and 16 an item). Shares of bandwidth below are of the best of "
-        "the three on as many cores, each column of a model counted once where it is read and once where it "
-        "is written."
+        f"Numba loops over float64 arrays of {size.rows:,} items: the copy and triad of the STREAM "
+        "benchmark, and an update in place (`a *= f`), where no cache line is read only to be overwritten. "
+        "An item counts as 16, 24 and 16 bytes. In the tables below, the share of bandwidth refers to the "
+        "best of the three on the same number of cores; each column of a model counts once if it is read "
+        "and once if it is written."
     )
     return Section("memory", "Memory bandwidth", text, rows), Bandwidth(best["one"], best["all"])
 
@@ -59,11 +59,11 @@ def memory(size: Size) -> tuple[Section, Bandwidth]:
 
 _INTEGRATE = (
     "`x += vx*dt; y += vy*dt; vx *= keep; vy *= keep` over four float32 columns, {rows:,} rows. By hand: one "
-    "Numba loop that does all four in place, {who}; keeping the state before, it reads one set of columns "
-    "and fills another, with plain stores or with stores around the cache. The engine: two row kernels, with "
-    "everything that a step promises. `torn` works in place too, `rollback` keeps the state before the step "
-    "until the step is whole. Each is timed right after a call of its own that is not: as in the middle of a "
-    "long run."
+    "Numba loop that does all four in place, {who}. A loop that keeps the old state reads one set of columns "
+    "and writes another, with plain stores or with stores that bypass the cache. The engine: two row "
+    "kernels, with everything that a step promises. The guard `torn` works in place too; `rollback` keeps "
+    "the old state until the step is complete. Before each timed call the same case makes one that is not "
+    "timed, so that it finds the caches as it does in the middle of a long run."
 )
 
 
@@ -107,8 +107,8 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         )
     names = {
         "hand": "by hand",
-        "hand.beside": "by hand, keeping the state before",
-        "hand.around": "by hand, keeping it, around the cache",
+        "hand.beside": "by hand, keeping the old state",
+        "hand.around": "the same, bypassing the cache",
         "numpy": "NumPy, in place",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
@@ -116,15 +116,25 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         "rollback.fused": f"engine, rollback, {FUSED} steps fused",
         "digest": "engine, rollback, digest of each step",
         "fnv1a": "engine, rollback, fnv1a of each step",
-        "hash": "FNV-1a of the state alone, by the library",
+        "hash": "fnv1a of the state alone, without steps",
     }
     rows = _rows(names, timings, size.rows * BYTES["integrate"] / bandwidth.one, without=("hash", "fnv1a"))
     rows += [
         Row.of(
-            "fused.gain", "rollback, fused against one by one", timings["rollback.fused"], timings["rollback"]
+            "fused.gain",
+            "rollback, fused compared to one by one",
+            timings["rollback.fused"],
+            timings["rollback"],
         ),
-        added("digest.added", "what the digest adds", timings, "digest", "rollback", "hand"),
-        added("fnv1a.added", "what fnv1a adds, over the hash alone", timings, "fnv1a", "rollback", "hash"),
+        added("digest.added", "added by the digest", timings, "digest", "rollback", "hand"),
+        added(
+            "fnv1a.added",
+            "added by fnv1a, as a multiple of the hash alone",
+            timings,
+            "fnv1a",
+            "rollback",
+            "hash",
+        ),
     ]
     text = _INTEGRATE.format(rows=size.rows, who="on one core")
     return Section("integrate.one", "Integrate, one core", text, rows)
@@ -164,8 +174,8 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         timings = interleave(cases, size.rounds)
     names = {
         "hand": f"by hand, {size.workers} threads",
-        "hand.beside": f"by hand, {size.workers} threads, keeping the state before",
-        "hand.around": f"by hand, {size.workers} threads, keeping it, around the cache",
+        "hand.beside": f"by hand, {size.workers} threads, keeping the old state",
+        "hand.around": "the same, bypassing the cache",
         "prange": "by hand, prange",
         "threads.torn": "engine, threads, torn",
         "threads.rollback": "engine, threads, rollback",
@@ -176,10 +186,10 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
     }
     rows = _rows(names, timings, size.rows * BYTES["integrate"] / bandwidth.all)
     rows.append(
-        added("digest.added", "what the digest adds", timings, "threads.digest", "threads.rollback", "hand")
+        added("digest.added", "added by the digest", timings, "threads.digest", "threads.rollback", "hand")
     )
     text = _INTEGRATE.format(
-        rows=size.rows, who=f"the rows shared among {size.workers} threads, or by prange"
+        rows=size.rows, who=f"with the rows split between {size.workers} threads, or with prange"
     )
     return Section("integrate.all", f"Integrate, {size.workers} workers", text, rows)
 
@@ -231,7 +241,7 @@ def digests(size: Size) -> Section:
                 f"{dtype}.{key}", f"{name}, {dtype}", timings[key], timings["sum"], rate=rate, unit="GB/s"
             )
             rows.append(row)
-    text = f"One column of {size.rows:,} rows on one core: its digest, against `np.sum` of it."
+    text = f"The digest of one column of {size.rows:,} rows on one core, compared to `np.sum` of the column."
     return Section("digests", "The digest of a column", text, rows)
 
 
@@ -258,9 +268,10 @@ def orbit_all(size: Size, bandwidth: Bandwidth) -> Section:
         "rollback": "engine, threads, rollback",
     }
     text = (
-        f"Springs, drag and walls over six float32 columns, {size.rows:,} rows. By hand: eight functions, a "
-        f"prange loop each, on {size.workers} cores. The engine: eight row kernels, which share one visit of "
-        "each tile of rows. Its share of bandwidth counts each column once, the hand-written loops' as well."
+        f"Springs, drag and walls over six float32 columns, {size.rows:,} rows. By hand: eight functions "
+        f"with a prange loop each, on {size.workers} cores. The engine: eight row kernels, which it runs "
+        "together on one tile of rows after the other. The share of bandwidth counts each column once in "
+        "both."
     )
     rows = _rows(names, timings, size.rows * BYTES["orbit"] / bandwidth.all)
     return Section("orbit", f"Eight kernels, {size.workers} workers", text, rows)
@@ -296,8 +307,8 @@ def parts(size: Size, bandwidth: Bandwidth) -> Section:
         for key, name in ((f"{kind}.hand", hand), (kind, engine)):
             rows.append(Row.of(key, name, timings[key], base, share=least / timings[key].median))
     text = (
-        f"One core, {size.rows:,} rows. Random walk: two float32 columns, two uniform draws a row, walls "
-        "that reflect; by hand with splitmix64, the cheapest counter-based generator there is, against the "
-        f"engine's Philox4x32-10. Histogram: int32 keys, {tally.BINS} bins."
+        f"One core, {size.rows:,} rows. Random walk: two float32 columns, two uniform draws a row, "
+        "reflecting walls. By hand it uses splitmix64, the cheapest counter-based generator known to us; the "
+        f"engine uses Philox4x32-10. Histogram: int32 keys, {tally.BINS} bins."
     )
     return Section("parts", "Random numbers and histograms, one core", text, rows)

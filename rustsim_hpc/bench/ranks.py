@@ -138,14 +138,15 @@ def integrate_ranks(size: Size, bandwidth: Bandwidth) -> Section:
     """Measure integrate on ranks, against the same loop by hand on as many ranks."""
     ranks = size.workers
     text = (
-        f"As above, {size.rows:,} rows shared among {ranks} ranks of mpirun. By hand: mpi4py and Numba, each "
-        "rank with the loop over its rows, nothing said between them. The engine's ranks meet once a step."
+        f"As above, {size.rows:,} rows split between {ranks} ranks of mpirun. By hand: mpi4py and Numba; "
+        "each rank loops over its rows, and the ranks do not communicate. The engine's ranks meet once a "
+        "step."
     )
     section = Section("integrate.ranks", f"Integrate, mpirun -n {ranks}", text)
     names = {
         "hand": "by hand, mpi4py and Numba",
-        "hand.beside": "by hand, mpi4py and Numba, keeping the state before",
-        "hand.around": "by hand, mpi4py and Numba, keeping it, around the cache",
+        "hand.beside": "by hand, mpi4py and Numba, keeping the old state",
+        "hand.around": "the same, bypassing the cache",
         "torn": "engine, torn",
         "rollback": "engine, rollback",
         "digest": "engine, rollback, digest of each step",
@@ -164,7 +165,10 @@ def integrate_ranks(size: Size, bandwidth: Bandwidth) -> Section:
 
 def empty_rows(size: Size) -> list[Row]:
     """Measure an empty step on ranks, and the allreduce that is in it."""
-    names = {"step": ("ranks", f"mpirun {size.workers}"), "allreduce": ("allreduce", "of it, an allreduce")}
+    names = {
+        "step": ("ranks", f"mpirun {size.workers}"),
+        "allreduce": ("allreduce", "one allreduce, part of that"),
+    }
     try:
         timings = start(size.workers, what="empty", steps=size.steps, rounds=size.rounds)
     except OSError as error:
@@ -174,7 +178,7 @@ def empty_rows(size: Size) -> list[Row]:
 
 def weak_scaling(size: Size) -> list[Row]:
     """Measure us_flights on one rank and on several with as many times the agents, in turns."""
-    name = f"mpirun 1 to {size.workers}, as many agents a rank"
+    name = f"mpirun 1 to {size.workers}, with the same number of agents a rank"
     module = flights_module()
     if module is None:
         return []

@@ -7,15 +7,20 @@ from typing import Any, Final
 
 from rustsim_hpc.bench.goals import verdicts
 from rustsim_hpc.bench.measure import Row, Section, figure
-from rustsim_hpc.bench.report import Report, duration
+from rustsim_hpc.bench.report import Report, duration, wrapped
 
 BEGIN: Final = "<!-- measured: made by rustsim-hpc bench --write docs/benchmarks.md -->"
 END: Final = "<!-- end of measured -->"
 
-_LOOPS: Final = (
-    ("integrate.one", "one core"), ("integrate.all", "threads"), ("integrate.ranks", "ranks of mpirun"),
-)  # fmt: skip
-_WAYS: Final = (("torn", "torn"), ("rollback", "rollback"), ("digest", "rollback, digest of each step"))
+_LOOPS: Final = (("integrate.one", "one core"), ("integrate.all", "threads"), ("integrate.ranks", "ranks"))
+_WAYS: Final = (
+    ("hand", "by hand, in place"),
+    ("hand.around", "by hand, keeping the old state"),
+    ("torn", "engine, torn"),
+    ("rollback", "engine, rollback"),
+    ("digest", "engine, rollback, digest"),
+)
+_SIDE: Final = {"integrate.all": "threads."}  # there the engine's rows say which executor
 
 
 def measured(figures: Mapping[str, Any]) -> str:
@@ -25,40 +30,41 @@ def measured(figures: Mapping[str, Any]) -> str:
     found = verdicts(report.sections)
     size = report.settings
     text = (
-        f"On {machine['CPU']}, {machine['cores']} cores, {report.made.split()[0]}; {size['rows']:,} rows, "
-        f"{size['agents']:,} agents, medians of {size['rounds']} rounds. {sum(v.met for v in found)} of the "
-        f"{len(found)} goals that the project has set itself are met. "
-        "[docs/benchmarks.md](docs/benchmarks.md) has all tables and says what they mean; "
-        "`rustsim-hpc bench` makes them on your machine."
+        f"Measured on {machine['CPU']}, {machine['cores']} cores, {report.made.split()[0]}: medians of "
+        f"{size['rounds']} rounds. The project meets {sum(v.met for v in found)} of its {len(found)} "
+        "performance goals. [docs/benchmarks.md](docs/benchmarks.md) has all tables and explains them; "
+        "`rustsim-hpc bench` measures your machine."
     )
-    lines = [
-        text,
-        "",
-        "| what | measured |",
-        "| --- | --- |",
-        *(f"| {what} | {value} |" for what, value in _rows(report.sections)),
-    ]
+    loops = (
+        f"The time of a step of {size['rows']:,} rows, as a multiple of the loop by hand in place. The guard "
+        "`rollback` keeps the old state until the step is complete; the digest is a fingerprint of each step."
+    )
+    return "\n\n".join(
+        (wrapped(text), wrapped(loops), _loops(report.sections), "\n".join(_others(report.sections, size)))
+    )
+
+
+def _loops(sections: list[Section]) -> str:
+    lines = ["| | " + " | ".join(name for _, name in _WAYS) + " |", "| --- |" + " ---: |" * len(_WAYS)]
+    for section, cores in _LOOPS:
+        keys = (key if key.startswith("hand") else _SIDE.get(section, "") + key for key, _ in _WAYS)
+        lines.append(f"| {cores} | " + " | ".join(_times(sections, section, key) for key in keys) + " |")
     return "\n".join(lines)
 
 
-def _rows(sections: list[Section]) -> list[tuple[str, str]]:
-    rows = []
-    for section, cores in _LOOPS:
-        prefix = "threads." if section == "integrate.all" else ""
-        times = [(name, _times(sections, section, prefix + key)) for key, name in _WAYS]
-        text = ", ".join(f"{value} {name}" for name, value in times if value)
-        if text:
-            rows.append((f"a step of two kernels, {cores}, as a multiple of the loop by hand", text))
+def _others(sections: list[Section], size: Mapping[str, Any]) -> list[str]:
+    lines = []
     rate = figure(sections, "flights", "all")
     if rate is not None and rate.rate:
-        rows.append(
-            ("`us_flights` on all cores, its check and reductions included", f"{rate.rate:.0f} {rate.unit}")
+        lines.append(
+            f"- `us_flights`, {size['agents']:,} agents on all cores, with its check and reductions: "
+            f"{rate.rate:.0f} {rate.unit}"
         )
     empty = ((key, figure(sections, "empty", key)) for key in ("inline", "threads", "processes", "ranks"))
     costs = ", ".join(f"{duration(row.seconds)} {key}" for key, row in empty if row and row.seconds)
     if costs:
-        rows.append(("a step with nothing to do", costs))
-    return rows
+        lines.append(f"- The cost of a step without rows: {costs}")
+    return lines
 
 
 def _times(sections: list[Section], section: str, key: str) -> str:

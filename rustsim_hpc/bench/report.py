@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from rustsim_hpc.bench.measure import Row, Section
 _HEAD = ("", "time", "quartiles", "multiple", "rate", "of bandwidth")
 
 
+_WIDTH = 110
 _BUSY = 0.7
 """Load average before the start from which on somebody else's work is in the figures."""
 
@@ -68,7 +71,7 @@ class Report:
         settings = ", ".join(f"{name} {value:,}" for name, value in self.settings.items())
         load = f"load average {self.load[0]:.2f} before, {self.load[1]:.2f} after"
         if self.load[0] > _BUSY:
-            load += ": the machine was busy with something else, and these figures say little"
+            load += ": other work was running, so these figures say little"
         return [f"measured {self.made}, {load}", f"machine: {machine}", versions, f"size: {settings}"]
 
     def text(self) -> str:
@@ -90,12 +93,22 @@ class Report:
         if found:
             met = sum(verdict.met for verdict in found)
             table = _markdown_table(("", "goal", "found", ""), [verdict.cells() for verdict in found])
-            parts.append(f"{heading} Goals\n\n{met} of {len(found)} are met.\n\n{table}")
+            parts.append(f"{heading} Goals\n\nThe engine meets {met} of {len(found)}.\n\n{table}")
         for section in self.sections:
-            parts.append(f"{heading} {section.title}\n\n{section.text}")
+            parts.append(f"{heading} {section.title}\n\n{wrapped(section.text)}")
             if section.rows:
                 parts.append(_markdown_table(_HEAD, [cells(row) for row in section.rows]))
         return "\n\n".join(parts) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """Return paragraphs in lines of the page's width; tables and code in between stay as they are."""
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)
+    lines = [
+        part if part.startswith("|") else textwrap.fill(part, _WIDTH, break_on_hyphens=False)
+        for part in whole.split("\n\n")
+    ]
+    return "\n\n".join(lines).replace("\0", " ")
 
 
 def cells(row: Row) -> tuple[str, ...]:

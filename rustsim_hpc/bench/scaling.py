@@ -29,10 +29,10 @@ def predicted(size: Size, before: list[Section]) -> Section:
     before: the sections that the machine's figures are taken from.
     """
     text = (
-        "A step as `rustsim-hpc plan --predict` predicts it, from the tables above and from first steps of "
-        "the model on one core, against one measured under mpirun: us_flights with "
-        f"{size.agents:,} agents, integrate with {size.rows:,} rows, the same number on one rank and on "
-        f"{size.workers}. The multiple is what was measured over what was predicted."
+        "The time of a step as `rustsim-hpc plan --predict` predicts it, from the tables above and from a "
+        "few steps of the model on one core, compared to steps measured under mpirun. us_flights has "
+        f"{size.agents:,} agents and integrate {size.rows:,} rows in all, on one rank and on "
+        f"{size.workers}. The multiple is the measured time divided by the predicted one."
     )
     section = Section("predict", "Predicted and measured", text)
     machine, module = machine_of(before, size.workers), flights_module()
@@ -88,10 +88,11 @@ def curve_text(figures: Mapping[str, Any]) -> str:
     assumed = "\n".join(f"- {line}" for line in ASSUMPTIONS)
     return f"""## To 65,536 ranks, predicted
 
-{figures["job"]} with {figures["rows"]:,} agents in all, as `rustsim-hpc plan --predict` has it: a row costs
-{load.row * 1e9:.2f} ns on one core, a step has {load.meetings} collectives of {load.meeting_bytes:,.0f}
-bytes, the network takes {network.latency * 1e6:g} µs a message and {network.bandwidth / 1e9:g} GB/s, a node
-has {network.ranks_per_node} ranks. Nobody has run this; it is assumed that
+{figures["job"]} with {figures["rows"]:,} agents in all, as `rustsim-hpc plan --predict` predicts it. A row
+costs {load.row * 1e9:.2f} ns on one core, a step has {load.meetings} collectives of {load.meeting_bytes:,.0f}
+bytes, the network has a latency of {network.latency * 1e6:g} µs and a bandwidth of
+{network.bandwidth / 1e9:g} GB/s, and a node has {network.ranks_per_node} ranks. This is a prediction, not a
+measurement. It assumes that
 
 {assumed}
 
@@ -120,7 +121,7 @@ def _draw(figure: Any, made: list[Prediction]) -> None:
         times.loglog(counts, [value * 1e3 for value in values], label=name)
     times.set(xlabel="ranks", ylabel="ms a step", ylim=(1e-3, None))
     times.legend(fontsize="small")
-    efficiency.semilogx(counts, [p.strong for p in made], label="strong: as many agents in all")
-    efficiency.semilogx(counts, [p.weak for p in made], label="weak: as many agents a rank")
+    efficiency.semilogx(counts, [p.strong for p in made], label="strong: same agents in all")
+    efficiency.semilogx(counts, [p.weak for p in made], label="weak: same agents a rank")
     efficiency.set(xlabel="ranks", ylabel="efficiency", ylim=(0, 1.05))
     efficiency.legend(fontsize="small")

@@ -41,10 +41,10 @@ def start(size: Size) -> Section:
     }
     rows = [Row.of(key, names[key], timing) for key, timing in timings.items()]
     added = timings["import"].median - timings["numpy"].median
-    rows.insert(3, Row("import.added", "what the import adds to numpy's", added))
+    rows.insert(3, Row("import.added", "added by importing rustsim_hpc", added))
     text = (
-        "Fresh processes, from their start to their end, and for the run until its log has the first step. "
-        "Kernels were compiled by an earlier run and come from the cache."
+        "New processes, from start to end; the run is timed until its log has the first step. The kernels "
+        "were compiled by an earlier run and are loaded from the cache."
     )
     return Section("start", "Starting", text, rows)
 

@@ -14,8 +14,8 @@ from rustsim_hpc.bench.setting import MODELS, Size, flights_module, flights_para
 def flights(size: Size) -> Section:
     """Measure us_flights on one worker and on several, with and without its proof."""
     text = (
-        f"The epidemic of jobs/us_flights with {size.agents:,} agents, {size.days * size.rounds} days, its "
-        "check of each day included, its files left out; threads."
+        f"The epidemic of jobs/us_flights on threads, {size.agents:,} agents, {size.days * size.rounds} "
+        "days. The model's daily check is included; output files are not."
     )
     section = Section("flights", "us_flights", text)
     module = flights_module()
@@ -44,9 +44,7 @@ def flights(size: Size) -> Section:
         rate = size.agents * len(timings[key].seconds) / sum(timings[key].seconds)
         row = Row.of(key, name, timings[key], timings["one"], rate=rate / 1e6, unit="million agent-steps/s")
         section.rows.append(row)
-    section.rows.append(
-        added("digest.added", "what the digest adds, over a step without", timings, "digest", "all", "all")
-    )
+    section.rows.append(added("digest.added", "added by the digest", timings, "digest", "all", "all"))
     return section
 
 
@@ -68,6 +66,7 @@ def empty(size: Size) -> Section:
         for key, timing in timings.items()
     ]
     text = (
-        "A step of integrate with one row a partition, rollback, replay off: the engine's own cost of a step."
+        "A step of integrate with one row in each partition, guard rollback, replay off: what a step costs "
+        "before it does any work."
     )
     return Section("empty", "An empty step", text, rows)

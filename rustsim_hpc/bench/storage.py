@@ -94,11 +94,11 @@ def _section(size: Size, timings: dict[str, Timing], written: int, read: int) ->
         row("restore", "restore, both proofs", "read", read),
     ]
     text = (
-        f"Integrate, {size.rows:,} rows, inline, rollback, no step recorded; {written / 1e6:.0f} MB a "
-        "checkpoint (default ids take next to nothing), written behind the steps to the disk of the working "
-        "directory. The pause is what a due checkpoint costs the step loop, as a multiple of np.copyto. "
-        "Writing and reading are against one plain file of as many bytes, in pieces of 8 MiB. Steps beside a "
-        "checkpoint that is being written share the cores with it."
+        f"Integrate, {size.rows:,} rows, inline, guard rollback, replay off. A checkpoint has "
+        f"{written / 1e6:.0f} MB (default ids take almost no room) and is written in the background to the "
+        "disk of the working directory. The pause is how long the step loop stops for a checkpoint, compared "
+        "to np.copyto of the columns. Writing and reading are compared to one plain file of the same size, "
+        "in pieces of 8 MiB. Steps that run while a checkpoint is written share the cores with the writer."
     )
     return Section("checkpoint", "Checkpoints", text, rows)
 

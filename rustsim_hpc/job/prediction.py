@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ASSUMPTIONS = (
-    "every node is a machine like this one, whose memory bandwidth grows with the cores as measured here",
-    "rows cost the same on all ranks and in all steps, and nothing else runs on the cores",
-    "messages meet no others on the network",
-    "checkpoints and outputs are written behind the steps and take nothing from them",
+    "every node is like this machine, and its memory bandwidth grows with the cores as measured here",
+    "a row costs the same on all ranks and in all steps, and nothing else uses the cores",
+    "no other messages compete for the network",
+    "checkpoints and outputs are written in the background and do not slow the steps down",
 )
-"""What a prediction takes for granted."""
+"""What a prediction assumes."""
 
 
 @dataclass(frozen=True)
