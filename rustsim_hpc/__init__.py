@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
     from rustsim_hpc.executors.processes import ProcessPartitionExecutor
     from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
+    from rustsim_hpc.job.calls import resume_run, run_job
+    from rustsim_hpc.job.summary import RunSummary
     from rustsim_hpc.modeling.bound_model import BoundModel
     from rustsim_hpc.modeling.model import (
         Check,
@@ -102,6 +104,8 @@ _HOMES = {
     "executors.threads": ("LocalThreadedPartitionExecutor",),
     "proof.fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
     "control.metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
+    "job.calls": ("resume_run", "run_job"),
+    "job.summary": ("RunSummary",),
     "modeling.bound_model": ("BoundModel",),
     "modeling.model": (
         "Check",
@@ -192,6 +196,7 @@ __all__ = [
     "ReplayFingerprint",
     "ReplayMode",
     "RowKernel",
+    "RunSummary",
     "RustsimError",
     "Sample",
     "Schema",
@@ -208,7 +213,9 @@ __all__ = [
     "philox4x32_10",
     "random",
     "reduction",
+    "resume_run",
     "row_kernel",
+    "run_job",
 ]
 
 

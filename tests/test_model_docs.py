@@ -61,7 +61,7 @@ def test_the_example_runs_and_is_told_apart_when_it_is_changed(project: Path) ->
     for line in sample.splitlines():
         assert line == "..." or line in out.splitlines()
     names: dict[str, object] = {}
-    exec(compile(blocks(PYTHON, "python")[2], "reading", "exec"), names)  # noqa: S102 (the page's own text)
+    exec(compile(blocks(PYTHON, "python")[3], "reading", "exec"), names)  # noqa: S102 (the page's own text)
     run = names["run"]
     assert isinstance(run, type(rs.open_run(project / "runs" / "ranks")))
     assert (run.status, run.seed, run.params["beta"]) == ("done", 1, 0.5)
@@ -92,6 +92,17 @@ def test_the_model_without_a_job_file(tmp_path: Path) -> None:
     names: dict[str, object] = {}
     exec(compile(path.read_text(), str(path), "exec"), names)  # noqa: S102 (the page's own text)
     assert names["spread"] == pytest.approx(0.5 * 10**0.5, rel=0.1)  # 4 standard deviations: 0.089
+
+
+def test_the_job_that_is_run_from_python(project: Path) -> None:
+    names: dict[str, object] = {}
+    exec(compile(blocks(PYTHON, "python")[2], "running", "exec"), names)  # noqa: S102 (the page's own text)
+    done, more, curve = names["done"], names["more"], names["curve"]
+    assert isinstance(done, rs.RunSummary)
+    assert isinstance(more, rs.RunSummary)
+    assert (done.step_index, more.resumed_from, more.step_index) == (100, 100, 120)
+    assert curve["day"][-1] == 100  # type: ignore[index]
+    assert rs.open_run(project / "runs" / "notebook").params["beta"] == 0.4
 
 
 def test_the_tables_list_what_there_is() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
+from rustsim_hpc.job.options import RESUME_OPTIONS, RUN_OPTIONS
 
 if TYPE_CHECKING:
     from rustsim_hpc.job.keys import JobSpec
@@ -39,7 +40,7 @@ Examples:
 
 @click.command(epilog=_RUN_EXAMPLES)
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
-@job_options("--agents", "--steps", "--seed")
+@job_options(*RUN_OPTIONS[:3])
 @click.option(
     "--set",
     "sets",
@@ -47,11 +48,7 @@ Examples:
     metavar="TABLE.KEY=VALUE",
     help="Set a key of the job file, for example params.beta=0.3. May be given more than once.",
 )
-@job_options(
-    "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys", "--check",
-    "--time-limit", "--record", "--verify", "--fingerprint", "--checkpoint-every", "--out", "--force",
-    "--dry-run", "--no-progress", "--profile", "--json",
-)  # fmt: skip
+@job_options(*RUN_OPTIONS[3:])
 @debug_option
 @click.pass_obj
 def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> int:
@@ -79,10 +76,7 @@ def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> 
 @click.option(
     "--at", type=int, metavar="STEP", help="Go on from the checkpoint of this step, not from the newest one."
 )
-@job_options(
-    "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys",
-    "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
-)  # fmt: skip
+@job_options(*RESUME_OPTIONS)
 @debug_option
 @click.pass_obj
 def resume(session: Session, /, folder: Path, at: int | None, **given: Any) -> int:
@@ -109,15 +103,9 @@ def read_folder_job(session: Session, folder: Path, changes: list[Override]) -> 
         RunFolderError: it is not the folder of a run.
         JobError: a change cannot be right.
     """
-    from rustsim_hpc.errors import RunFolderError
-    from rustsim_hpc.job.spec import read_job
+    from rustsim_hpc.job.spec import read_folder_job as read
 
-    def read() -> tuple[JobSpec, RunOptions]:
-        if not (folder / "job.toml").is_file():
-            raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
-        return read_job(folder / "job.toml", changes, debug=session.debug)
-
-    return session.on_all(read)
+    return session.on_all(lambda: read(folder, changes, debug=session.debug))
 
 
 def finish(session: Session, options: RunOptions, summary: RunSummary) -> int:

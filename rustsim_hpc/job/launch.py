@@ -53,7 +53,7 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
     Raises:
         RustsimError: it cannot be started, or ended in a failure; the same on every rank.
     """
-    limit = spec.run.watchdog_seconds
+    limit = _watchdog_limit(spec, options, team)
     with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
@@ -70,7 +70,7 @@ def resume_run(
     Raises:
         RustsimError: as :func:`run_job`; also when no checkpoint can be used.
     """
-    limit = spec.run.watchdog_seconds
+    limit = _watchdog_limit(spec, options, team)
     with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         finished = on_all(team, lambda: _finished(path, spec))
@@ -129,7 +129,7 @@ def fork_run(
         raise JobError("fork needs a folder for the new run", hint="give one with --out")
     if options.out.resolve() == parent.resolve():
         raise JobError("a fork cannot take the folder of its parent", hint="give another one with --out")
-    limit = spec.run.watchdog_seconds
+    limit = _watchdog_limit(spec, options, team)
     with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
         store, step, lineage = _parents_store(prepared, parent, at)
@@ -175,6 +175,11 @@ def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
         model.schema, model.phases, two_sided=spec.run.guard == "rollback", **model.program_options()
     )
     return plan_run(spec, model.schema, program.swapped, meeting_bytes(program, model.params), ranks)
+
+
+def _watchdog_limit(spec: JobSpec, options: RunOptions, team: Team) -> float | None:
+    """Return after how many seconds a stuck process may be ended: ranks always, a caller's own never."""
+    return spec.run.watchdog_seconds if options.owns_process or team.size > 1 else None
 
 
 # -- running -----------------------------------------------------------------------------------------

@@ -30,3 +30,16 @@ OPTION_KEYS: Final[dict[str, tuple[str, str]]] = {
     "--json": ("command", "json"),
 }
 """Option → (table, key). Every other key is set with `--set TABLE.KEY=VALUE`."""
+
+RUN_OPTIONS: Final = (
+    "--agents", "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--backend",
+    "--endpoint", "--keys", "--check", "--time-limit", "--record", "--verify", "--fingerprint",
+    "--checkpoint-every", "--out", "--force", "--dry-run", "--no-progress", "--profile", "--json",
+)  # fmt: skip
+"""Those of `run`, in the order of its help."""
+
+RESUME_OPTIONS: Final = (
+    "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys",
+    "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
+)  # fmt: skip
+"""Those of `resume`."""

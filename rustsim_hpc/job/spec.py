@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rustsim_hpc.errors import JobError
+from rustsim_hpc.errors import JobError, RunFolderError
 from rustsim_hpc.files import read_bytes
 from rustsim_hpc.job.key_errors import Origin, describe, nearest_of
 from rustsim_hpc.job.keys import (
@@ -32,6 +32,7 @@ class RunOptions:
     out: the run's folder (None: runs/NAME-TIME, chosen by rank 0). progress: a bar on a terminal is wanted.
     profile: where the time goes is to be found out.
     json: the last line of standard output is the summary as JSON. debug: errors come with a traceback.
+    owns_process: the process is there for this job alone, so that a watchdog may end it.
     """
 
     out: Path | None = None
@@ -41,6 +42,7 @@ class RunOptions:
     profile: bool = False
     json: bool = False
     debug: bool = False
+    owns_process: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ def read_job(
         hint = f'a job file names its model: run a TOML file with [model] module = "{path.name}"'
         raise JobError(f"{path}: not TOML: {error}", hint=hint if path.suffix == ".py" else None) from error
     return resolve_job(raw, path, tuple(overrides), environ=environ, debug=debug)
+
+
+def read_folder_job(
+    folder: Path, overrides: Iterable[Override] = (), *, debug: bool = False
+) -> tuple[JobSpec, RunOptions]:
+    """Read the job that a run's folder keeps, with what the caller sets over it.
+
+    Raises:
+        RunFolderError: it is not the folder of a run.
+        JobError: a change cannot be right.
+    """
+    if not (folder / "job.toml").is_file():
+        raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
+    return read_job(folder / "job.toml", overrides, debug=debug)
 
 
 def resolve_job(

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from rustsim_hpc.errors import ModelError, named, nearest
+from rustsim_hpc.files import read_bytes
 from rustsim_hpc.modeling.model import Model
 
 
@@ -25,6 +27,23 @@ class ModelReference:
 
     module: str
     sha256: str
+
+
+_IMPORTED: dict[str, str] = {}
+"""Modules imported from files by name: the hash of the source that they were made of."""
+
+
+class _ReadOnce(SourceFileLoader):
+    """Runs the source that was hashed. Python's cache of bytecode knows changes by second and size only."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of the source that was read."""
+        code: CodeType = self.source_to_code(self._source, self.get_filename(fullname))
+        return code
 
 
 def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, ModelReference]:
@@ -63,17 +82,23 @@ def _import_file(path: Path) -> ModuleType:
     """Import a file under a name of its own, so that two files of one name do not meet."""
     path = path.resolve()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
+    try:
+        source = read_bytes(path)
+    except OSError as error:
+        raise ModelError(f"model {path}: {error.strerror}") from error
+    sha256 = hashlib.sha256(source).hexdigest()
+    # A file that was changed since, as one beside a notebook, is another model.
+    if name in sys.modules and _IMPORTED.get(name) == sha256:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ModelError(f"model {path}: there is no such file")
+    loader = _ReadOnce(name, str(path), source)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # noqa: S101 (there is none only without a loader)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name], _IMPORTED[name] = module, sha256
     # A model may import modules that lie beside it.
     sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
         raise _failed(str(path), error) from error
@@ -104,5 +129,7 @@ def _failed(module: str, error: BaseException) -> ModelError:
 
 
 def _source_hash(module: ModuleType) -> str:
+    if module.__name__ in _IMPORTED:
+        return _IMPORTED[module.__name__]
     path = getattr(module, "__file__", None)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
