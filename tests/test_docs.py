@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rustsim_hpc.cli.common import Session
 from rustsim_hpc.cli.main import cli
 from rustsim_hpc.job.docs import job_file_markdown, job_keys
 from rustsim_hpc.job.launch import run_job
@@ -100,6 +101,17 @@ def test_readme_lists_the_commands() -> None:
     helps = {name: command.help or "" for name, command in cli.commands.items()}
     assert all(helps.values())
     assert all("Examples:" in (command.epilog or "") for command in cli.commands.values())
+
+
+@pytest.mark.parametrize("name", ["", *cli.commands])
+def test_the_examples_of_a_help_are_command_lines(name: str) -> None:
+    epilog = cli.commands[name].epilog if name else cli.epilog
+    examples = re.findall(r"^  (?:mpirun -n \d+ )?rustsim-hpc (.*)$", epilog or "", re.MULTILINE)
+    assert len(examples) > 1
+    for example in examples:
+        command, *words = shlex.split(example.partition(" > ")[0], comments=True)
+        assert name in ("", "fork", command)
+        cli.commands[command].make_context(command, words, obj=Session())
 
 
 def test_first_model_of_the_readme(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ def _table_keys(
 
 @click.command(epilog=_EXAMPLES)
 @click.option(
-    "--quick", is_flag=True, help="A tenth of the rows and few rounds: half a minute, rough figures."
+    "--quick", is_flag=True, help="Use a tenth of the rows and few rounds: half a minute, rough figures."
 )
 @click.option(
     "--only",
     multiple=True,
     callback=_table_keys,
     metavar="TABLE",
-    help="Measure this table; may be repeated.",
+    help="Measure only this table. Can be repeated.",
 )
 @click.option(
     "--workers",
@@ -47,25 +47,26 @@ def _table_keys(
     default=2,
     show_default=True,
     metavar="N",
-    help="Threads, worker processes and ranks where there are several.",
+    help="Number of threads, worker processes or ranks in the parallel cases.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of tables.")
 @click.option(
     "--write",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.md",
-    help="Write the figures as a page, and as JSON beside it.",
+    help="Write the figures to this page, and to a JSON file beside it.",
 )
 @debug_option
 @click.pass_obj
 def bench(
     session: Session, quick: bool, only: tuple[str, ...], workers: int, as_json: bool, write: Path | None
 ) -> int:
-    """Measure the engine on this machine, beside loops written by hand in the same run.
+    """Measure the engine on this machine.
 
-    Memory bandwidth; the engine inline, on threads, worker processes and ranks of mpirun, guards, proofs,
-    checkpoints, empty steps, starting. Takes a few minutes and 2 GiB; other work on the machine shows. The
-    figures are kept in the user's cache folder for `rustsim-hpc plan`.
+    Hand-written loops are measured in the same run for comparison. The tables cover memory bandwidth;
+    inline, threads, worker processes and ranks of mpirun; guards, fingerprints, checkpoints, empty steps and
+    start-up. It takes a few minutes and 2 GiB; other work on the machine disturbs the figures. They are kept
+    in the user's cache folder for `rustsim-hpc plan --predict`.
     """
     from rustsim_hpc.bench.kept import keep
     from rustsim_hpc.bench.run import measure, write_page

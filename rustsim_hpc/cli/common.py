@@ -117,60 +117,76 @@ def debug_option(command: Command) -> Command:
         is_eager=True,
         expose_value=False,
         callback=keep,
-        help="Show the traceback of an error.",
+        help="Show the traceback of errors.",
     )(command)
 
 
 _FLAG: dict[str, Any] = {"is_flag": True, "default": False}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "--agents": {"type": int, "metavar": "N", "help": "Number of agents (rows)."},
-    "--steps": {"type": int, "metavar": "N", "help": "Step to reach."},
+    "--steps": {"type": int, "metavar": "N", "help": "Step index at which the run ends."},
     "--seed": {"type": int, "metavar": "S", "help": "Seed of all random numbers."},
     "--executor": {
         "type": click.Choice(["inline", "threads", "processes", "remote"]),
-        "help": "What runs a rank's partitions. Ranks come from mpirun or srun.",
+        "help": "What runs the partitions of a rank. (Start ranks with mpirun or srun.)",
     },
-    "--workers": {"type": int, "metavar": "N", "help": "Threads or worker processes of a rank."},
-    "--partitions": {"type": int, "metavar": "P", "help": "Partitions of the rows, over all ranks."},
+    "--workers": {"type": int, "metavar": "N", "help": "Threads or worker processes of each rank."},
+    "--partitions": {"type": int, "metavar": "P", "help": "Number of partitions, over all ranks."},
     "--guard": {
         "type": click.Choice(["rollback", "torn"]),
-        "help": "After a failed step: the state before it, or (less memory) one that needs a restore.",
+        "help": "After a failed step: rollback keeps the old state; torn saves memory, but needs a restore.",
     },
-    "--backend": {"type": click.Choice(["auto", "cpu", "cuda"]), "help": "Where partitions run."},
+    "--backend": {
+        "type": click.Choice(["auto", "cpu", "cuda"]),
+        "help": "Where partitions run: CUDA devices or the CPU.",
+    },
     "--endpoint": {
         "multiple": True,
         "metavar": "ENDPOINT",
-        "help": "A worker of the remote executor, tcp://HOST:PORT; may be given more than once.",
+        "help": "A remote worker, as tcp://HOST:PORT. Can be repeated.",
     },
     "--keys": {
         "type": click.Path(file_okay=False),
         "metavar": "DIR",
-        "help": "Keys for workers beyond the loopback (rustsim-hpc worker --make-keys).",
+        "help": "Keys for workers on other machines (made by rustsim-hpc worker --make-keys).",
     },
-    "--check": {**_FLAG, "help": "Compile with bounds checks; refuse NaN where it becomes an integer."},
+    "--check": {**_FLAG, "help": "Compile with bounds checks. Use it once for every new model."},
     "--time-limit": {
         "metavar": "TIME",
-        "help": 'Save a checkpoint and stop after this time: "90s", "1h30m".',
+        "help": "Save a checkpoint and stop after this time, for example 90s or 1h30m.",
     },
-    "--record": {**_FLAG, "help": "Write each step's fingerprint to replay.jsonl."},
+    "--record": {**_FLAG, "help": "Record the fingerprint of each step in replay.jsonl."},
     "--verify": {
         "type": click.Path(dir_okay=False),
         "metavar": "LOG",
-        "help": "Check each step against a recorded replay.jsonl; stop at the first difference.",
+        "help": "Check each step against a recorded replay.jsonl, and stop at the first difference.",
     },
-    "--fingerprint": {"type": click.Choice(["digest", "fnv1a"]), "help": "Scheme of the fingerprints."},
-    "--checkpoint-every": {"type": int, "metavar": "K", "help": "Steps between checkpoints; 0: at the end."},
+    "--fingerprint": {"type": click.Choice(["digest", "fnv1a"]), "help": "Fingerprint scheme."},
+    "--checkpoint-every": {
+        "type": int,
+        "metavar": "K",
+        "help": "Steps between checkpoints; 0: only at the end.",
+    },
     "--out": {
         "type": click.Path(file_okay=False),
         "metavar": "DIR",
-        "help": "The run's folder (default: runs/JOB-TIME).",
+        "help": "Folder of the run (default: runs/JOB-TIME).",
     },
-    "--force": {**_FLAG, "help": "Use a folder that is not empty."},
-    "--dry-run": {**_FLAG, "help": "Print the resolved job and its plan; run nothing."},
-    "--no-progress": {**_FLAG, "help": "No progress bar (there is none without a terminal)."},
-    "--profile": {**_FLAG, "help": "End with a table of where the time went."},
-    "--json": {**_FLAG, "help": "End standard output with one line of JSON."},
+    "--force": {**_FLAG, "help": "Use the folder even if it is not empty."},
+    "--dry-run": {**_FLAG, "help": "Print the resolved job and its plan without running it."},
+    "--no-progress": {**_FLAG, "help": "No progress bar. (There is none without a terminal.)"},
+    "--profile": {**_FLAG, "help": "Print where the time went."},
+    "--json": {**_FLAG, "help": "Print one line of JSON at the end of standard output."},
 }
+
+
+set_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Set any key of the job file, for example params.beta=0.3. Can be repeated.",
+)
 
 
 def job_options(*names: str) -> Callable[[Command], Command]:

@@ -14,7 +14,7 @@ from rustsim_hpc.cli.run import read_folder_job
 _VERIFY_EXAMPLES = """\b
 Examples:
   rustsim-hpc verify runs/first --against runs/first/replay.jsonl
-  rustsim-hpc verify runs/first --against runs/elsewhere/replay.jsonl --executor threads --workers 2
+  rustsim-hpc verify runs/first --against runs/second --executor threads --workers 2
   rustsim-hpc verify runs/first --against runs/first/replay.jsonl --steps 50
   mpirun -n 2 rustsim-hpc verify runs/first --against runs/first/replay.jsonl
 """
@@ -30,7 +30,7 @@ _OUT = click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Where the report goes as JSON (default: divergence.json in DIR).",
+    help="Write the report to this file, as JSON (default: divergence.json in DIR).",
 )
 
 
@@ -41,9 +41,11 @@ _OUT = click.option(
     type=click.Path(path_type=Path),
     metavar="LOG",
     required=True,
-    help="The recorded replay.jsonl, or the folder of the run that recorded it.",
+    help="A recorded replay.jsonl, or the folder of the run that recorded it.",
 )
-@click.option("--steps", type=click.IntRange(min=0), metavar="N", help="Step to reach (default: the run's).")
+@click.option(
+    "--steps", type=click.IntRange(min=0), metavar="N", help="Last step to check (default: that of the run)."
+)
 @job_options("--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys", "--check")
 @_OUT
 @job_options("--no-progress", "--json")
@@ -52,11 +54,11 @@ _OUT = click.option(
 def verify(
     session: Session, /, folder: Path, against: Path, steps: int | None, out: Path | None, **given: Any
 ) -> int:
-    """Run the job of DIR again and check each step against a recorded log.
+    """Run a job again, checking each step against a log.
 
-    It runs in memory; in DIR only the report of a difference is written. At the first step that is not as the
-    log has it, and where the log ends early, it stops with exit code 4. Where the log's run can be run again
-    as well, the report says which phase, columns and rows are the first to differ, and likely causes.
+    The job of DIR runs in memory; only the report of a difference is written to DIR. The exit code is 4 at
+    the first step that differs from the log, or if the log ends early. If the run of the log can be repeated
+    too, the report names the first phase, columns and rows that differ, and likely causes.
     """
     spec, options = read_folder_job(session, folder, overrides(given))
     from rustsim_hpc.divergence.verification import verify_run
@@ -74,26 +76,30 @@ def verify(
 @click.command(epilog=_DIFF_EXAMPLES)
 @click.argument("left", type=click.Path(path_type=Path), metavar="DIR1")
 @click.argument("right", type=click.Path(path_type=Path), metavar="DIR2")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads of a rank.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads of each rank.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Where the report goes as JSON (default: divergence.json in DIR1, if they differ).",
+    help="Write the report to this file, as JSON (default: divergence.json in DIR1, if they differ).",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="End standard output with the report as a line of JSON."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report as one line of JSON at the end of standard output.",
 )
 @debug_option
 @click.pass_obj
 def diff(
     session: Session, left: Path, right: Path, workers: int | None, out: Path | None, as_json: bool
 ) -> int:
-    """Compare two runs as far as both go, and find where they first differ.
+    """Compare two runs, and find where they first differ.
 
-    Exit code 0 if they are equal, 4 if not. Logs and checkpoints say after which step; the runs are then
-    restored to the step before, taken through it phase by phase, and the rows are bisected. Runs without logs
-    are run again. Other seeds and parameters are fine: the report names them.
+    They are compared up to the step that both have reached. Exit code 0 if they are equal, 4 if not. Logs
+    and checkpoints give the first step that differs. That step is then repeated phase by phase to find the
+    phase, the columns and the rows. Runs without logs are run again. Seeds and parameters may differ: the
+    report names them.
     """
     from rustsim_hpc.divergence.verification import EXIT_DIFFERENT, diff_runs
 

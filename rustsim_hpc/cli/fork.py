@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
+from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides, set_option
 from rustsim_hpc.cli.run import finish, read_folder_job
 
 _EXAMPLES = """\b
 Examples:
   rustsim-hpc fork runs/first --at 60 --set params.beta=0.3 --out runs/milder
   rustsim-hpc fork runs/first --set run.seed=2 --steps 365 --out runs/second-seed
-  rustsim-hpc inspect runs/milder        shows where it comes from
+  rustsim-hpc inspect runs/milder        # shows where it comes from
 """
 
 
@@ -23,13 +23,7 @@ Examples:
 @click.option(
     "--at", type=int, metavar="STEP", help="Start from the checkpoint of this step (default: the newest)."
 )
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE",
-    help="Change a key of the job, for example params.beta=0.3. May be given more than once.",
-)
+@set_option
 @job_options(
     "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys",
     "--check", "--time-limit", "--record", "--fingerprint", "--checkpoint-every", "--out", "--force",
@@ -38,10 +32,10 @@ Examples:
 @debug_option
 @click.pass_obj
 def fork(session: Session, /, folder: Path, at: int | None, sets: tuple[str, ...], **given: Any) -> int:
-    """Run a new job from a checkpoint of the run in DIR, with changes, into a folder of its own.
+    """Start a new run from a checkpoint of another, with changes.
 
-    The new run's record says where it comes from (parent, step, fingerprint, changes). The state's columns
-    and the number of agents must stay; parameters, seed, steps and the model's phases may change.
+    The new run has a folder of its own. Its record names the parent, step, fingerprint and changes. The
+    columns and the number of agents must stay the same; parameters, seed, steps and phases may change.
     """
     spec, options = read_folder_job(session, folder, overrides(given, sets))
     from rustsim_hpc.job.launch import fork_run

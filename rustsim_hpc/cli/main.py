@@ -30,8 +30,8 @@ _EPILOG: Final = """\b
 Examples:
   rustsim-hpc run jobs/us_flights.toml
   rustsim-hpc run jobs/us_flights.toml --agents 100000 --executor threads --workers 2
-  mpirun -n 4 rustsim-hpc run jobs/us_flights.toml --record --checkpoint-every 30
-  rustsim-hpc resume runs/us_flights-20260301-120000
+  mpirun -n 4 rustsim-hpc run jobs/us_flights.toml --checkpoint-every 30 --out runs/first
+  rustsim-hpc resume runs/first
   rustsim-hpc plan jobs/us_flights.toml --ranks 1024
 
 \b
@@ -45,21 +45,40 @@ Exit codes:
 """
 
 
+class _Commands(click.Group):
+    """The commands, listed by what they are for and in the order of use."""
+
+    sections: Final = {
+        "Run": (run, resume, fork),
+        "Check and compare": (verify, diff, inspect, collect),
+        "Machines and clusters": (plan, slurm, worker, bench, doctor),
+    }
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a list of commands for each section."""
+        for title, commands in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(c.name or "", c.get_short_help_str(80)) for c in commands])
+
+
 @click.group(
-    epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=_Commands,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="rustsim-hpc")
 def cli() -> None:
-    """Run agent-based models whose every step can be proved.
+    """Run large agent-based models whose results can be reproduced and checked.
 
-    A job is a TOML file that names a model, its parameters and how it is run. The same job gives the same
+    A job is a TOML file that names a model, its parameters and how to run it. The same job gives the same
     bits in one process, on threads, in worker processes and, started by mpirun or srun, on any number of
     ranks.
     """
 
 
-for _command in (run, resume, fork, verify, diff, inspect, collect, plan, slurm, bench, doctor, worker):
-    cli.add_command(_command)
+for _commands in _Commands.sections.values():
+    for _command in _commands:
+        cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

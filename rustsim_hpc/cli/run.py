@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides
+from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides, set_option
 from rustsim_hpc.job.options import RESUME_OPTIONS, RUN_OPTIONS
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Examples:
   rustsim-hpc run jobs/us_flights.toml --executor remote --endpoint tcp://hostA:5555 --keys keys
   rustsim-hpc run jobs/us_flights.toml --dry-run
 
-Every option is also a key of the job file: see docs/job_file.md.
+Every option is also a key of the job file, see docs/job_file.md.
 """
 
 _RESUME_EXAMPLES = """\b
@@ -41,21 +41,16 @@ Examples:
 @click.command(epilog=_RUN_EXAMPLES)
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
 @job_options(*RUN_OPTIONS[:3])
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE",
-    help="Set a key of the job file, for example params.beta=0.3. May be given more than once.",
-)
+@set_option
 @job_options(*RUN_OPTIONS[3:])
 @debug_option
 @click.pass_obj
 def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> int:
-    """Run the job of a TOML file.
+    """Run a job.
 
-    Under mpirun or srun the ranks share the work. The run's folder keeps the job as resolved, the outputs,
-    checkpoints and the replay log. Ctrl-C stops after the current step with a checkpoint; `resume` goes on.
+    Under mpirun or srun, the ranks share the work. The folder of the run contains the resolved job, the
+    outputs, the checkpoints and the replay log. Ctrl-C stops after the current step and saves a checkpoint;
+    `resume` continues.
     """
     from rustsim_hpc.job.spec import read_job
 
@@ -74,17 +69,17 @@ def run(session: Session, /, job: Path, sets: tuple[str, ...], **given: Any) -> 
 @click.command(epilog=_RESUME_EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
-    "--at", type=int, metavar="STEP", help="Go on from the checkpoint of this step, not from the newest one."
+    "--at", type=int, metavar="STEP", help="Continue from the checkpoint of this step (default: the newest)."
 )
 @job_options(*RESUME_OPTIONS)
 @debug_option
 @click.pass_obj
 def resume(session: Session, /, folder: Path, at: int | None, **given: Any) -> int:
-    """Go on with the run in DIR from its newest proven checkpoint.
+    """Continue a run from its newest checkpoint.
 
-    The run ends with the same bits as if it had never stopped, on any number of ranks and partitions.
-    Without any checkpoint it starts at step 0; a finished run prints its summary. Where --steps took it
-    further once, that is its last step from then on.
+    The result has the same bits as if the run had never stopped, on any number of ranks and partitions.
+    A run without checkpoints starts at step 0; a finished run prints its summary. The last step given with
+    --steps is remembered.
     """
     spec, options = read_folder_job(session, folder, overrides(given))
     from rustsim_hpc.job.launch import resume_run

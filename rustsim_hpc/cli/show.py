@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rustsim_hpc.cli.common import Session, debug_option, overrides
+from rustsim_hpc.cli.common import Session, debug_option, overrides, set_option
 from rustsim_hpc.job.prediction import ASSUMPTIONS, Network, Prediction, curve, table
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of 
 @debug_option
 @click.pass_obj
 def inspect(session: Session, path: Path, as_json: bool) -> int:
-    """Show what a checkpoint, replay log or run's folder holds, and prove it.
+    """Show and check a checkpoint, replay log or run folder.
 
-    Exit code 5 if something in it does not hold: a truncated file, a flipped bit, a missing column.
+    Exit code 5 if something is damaged: a truncated file, a flipped bit, a missing column.
     """
     from rustsim_hpc.run_folder.inspection import inspect_path
 
@@ -48,12 +48,12 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
 @click.option(
     "--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="R", help="Number of ranks."
 )
-@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Set a key of the job file.")
+@set_option
 @click.option(
     "--predict",
     is_flag=True,
-    help="Predict a step's time and the efficiency: from this machine's figures (`rustsim-hpc bench`), some "
-    "steps of a part of the job made here, and the network's figures below.",
+    help="Predict the time of a step and the parallel efficiency, from the figures of `rustsim-hpc bench` on "
+    "this machine, some steps of a part of the job, and the network figures below.",
 )
 @click.option(
     "--latency",
@@ -61,7 +61,7 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
     default=2.0,
     show_default=True,
     metavar="µS",
-    help="Of a message between nodes.",
+    help="Latency of a message between nodes.",
 )
 @click.option(
     "--bandwidth",
@@ -69,13 +69,13 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
     default=12.5,
     show_default=True,
     metavar="GB/S",
-    help="Of a node's network.",
+    help="Network bandwidth of a node.",
 )
 @click.option(
     "--ranks-per-node",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks of a node.  [default: this one's cores]",
+    help="Ranks on each node (default: the cores of this machine).",
 )
 @_JSON
 @debug_option
@@ -91,7 +91,10 @@ def plan(
     ranks_per_node: int | None,
     as_json: bool,
 ) -> None:
-    """Show rows, memory and bytes of each rank for a job, without running it."""
+    """Show rows, memory and bytes of each rank, without running.
+
+    Use it to size a job before it is submitted. With --predict, it needs the figures of `rustsim-hpc bench`.
+    """
     from rustsim_hpc.job.launch import plan_job
     from rustsim_hpc.job.spec import read_job
 
@@ -123,9 +126,9 @@ def _predictions(
 @debug_option
 @click.pass_obj
 def doctor(session: Session, as_json: bool) -> None:
-    """Show what this machine and installation offer, and what should be mended.
+    """Show what is installed here, and what needs fixing.
 
-    Versions, cores, memory, disk, MPI and its launcher, HDF5 (parallel or not), Numba's cache, GPU.
+    Versions, cores, memory, disk, MPI and its launcher, HDF5 (parallel or not), Numba's cache, GPUs.
     """
     from rustsim_hpc.doctor import examine, table
 

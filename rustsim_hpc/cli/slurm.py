@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustsim_hpc.cli.common import Session, debug_option, overrides
+from rustsim_hpc.cli.common import Session, debug_option, overrides, set_option
 
 _SLURM_EXAMPLES = """\b
 Examples:
@@ -15,7 +15,7 @@ Examples:
   rustsim-hpc slurm jobs/us_flights.toml --array 1-20 --ntasks-per-node 1 --out runs/seeds
   rustsim-hpc slurm jobs/us_flights.toml --gpus-per-node 4 --nodes 2
 
-The scripts are those of slurm/; docs/slurm.md says how to read and adapt them.
+docs/slurm.md explains the scripts and how to adapt them to a site.
 """
 
 _COLLECT_EXAMPLES = """\b
@@ -29,35 +29,31 @@ _COUNT = click.IntRange(min=1)
 
 @click.command(epilog=_SLURM_EXAMPLES)
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
-@click.option("--nodes", type=_COUNT, metavar="N", help="Nodes.")
+@click.option("--nodes", type=_COUNT, metavar="N", help="Number of nodes.")
 @click.option("--ntasks-per-node", type=_COUNT, metavar="N", help="Ranks on each node.")
 @click.option(
     "--cpus-per-task",
     type=_COUNT,
     metavar="N",
-    help="Cores of each rank, and so its workers (default: the job's workers).",
+    help="Cores, and so workers, of each rank (default: the workers of the job).",
 )
-@click.option("--time", metavar="TIME", help="Time limit, as sbatch takes it: 02:00:00, 1-12:00:00.")
-@click.option("--partition", metavar="NAME", help="Slurm's partition.")
-@click.option("--account", metavar="NAME", help="The account that pays.")
-@click.option(
-    "--requeue", is_flag=True, help="Go back into the queue before the time limit, and go on from there."
-)
+@click.option("--time", metavar="TIME", help="Time limit in the format of sbatch: 02:00:00, 1-12:00:00.")
+@click.option("--partition", metavar="NAME", help="Partition of the cluster.")
+@click.option("--account", metavar="NAME", help="Account to charge.")
+@click.option("--requeue", is_flag=True, help="Requeue the job before its time limit, and continue the run.")
 @click.option(
     "--array",
     metavar="TASKS",
-    help="An ensemble: one run a task, for example 1-20 or 1-100%10; the task is the seed, "
-    "or the line of the file SWEEP.",
+    help="An ensemble with one run for each task, for example 1-20 or 1-100%10. The task number is the seed, "
+    "or the line of the file named by SWEEP.",
 )
-@click.option(
-    "--gpus-per-node", type=_COUNT, metavar="N", help="GPUs on each node; each has a rank of its own."
-)
+@click.option("--gpus-per-node", type=_COUNT, metavar="N", help="GPUs on each node; one rank for each GPU.")
 @click.option(
     "--out",
     metavar="DIR",
-    help="The run's folder; with --array, that of the runs' folders (default: by job id).",
+    help="Folder of the run; with --array, of all its runs (default: by job id).",
 )
-@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Set a key of the job file.")
+@set_option
 @debug_option
 @click.pass_obj
 def slurm(
@@ -76,7 +72,10 @@ def slurm(
     out: str | None,
     sets: tuple[str, ...],
 ) -> None:
-    """Print a batch script for a job, ready for sbatch, with the memory that its ranks will need."""
+    """Print a batch script for Slurm, ready for sbatch.
+
+    It requests the memory that the ranks of the job need.
+    """
     from rustsim_hpc.job.launch import plan_job
     from rustsim_hpc.job.spec import Override, read_job
     from rustsim_hpc.slurm import Kind, Request, script, seconds_of, shape, unfit_word
@@ -116,15 +115,15 @@ def slurm(
     "--table",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the table to this file, replaced as a whole (default: print it).",
+    help="Write the table to this file (default: print it).",
 )
 @debug_option
 @click.pass_obj
 def collect(session: Session, folder: Path, table: Path | None) -> None:
-    """Put the runs below DIR into one table, as CSV: one line a run.
+    """Print one table of all runs below DIR, as CSV.
 
-    Status, step, seed, parameters, fingerprint, and the last value of each column of each series. Runs that
-    have not ended are in it as well.
+    One line for each run, unfinished ones too: status, step, seed, parameters, fingerprint, and the last
+    value of each column of each series.
     """
     from rustsim_hpc.run_folder.table import collect_runs, write_table
 

@@ -23,26 +23,29 @@ def _half_of_the_memory() -> float:
     "  rustsim-hpc worker --bind tcp://*:5555 --model jobs/us_flights.py --keys keys\n"
 )
 @click.option(
-    "--bind", "endpoint", metavar="ENDPOINT", help="Where to listen: tcp://HOST:PORT; * for any free port."
+    "--bind",
+    "endpoint",
+    metavar="ENDPOINT",
+    help="Where to listen: tcp://HOST:PORT, with * for all interfaces or any free port.",
 )
 @click.option(
     "--model",
     "models",
     multiple=True,
     metavar="MODULE",
-    help="A model to serve, as in a job; may be repeated.",
+    help="A model that clients may run, as in a job file. Can be repeated.",
 )
 @click.option(
     "--keys",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Keys to encrypt and to know clients by; needed beyond the loopback.",
+    help="Keys for encryption and for identifying clients; required for clients on other machines.",
 )
 @click.option(
     "--make-keys",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Make keys for workers and for a client, and end.",
+    help="Make keys for workers and a client in this folder, and exit.",
 )
 @click.option(
     "--threads",
@@ -50,12 +53,12 @@ def _half_of_the_memory() -> float:
     default=1,
     show_default=True,
     metavar="N",
-    help="Threads that run a client's partitions.",
+    help="Threads that run the partitions of a client.",
 )
 @click.option(
-    "--memory", type=float, metavar="GIB", help="Memory for columns (default: half of the machine's)."
+    "--memory", type=float, metavar="GIB", help="Memory for columns (default: half of the machine's memory)."
 )
-@click.option("--once", is_flag=True, help="End when the first clients have ended.")
+@click.option("--once", is_flag=True, help="Exit when the first clients have finished.")
 @debug_option
 @click.pass_obj
 def worker(
@@ -68,10 +71,10 @@ def worker(
     memory: float | None,
     once: bool,
 ) -> None:
-    """Serve partitions to control planes elsewhere, until a signal.
+    """Serve partitions to runs on other machines.
 
-    Phases are those of the models that are named here; nobody can send others. docs/remote.md says how a run
-    uses workers, and what the keys are good for.
+    It runs until it gets a signal. Clients can run only the models named here. docs/remote.md explains how a
+    run uses workers, and the keys.
     """
     if make_keys is not None:
         from rustsim_hpc.remote.keys import make_keys as make
