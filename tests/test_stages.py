@@ -225,6 +225,36 @@ def test_a_key_out_of_range_says_whether_the_step_or_its_result_is_meant() -> No
     assert caught.value.step == 2
 
 
+@rs.reduction("histogram", bins=3)
+def by_itself(key):
+    return key
+
+
+@rs.reduction("sum", key="key", bins=3)
+def by_column(key):
+    return 1
+
+
+@rs.reduction("count", key=lambda key: key, bins=3)
+def by_function(key):
+    return True
+
+
+@pytest.mark.parametrize("reduction", [by_itself, by_column, by_function], ids=lambda one: one.name)
+@pytest.mark.parametrize(("dtype", "key"), [("uint64", 2**63), ("uint64", 2**64 - 1), ("int64", -(2**63))])
+def test_a_key_out_of_range_is_told_as_it_is(reduction: Any, dtype: str, key: int) -> None:
+    model = rs.Model(
+        columns=[rs.Column("key", dtype)],
+        initialise=lambda rows, params, tables, seed: {"key": np.full(len(rows), key, dtype)},
+        phases=[reduction],
+    )
+    bound = BoundModel(model, {}, seed=1, agents=5)
+    with rs.EngineControlPlane(rs.ColumnarRuntime(bound.new_store(0, 5))) as plane:
+        plane.add_model(bound)
+        with pytest.raises(rs.EngineControlPlaneError, match=rf"key {key} of row 0 is outside \[0, 3\)"):
+            plane.step_partitions_with_executor(rs.InlinePartitionExecutor())
+
+
 @rs.reduction("sum")
 def everyone():
     return 1

@@ -22,7 +22,7 @@ from rustsim_hpc.kernels.cuda_stage import (
     flat_arguments,
     kind_of,
 )
-from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
+from rustsim_hpc.kernels.stage_source import KEY_FROM_2_63, KEY_OUT_OF_RANGE, NOT_REPRESENTABLE
 from rustsim_hpc.modeling.program import KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.modeling.reductions import state_shapes
 from rustsim_hpc.proof.fingerprint import digest_keys
@@ -177,6 +177,9 @@ class DeviceStage:
         value = int(values[(trouble.row - own.work.first_row - own.task.start) % self._threads])
         op = self.stage.ops[trouble.place]
         code = KEY_OUT_OF_RANGE if isinstance(op, ReduceOp) else NOT_REPRESENTABLE
+        if isinstance(op, ReduceOp) and op.reduction.kind == "histogram" and value < 0:
+            # What a histogram reduces is the key.
+            code = KEY_FROM_2_63 if self.made.dtypes[op.slot] == "uint64" else code
         own.board.status[own.place] = (code, op.phase, op.phase, trouble.row, value)
 
     # -- arguments -----------------------------------------------------------------------------------

@@ -330,14 +330,15 @@ def _row_local(call: ColumnCall) -> bool:
 
 def status_text(work: Work, step: int, status: Any) -> str:
     """Return in words what a stage's status says has failed; ``step``: of the frame."""
-    from rustsim_hpc.kernels.stage_source import KEY_OUT_OF_RANGE
+    from rustsim_hpc.kernels.stage_source import KEY_FROM_2_63, NOT_REPRESENTABLE
 
     phase, row, value = int(status[2]), int(status[3]), int(status[4])
     name = work.program.phase_names[phase]
-    if int(status[0]) == KEY_OUT_OF_RANGE:
+    if int(status[0]) != NOT_REPRESENTABLE:
         slot = next(i for i, r in enumerate(work.program.reductions) if r.name == name)
+        key = value % 2**64 if status[0] == KEY_FROM_2_63 else value
         # Reductions of checks and outputs look at the state that a step has made, and count that.
         when = "in step" if phase < work.program.phase_count else "in the state at step"
-        return f"key {value} of row {row} is outside [0, {work.bins[slot]}) {when} {step}"
+        return f"key {key} of row {row} is outside [0, {work.bins[slot]}) {when} {step}"
     column = work.program.schema.columns[value]
     return f'the value of row {row} for column "{column.name}" does not fit {column.dtype} in step {step}'

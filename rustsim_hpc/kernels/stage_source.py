@@ -26,7 +26,7 @@ from rustsim_hpc.modeling.model import DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.state.schema import Schema
 
-KEY_OUT_OF_RANGE, NOT_REPRESENTABLE = 1, 2
+KEY_OUT_OF_RANGE, NOT_REPRESENTABLE, KEY_FROM_2_63 = 1, 2, 3
 """Codes in the first field of a stage's status (0: all is well)."""
 
 FIXED = (
@@ -288,18 +288,21 @@ class StageWriter:
         state = self._argument("state", op.slot, f"s{op.slot}")
         lines = self._loop(op, reduction)
         if reduction.kind == "histogram":
-            inner = [f"key = np.int64({value})", *self._add_keyed(op, f"reduce.add_histogram({state}, key)")]
+            inner = self._add_keyed(op, value, f"reduce.add_histogram({state}, key)")
         elif reduction.key is not None:
             add = f"reduce.add_keyed_{reduction.kind}({state}, key, {value})"
-            inner = [f"key = np.int64({self._key_call(op)})", *self._add_keyed(op, add)]
+            inner = self._add_keyed(op, self._key_call(op), add)
         else:
             inner = [f"reduce.add_{reduction.kind}({state}, {value})"]
         return [*lines, *(f"    {line}" for line in inner), *_clock(op.phase)]
 
-    def _add_keyed(self, op: ReduceOp, add: str) -> list[str]:
+    def _add_keyed(self, op: ReduceOp, key: str, add: str) -> list[str]:
         return [
+            f"found = {key}",
+            "key = np.int64(found)",
             f"if not {add} and status[0] == 0:",
-            f"    status[0] = {KEY_OUT_OF_RANGE}; status[2] = {op.phase}",
+            f"    status[0] = {KEY_FROM_2_63} if key < 0 and found > 0 else {KEY_OUT_OF_RANGE}",
+            f"    status[2] = {op.phase}",
             "    status[3] = base + j; status[4] = key",
         ]
 
