@@ -72,6 +72,39 @@ def test_flip_that_spreads_in_its_own_step(tmp_path: Path) -> None:
     assert int(shown["left_bits"], 16) ^ int(shown["right_bits"], 16) == 1 << 30
 
 
+CODED = """
+import numpy as np
+import rustsim_hpc as rs
+
+@rs.row_kernel(writes="state")
+def stay(state):
+    return state
+
+def initialise(rows, params, tables, seed):
+    return {"state": np.where(np.arange(rows.start, rows.stop) == 3, seed, 0).astype(np.uint8)}
+
+def model():
+    codes = {0: "S", 1: "I"}
+    return rs.Model(columns=[rs.Column("state", "uint8", codes=codes)], phases=[stay], initialise=initialise)
+"""
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_codes_are_told_by_name(tmp_path: Path, again: bool) -> None:
+    (tmp_path / "coded.py").write_text(CODED)
+    job = tmp_path / "coded.toml"
+    job.write_text('[model]\nmodule = "coded.py"\n[run]\nagents = 9\nsteps = 2\n')
+    for name in ("1", "2"):
+        assert command("run", job, "--seed", name, "--no-progress", "--out", tmp_path / name)[0] == 0
+    if not again:  # the rows then come from checkpoints
+        (tmp_path / "coded.py").write_text(CODED + "changed = 1")
+    report, text = different(tmp_path / "1", tmp_path / "2", tmp_path)
+    assert text.splitlines()[-1].split() == ["3", "3", "state", "1", "(I)", "2", "0x01", "0x02"]
+    [row] = report["table"]
+    assert (row["left"], row["left_name"], row["right"]) == ("1", "I", "2")
+    assert "right_name" not in row
+
+
 def test_difference_in_a_derived_value(tmp_path: Path) -> None:
     """Other parameters show first in a derived value: it is named with its values, then the rows it moves."""
     job = drill().write_job(tmp_path)

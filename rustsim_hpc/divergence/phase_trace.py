@@ -15,7 +15,7 @@ import numpy as np
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.failures import StepKind, plane_error
 from rustsim_hpc.control.stepper import StepFailed, Stepper
-from rustsim_hpc.divergence.row_search import Rows, column_sums
+from rustsim_hpc.divergence.row_search import Rows, codes_of, column_sums
 from rustsim_hpc.executors.base import ResidentExecutor, ResidentSession
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.model import Derive, Phase, Reduction
@@ -138,7 +138,7 @@ class PhaseTrace:
             name: memory.other(index) if name in written else memory.current(index)
             for index, name in enumerate(memory.schema.names)
         }
-        return Rows(columns, work.first_row, work.ids)
+        return Rows(columns, work.first_row, work.ids, codes_of(memory.schema))
 
 
 def one_by_one(program: Program) -> Program:

@@ -15,7 +15,7 @@ from rustsim_hpc.control.config import ControlPlaneConfig
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.runtime import ColumnarRuntime
 from rustsim_hpc.divergence.phase_trace import PhaseTrace
-from rustsim_hpc.divergence.row_search import Rows
+from rustsim_hpc.divergence.row_search import Rows, codes_of
 from rustsim_hpc.divergence.side import Known, RunSide
 from rustsim_hpc.errors import CheckpointFileError, ColumnMemoryError
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
@@ -225,8 +225,9 @@ def checkpoint_rows(path: Path, team: Team) -> Rows:
         part = rank_part(header.rows, max(1, min(team.size, header.rows)), team.size, team.rank)
         return part.row_start, part.row_stop
 
-    view = load(path, team, share).rows
-    return Rows(dict(zip(view.names, view.columns, strict=True)), view.row_offset, view.ids)
+    loaded = load(path, team, share)
+    view, codes = loaded.rows, codes_of(loaded.header.schema)
+    return Rows(dict(zip(view.names, view.columns, strict=True)), view.row_offset, view.ids, codes)
 
 
 def available_memory() -> int:

@@ -23,16 +23,20 @@ _ROWS_SHOWN: Final = 10
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row and column in which two states differ, and both values."""
+    """One row and column in which two states differ, both values, and their names in a column of codes."""
 
     row: int
     id: int
     column: str
     left: Any
     right: Any
+    left_name: str | None = None
+    right_name: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it in JSON's types; a value as text that gives it back, and as its raw bits."""
+        """Return it in JSON's types; a value as text that gives it back, as its raw bits, and by its name."""
+        names = {} if self.left_name is None else {"left_name": self.left_name}
+        names |= {} if self.right_name is None else {"right_name": self.right_name}
         return {
             "row": self.row,
             "id": self.id,
@@ -41,6 +45,7 @@ class TableRow:
             "right": str(self.right),
             "left_bits": hex_bits(self.left),
             "right_bits": hex_bits(self.right),
+            **names,
         }
 
 
@@ -187,7 +192,8 @@ class DivergenceReport:
             facts = row.to_dict()
             cells.append(
                 (
-                    f"{row.row}", f"{row.id}", row.column, facts["left"], facts["right"],
+                    f"{row.row}", f"{row.id}", row.column,
+                    _with_name(facts["left"], row.left_name), _with_name(facts["right"], row.right_name),
                     facts["left_bits"], facts["right_bits"],
                 )
             )  # fmt: skip
@@ -196,6 +202,10 @@ class DivergenceReport:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in cells
         ]
+
+
+def _with_name(value: str, name: str | None) -> str:
+    return value if name is None else f"{value} ({name})"
 
 
 def _side(side: RunSide, step: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ values to be looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +16,12 @@ import numpy as np
 
 from rustsim_hpc.proof.fingerprint import digest_column
 from rustsim_hpc.ranks.team import Team
+from rustsim_hpc.state.schema import Schema
 
 Array = np.ndarray[Any, Any]
 Range = tuple[int, int]
+
+Codes = Mapping[str, Mapping[int, str]]
 
 _FIRST_PARTS = 4096
 _PARTS = 64
@@ -26,17 +29,23 @@ _LEAF_ROWS = 256
 _MOST_RANGES = 64
 
 
+def codes_of(schema: Schema) -> Codes:
+    """Return the names of values by column, for columns of codes."""
+    return {column.name: column.codes for column in schema.columns if column.codes}
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a state that this rank holds.
 
     columns: name to 1-D array (local rows,). row_offset: global row of local row 0. ids: uint64
-    (local rows,), or None for the default ones.
+    (local rows,), or None for the default ones. codes: of columns of codes, the names of their values.
     """
 
     columns: Mapping[str, Array]
     row_offset: int
     ids: Array | None = None
+    codes: Codes = field(default_factory=dict)
 
     def id_of(self, row: int) -> int | None:
         """Return the id of a global row, or None where another rank holds it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rustsim_hpc.divergence.replica import Bench, checkpoint_rows
 from rustsim_hpc.divergence.report import DivergenceReport, TableRow
-from rustsim_hpc.divergence.row_search import Rows, RowsNow, differing_rows, ids_of
+from rustsim_hpc.divergence.row_search import Codes, Rows, RowsNow, differing_rows, ids_of
 from rustsim_hpc.divergence.side import RunSide
 from rustsim_hpc.errors import RustsimError, TeamError
 from rustsim_hpc.ranks.team import Team
@@ -25,8 +26,21 @@ def find_rows(
     """
     left, right = report.left, report.right
 
+    codes: dict[int, Codes] = {}
+
     def of(side: RunSide) -> RowsNow:
-        return lambda: rows_of(side)
+        def now() -> Rows:
+            rows = rows_of(side)
+            codes[id(side)] = rows.codes
+            return rows
+
+        return now
+
+    def line(row: int, column: str, values: tuple[Any, Any]) -> TableRow:
+        names = (
+            _name(codes[id(side)], column, value) for side, value in zip((left, right), values, strict=True)
+        )
+        return TableRow(row, ids[row], column, *values, *names)
 
     found = [differing_rows(name, left.agents, of(left), of(right), team) for name in columns]
     report.rows = tuple(one for one in found if one is not None)
@@ -35,10 +49,14 @@ def find_rows(
     report.rows_from = where
     numbers = sorted({row for one in report.rows for row, _, _ in one.first})
     ids = dict(zip(numbers, ids_of(rows_of(left), numbers, team), strict=True))
-    lines = [TableRow(row, ids[row], one.column, a, b) for one in report.rows for row, a, b in one.first]
+    lines = [line(row, one.column, (a, b)) for one in report.rows for row, a, b in one.first]
     order = {name: place for place, name in enumerate(columns)}
     report.table = tuple(sorted(lines, key=lambda line: (line.row, order[line.column])))
     return True
+
+
+def _name(codes: Codes, column: str, value: Any) -> str | None:
+    return codes[column].get(int(value)) if column in codes else None
 
 
 def rows_from_checkpoints(
