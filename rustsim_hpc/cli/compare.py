@@ -14,8 +14,7 @@ from rustsim_hpc.cli.run import read_folder_job
 _VERIFY_EXAMPLES = """\b
 Examples:
   rustsim-hpc verify runs/first --against runs/first/replay.jsonl
-  rustsim-hpc verify runs/first --against runs/second --executor threads --workers 2
-  rustsim-hpc verify runs/first --against runs/first/replay.jsonl --steps 50
+  rustsim-hpc verify runs/first --against runs/second --steps 50 --executor processes
   mpirun -n 2 rustsim-hpc verify runs/first --against runs/first/replay.jsonl
 """
 

@@ -12,8 +12,8 @@ from rustsim_hpc.cli.run import finish, read_folder_job
 
 _EXAMPLES = """\b
 Examples:
-  rustsim-hpc fork runs/first --at 60 --set params.beta=0.3 --out runs/milder
-  rustsim-hpc fork runs/first --set run.seed=2 --steps 365 --out runs/second-seed
+  rustsim-hpc fork runs/first --at 150 --set params.beta=0.3 --out runs/milder
+  rustsim-hpc fork runs/first --set run.seed=2 --steps 200 --out runs/second-seed
   rustsim-hpc inspect runs/milder        # shows where it comes from
 """
 

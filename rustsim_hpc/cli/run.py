@@ -21,7 +21,7 @@ Examples:
   rustsim-hpc run jobs/us_flights.toml --executor threads --workers 2
   rustsim-hpc run jobs/us_flights.toml --agents 100000 --set params.beta=0.4
   rustsim-hpc run jobs/us_flights.toml --record --checkpoint-every 30 --out runs/first
-  rustsim-hpc run jobs/us_flights.toml --verify runs/first/replay.jsonl
+  rustsim-hpc run jobs/us_flights.toml --verify runs/first/replay.jsonl --out runs/second
   mpirun -n 4 rustsim-hpc run jobs/us_flights.toml
   rustsim-hpc run jobs/us_flights.toml --executor remote --endpoint tcp://hostA:5555 --keys keys
   rustsim-hpc run jobs/us_flights.toml --dry-run
@@ -32,8 +32,8 @@ Every option is also a key of the job file, see docs/job_file.md.
 _RESUME_EXAMPLES = """\b
 Examples:
   rustsim-hpc resume runs/first
-  rustsim-hpc resume runs/first --steps 365
-  rustsim-hpc resume runs/first --at 60
+  rustsim-hpc resume runs/first --at 150
+  rustsim-hpc resume runs/first --steps 200
   mpirun -n 2 rustsim-hpc resume runs/first
 """
 

@@ -20,7 +20,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of 
 
 @click.command(
     epilog="\b\nExamples:\n  rustsim-hpc inspect runs/first\n  rustsim-hpc inspect "
-    "runs/first/checkpoints/step_0000000100.h5\n"
+    "runs/first/checkpoints/step_0000000150.h5\n"
 )
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE|DIR")
 @_JSON
