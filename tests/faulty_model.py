@@ -54,6 +54,23 @@ def _leave_a_child(fork: Any) -> None:
     os._exit(9)
 
 
+def _ask_a_child() -> None:
+    """Have a forked process say something over every low descriptor number that is free."""
+    pipes = [os.pipe() for _ in range(20)]
+    if os.fork() == 0:
+        try:
+            for _, into in pipes:
+                os.write(into, b"x")
+        finally:
+            os._exit(0)
+    for out, into in pipes:
+        os.close(into)
+        if os.read(out, 1) != b"x":
+            raise ValueError("a pipe of the model's was closed")
+        os.close(out)
+    os.wait()
+
+
 ACTS = {
     "raise": _raise,
     "exit": lambda: os._exit(7),
@@ -62,6 +79,7 @@ ACTS = {
     "wait": lambda: time.sleep(60),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "print": lambda: print("a phase prints"),
+    "child": _ask_a_child,
     "fork": lambda: _leave_a_child(os.fork),
     "c fork": lambda: _leave_a_child(ctypes.CDLL(None).fork),
 }

@@ -155,6 +155,13 @@ def test_what_a_phase_prints_is_seen(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert capfd.readouterr().out == "a phase prints\n"
 
 
+def test_a_phase_may_fork_processes_of_its_own(tmp_path: Path) -> None:
+    """In the child only what is the engine's is closed."""
+    with faulty(tmp_path, "child", at=0) as plane:
+        plane.step_partitions_with_executor(rs.ProcessPartitionExecutor(2))
+        assert (tmp_path / "marker").exists()
+
+
 # -- failures ------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,24 @@ def test_the_lock_ends_with_its_process(tmp_path: Path, processes: list[subproce
     FolderLock.claim(tmp_path, 5).release()
 
 
+def test_a_process_that_a_model_forks_holds_no_lock(tmp_path: Path) -> None:
+    hold = FolderLock.claim(tmp_path)
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(ready[1], b"x")
+        os.close(done[1])
+        os.read(done[0], 1)
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"x"
+    assert is_locked(tmp_path)
+    hold.release()
+    assert not is_locked(tmp_path)
+    for end in (*ready, *done):
+        os.close(end)
+    os.waitpid(child, 0)
+
+
 def test_a_worker_holds_the_lock_when_its_rank_is_dead(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     orders, answers, parent = (int(argument) for argument in arguments)
     _keep_to_this_process((orders, answers))
     threading.Thread(target=_leave_with_parent, args=(orders, parent), daemon=True).start()
-    with contextlib.suppress(ConnectionError):  # the parent is gone: so is the work
+    with contextlib.suppress(OSError):  # the parent is gone, or the pipes are: so is the work
         worker = _begin_or_tell(orders, answers)
         if worker is not None:
             _serve(orders, answers, worker)
@@ -103,7 +103,8 @@ def _keep_to_this_process(fds: tuple[int, ...]) -> None:
 
     def close_all() -> None:
         for fd in fds:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # a model that has closed it itself
+                os.close(fd)
 
     for fd in fds:
         os.set_inheritable(fd, False)
@@ -130,7 +131,8 @@ def _begin_or_tell(orders: int, answers: int) -> _Worker | None:
 
 
 def _begin(start: WorkerStart) -> _Worker:
-    _keep_to_this_process((*start.columns.fds, start.arrays.fd, *start.inherited))
+    # Not that of the arrays: it is closed as soon as they are mapped, and its number another file's then.
+    _keep_to_this_process((*start.columns.fds, *start.inherited))
     if start.core is not None:
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setaffinity(0, {start.core})
@@ -180,9 +182,9 @@ def _leave_with_parent(orders: int, parent: int) -> None:
 
 def _leave() -> NoReturn:
     # Not through the interpreter's own end: taking down a compiler takes longer than anybody wants to wait.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a model may have put anything there
+            stream.flush()
     os._exit(0)
 
 

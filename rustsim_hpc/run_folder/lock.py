@@ -41,6 +41,7 @@ WAIT_SECONDS = 5.0
 """How long a newcomer waits for a run that is dying."""
 
 _POLL_SECONDS = 0.05
+_held: set[int] = set()
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -55,6 +56,7 @@ class FolderLock:
     def __init__(self, token: str, descriptor: int) -> None:
         self.token = token
         self.descriptors: tuple[int, ...] = (descriptor,)
+        _held.add(descriptor)
 
     @classmethod
     def claim(cls, folder: Path, wait_seconds: float = WAIT_SECONDS) -> Self:
@@ -100,8 +102,21 @@ class FolderLock:
     def release(self) -> None:
         """Let go of the folder; workers that inherited the lock hold it until they end."""
         for descriptor in self.descriptors:
-            os.close(descriptor)
+            _held.discard(descriptor)
+            with contextlib.suppress(OSError):  # a model that closes what is not its own
+                os.close(descriptor)
         self.descriptors = ()
+
+
+def _let_go_in_child() -> None:
+    """Close the descriptors in a process that a model has forked: it is no rank or worker of the run."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def read_holder(folder: Path) -> dict[str, object]:
