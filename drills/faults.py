@@ -234,8 +234,11 @@ def signalled(rng: random.Random, folder: Path, expected: Path) -> Trial:
 def stuck(rng: random.Random, folder: Path, expected: Path) -> Trial:
     """Get stuck in a phase: Python that sleeps or spins, or a compiled loop."""
     way = rng.choice([INLINE, threads(2), processes(2), *(mpirun(count) for count in (2, 3) if has_mpirun())])
-    where, how = rng.choice([("first", "sleep"), ("middle", "spin"), ("kernel", "spin")])
-    fault = f"{where}:{how}:{rng.randrange(1, STEPS)}:{rng.randrange(AGENTS)}"
+    where, how = rng.choice(
+        [("initialise", "sleep"), ("first", "sleep"), ("middle", "spin"), ("kernel", "spin")]
+    )
+    step = 0 if where == "initialise" else rng.randrange(1, STEPS)
+    fault = f"{where}:{how}:{step}:{rng.randrange(AGENTS)}"
     # A rank that compiles, or waits for one that does, is not stuck.
     words = ("run", JOB, "--out", folder, *SAME, "--set=run.watchdog_seconds=5")
     with Started(way.command(*words), DRILL_FAULT=fault) as started:

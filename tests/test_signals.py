@@ -15,7 +15,7 @@ import pytest
 
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.job.signals import SIGNALS, StopRequests
-from rustsim_hpc.job.watchdog import Watchdog
+from rustsim_hpc.job.watchdog import LONGER, OUTSIDE, Quiet, Watchdog
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -257,7 +257,7 @@ def test_a_watchdog_without_a_limit_watches_nothing() -> None:
 
 def test_a_process_that_compiles_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[tuple[str, int]] = []
-    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step: ended.append((phase, step)))
+    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step, __: ended.append((phase, step)))
     with Watchdog(0.05, backstop=False) as watchdog:
         watchdog.beat("step", 0)
         with CLOCK.counting(), CLOCK.counting():
@@ -268,6 +268,49 @@ def test_a_process_that_compiles_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -
         while not ended and time.monotonic() < until:
             time.sleep(0.01)
     assert ended[0] == ("step", 0)
+
+
+def looks(beat: tuple[str, int], cpu: float, *, waiting: bool = False, pieces: bool = False) -> Quiet:
+    """Look at a process every second for a minute; ``cpu``: what share of them it computes."""
+    quiet = Quiet()
+    for second in range(61):
+        quiet.look(beat, 1.0, cpu, second if pieces else 0, waiting=waiting)
+    return quiet
+
+
+def test_outside_of_steps_only_what_does_nothing_counts_in_full() -> None:
+    share = 60.0 / LONGER
+    for phase in OUTSIDE:
+        assert looks((phase, 0), 0.0).counted == 60
+        assert looks((phase, 0), 1.0).counted == pytest.approx(share)
+        assert looks((phase, 0), 0.0, waiting=True).counted == pytest.approx(share)
+        assert looks((phase, 0), 0.0, pieces=True).counted == 0
+        assert looks((phase, 0), 1.0).seconds == 60
+    step = ("step", 7)
+    assert looks(step, 1.0).counted == looks(step, 1.0, waiting=True, pieces=True).counted == 60
+    quiet = looks(step, 1.0)
+    quiet.look(("step", int("7")), 1.0, 0.0, 0, waiting=False)
+    assert quiet.counted == quiet.seconds == 0
+
+
+ENDLESS = """
+import sys, time
+from rustsim_hpc.job import watchdog as module
+module.LONGER = 3
+with module.Watchdog(1.0) as watchdog:
+    print("ready", flush=True)
+    while sys.argv[1] == "compute":
+        pass
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["compute", "sleep"])
+def test_a_start_that_never_ends_is_ended(how: str) -> None:
+    process = start(ENDLESS, how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "s: phase start-up, step 0" in err
 
 
 def test_an_unwritable_folder_does_not_keep_the_watchdog_from_ending_it(tmp_path: Path) -> None:

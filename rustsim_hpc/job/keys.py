@@ -144,7 +144,8 @@ class RunTable(_Table):
     )
     watchdog_seconds: Seconds = _key(
         "a rank that makes no progress for longer (in its start, a step or a collective) is reported with "
-        "its stack, and the job is ended; 0: never",
+        "its stack, and the job is ended; between steps, computing may take six times as long, and each "
+        "piece of a checkpoint file counts as progress; 0: never",
         600.0,
     )
 

@@ -184,6 +184,7 @@ class JobRun:
             self.records.after_step(step.fingerprint)
             self._recorded = True
             recorded = time.perf_counter_ns()
+            watchdog.beat("checkpoint", plane.runtime.step_index)
             stop_asked, write_failed = self._told(votes)
             self.checkpoints.after_step(
                 everybody_done=self._all_written(votes),

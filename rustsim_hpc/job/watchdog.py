@@ -2,7 +2,12 @@
 
 A compiled loop or a waiting MPI call cannot be interrupted from Python, so there is no way back: the stacks
 of all threads go to standard error, a crash bundle into the run's folder, and the process leaves with exit
-code 3. The thread also hears when another rank has to leave (`ranks/leaving.py`), so that all do so with one
+code 3. A step has to follow the other in time. Outside of them, where a model makes its first state or
+gigabytes are read and written, a piece of a file that is done is a sign of life too, and a process that
+computes, or waits for others, may do so for longer: nobody can tell a long computation from an endless one,
+but most of what is stuck for ever does nothing.
+
+The thread also hears when another rank has to leave (`ranks/leaving.py`), so that all do so with one
 code; those that hear nothing are ended by their launcher.
 
 The thread needs Python's global lock. Code that loops in C and never gives it back stops the watchdog too;
@@ -24,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from rustsim_hpc.compile_clock import CLOCK
+from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.ranks.leaving import Leaving
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
@@ -35,7 +41,47 @@ PATIENCE = 5.0
 COMPILING = 60.0
 """Seconds that a limit is at least while this process compiles: that is slow, but not stuck."""
 
+LONGER = 6
+"""How many times the limit a process may compute outside of steps, or wait there for ranks that may."""
+
+OUTSIDE = ("start-up", "checkpoint", "end")
+"""Phases outside of steps."""
+
+_BUSY = 0.01
+"""Share of a core's time from which on a process computes; the watchdog itself takes a hundredth of it."""
 _STDERR = 2
+
+
+class Quiet:
+    """How long a process has shown no sign of life, between two looks at it at a time.
+
+    Attributes:
+        seconds: in which it was not stopped since the last sign of life.
+        counted: the same, of seconds in which it computes outside of steps only a share.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.counted = 0.0
+        self._seen: object = None
+        self._pieces = -1
+
+    def look(self, beat: tuple[str, int], gap: float, cpu: float, pieces: int, *, waiting: bool) -> None:
+        """Take in what a look has found.
+
+        Args:
+            beat: the last beat; a new one is known by its identity.
+            gap: seconds since the last look in which the process ran or could have run.
+            cpu: seconds of processor time that it took meanwhile.
+            pieces: of files that it has done so far.
+            waiting: it waits for other ranks.
+        """
+        outside = beat[0] in OUTSIDE
+        if beat is not self._seen or (outside and pieces != self._pieces):
+            self.seconds = self.counted = 0.0
+        else:
+            self.seconds += gap
+            self.counted += gap / LONGER if outside and (waiting or cpu >= _BUSY * gap) else gap
+        self._seen, self._pieces = beat, pieces
 
 
 class Watchdog:
@@ -100,39 +146,39 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll, patience = min(1.0, (self.limit or 10) / 10), min(PATIENCE, self.limit)
-        seen, quiet, before = self._beat, 0.0, time.monotonic()
+        quiet, before, spent = Quiet(), time.monotonic(), time.process_time()
         try:
             while not self._done.wait(poll):
-                now = time.monotonic()
+                now, cpu, beat = time.monotonic(), time.process_time(), self._beat
                 # A longer gap than a poll is time in which this thread, and so the process, did not run.
-                quiet += min(now - before, 2 * poll)
-                before = now
-                if self._beat is not seen:
-                    seen, quiet = self._beat, 0.0
+                gap = min(now - before, 2 * poll)
+                quiet.look(beat, gap, cpu - spent, PIECES.done, waiting=self.waiting())
+                before, spent = now, cpu
+                if not quiet.seconds:
                     continue
                 if self._leaving is not None and (code := self._leaving.heard()) is not None:
                     self._leaving.leave(code)
                 if not self.limit:
                     continue
                 limit = max(self.limit, COMPILING) if CLOCK.running else self.limit
-                if quiet >= limit and (quiet >= limit + patience or not self.waiting()):
-                    self._expire(*seen)
+                if quiet.counted >= limit and (quiet.counted >= limit + patience or not self.waiting()):
+                    self._expire(*beat, quiet)
                 if self._backstop:
-                    faulthandler.dump_traceback_later(2 * self.limit + 30, exit=True, file=_STDERR)
+                    longest = self.limit * (LONGER if beat[0] in OUTSIDE else 1)
+                    faulthandler.dump_traceback_later(2 * longest + 30, exit=True, file=_STDERR)
         finally:
             if self._backstop:
                 faulthandler.cancel_dump_traceback_later()
 
-    def _expire(self, phase: str, step: int) -> None:
+    def _expire(self, phase: str, step: int, quiet: Quiet) -> None:
         where = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
         if self.waiting():
             phase = "waiting for other ranks"
         else:
             with contextlib.suppress(Exception):  # asked from another thread, at any moment
                 phase = self.phase() or phase
-        line = (
-            f"watchdog: {where} has not moved for {self.limit:g} s: phase {phase}, step {step}; ending it\n"
-        )
+        moment = self.limit if quiet.counted == quiet.seconds else round(quiet.seconds)
+        line = f"watchdog: {where} has not moved for {moment:g} s: phase {phase}, step {step}; ending it\n"
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         with contextlib.suppress(Exception):

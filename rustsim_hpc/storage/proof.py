@@ -21,6 +21,7 @@ import xxhash
 
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.files import NotAFileError, open_regular, read_bytes
+from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, CheckpointHeader
 
 BLOCK_BYTES = 4 << 20
@@ -297,6 +298,7 @@ def check_blocks(
                     message=f"{path}: its bytes {block * BLOCK_BYTES} to "
                     f"{min((block + 1) * BLOCK_BYTES, file.size)} are not those that were written"
                 )
+        PIECES.one_more()
 
     # Threads pay from a few dozen megabytes on.
     threads = min(len(pieces), len(os.sched_getaffinity(0)), 4)

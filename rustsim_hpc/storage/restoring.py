@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import CheckpointFileError
+from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.proof.fingerprint import (
     StateView,
     digest_column,
@@ -130,6 +131,7 @@ def _read_and_digest(path: Path, manifest: Manifest, room: StateView) -> list[in
     with ThreadPoolExecutor(1, thread_name_prefix="rustsim-proof") as beside:
 
         def digest(index: int, first: int, end: int) -> None:
+            PIECES.one_more()
             values = arrays[index][first:end]
             digests.append((index + 1, beside.submit(digest_column, values, start + first, index + 1)))
 

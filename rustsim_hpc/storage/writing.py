@@ -23,6 +23,7 @@ import xxhash
 
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
+from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.proof.fingerprint import StateView, digest_sums, fingerprint_view
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
@@ -144,9 +145,10 @@ class Attempt:
             yield lambda: self._on_first(lambda: self.publish_shared(header, blocks))
 
     def go_on(self) -> None:
-        """Raise Abandoned once another rank has failed: what this one writes is for nothing then."""
+        """Count a piece; raise Abandoned once another rank has failed: the rest is for nothing then."""
         if self.abandoned.is_set():
             raise Abandoned
+        PIECES.one_more()
 
     def _on_first(self, function: Callable[[], Any]) -> Any:
         return function() if self.team.rank == 0 else None
