@@ -95,6 +95,20 @@ def test_several_partitions_fail_and_the_first_is_raised(kind):
     assert "also failed: " in caught.value.details()
 
 
+@pytest.mark.parametrize("kind", ["partition", "executor", "threads", "tasks"])
+def test_the_first_in_the_plans_order_is_raised_whatever_the_ids(kind):
+    cuts = [(52, 0, 4), (9, 4, 7), (30, 7, 10)]
+    plan = rs.PartitionPlan.static(
+        [rs.PartitionAssignment(rs.PartitionId(number), start, stop) for number, start, stop in cuts]
+    )
+    trap = Trap(ValueError("no luck"), {30, 52})
+    made = trapped(kind, trap, 1, partition_plan=plan)
+    trap.set = True
+    with pytest.raises(ERROR, match=r"partition PartitionId\(52\) phase trap failed: no luck") as caught:
+        made.step()
+    assert [other.partition.value for other in caught.value.others] == [30]
+
+
 class Mute(Exception):
     def __str__(self):
         raise RuntimeError("not even a text")
@@ -353,6 +367,7 @@ def test_a_runtime_that_is_changed_directly(kind, fingerprint):
     made.run(2)
     other = Plane("runtime").plane.runtime.device_store()
     made.plane.runtime_mut().restore_device_store(other, 7)
+    assert made.plane.fingerprint() == rs.fingerprint_checkpoint(7, other.checkpoint(), fingerprint)
     step = made.step()
     assert step.fingerprint == rs.fingerprint_checkpoint(8, other, fingerprint)
     made.plane.runtime.add_cpu_phase("damp", damp)

@@ -165,6 +165,7 @@ class EngineControlPlane:
 
     def fingerprint(self) -> ReplayFingerprint:
         """Return the fingerprint of the current state under the configured scheme."""
+        self._stepping.ready(to_restore=True)
         return self._proof.of_current(self._runtime.step_index)
 
     def known_fingerprint(self) -> ReplayFingerprint | None:

@@ -171,6 +171,8 @@ class Meeting:
             frame.values[reduction.name] = value
 
     def _raise(self, failures: list[PhaseFailure]) -> None:
+        # In the plan's order, which is the ranks' too; ids may be numbered in any other way.
+        places = {task.assignment.partition_id: place for place, task in enumerate(self._work.tasks)}
+        failures = sorted(failures, key=lambda failure: places.get(failure.partition, len(places)))
         mine = [replace(f, rank=self._team.rank, host=f.host or socket.gethostname()) for f in failures]
-        everyone = [failure for rank in self._team.allgather(mine) for failure in rank]
-        raise StepFailed(tuple(sorted(everyone, key=lambda failure: failure.partition)))
+        raise StepFailed(tuple(failure for rank in self._team.allgather(mine) for failure in rank))
