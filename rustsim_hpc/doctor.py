@@ -22,7 +22,7 @@ from rustsim_hpc.run_folder.environment import host_facts
 from rustsim_hpc.version import __version__
 
 Report = dict[str, dict[str, Any]]
-"""Section → name → fact; the section "problems" holds what should be mended."""
+"""Section → name → fact; the section "problems" holds what should be fixed."""
 
 _CORE: Final = (
     "numpy", "numba", "llvmlite", "h5py", "click", "pydantic", "tqdm", "tomli-w", "xxhash", "platformdirs",
@@ -276,7 +276,7 @@ def _numba(problems: dict[str, str]) -> dict[str, Any]:
     writable = os.access(parent, os.W_OK)
     if not writable:
         problems["cache"] = (
-            f"{folder} cannot be written to: kernels compile anew in every process; set NUMBA_CACHE_DIR"
+            f"{folder} cannot be written to: every process compiles the kernels again; set NUMBA_CACHE_DIR"
         )
     return {"cache": str(folder), "writable": writable, "free": _free(parent)}
 

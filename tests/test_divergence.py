@@ -471,7 +471,7 @@ def test_model_that_is_gone(tmp_path: Path) -> None:
     (right / "run.json").write_text(json.dumps(record | {"fingerprint": None}))
     code, _, err = command("diff", left, right)
     assert code == 2
-    assert "nothing tells whether" in err
+    assert "it is unknown whether" in err
 
 
 def test_what_is_no_run(clean: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_digests_in_loops_are_proof() -> None:
     assert profile.proof_share == pytest.approx(0.8 / 8)
     lines = profile.text().splitlines()
     assert any(line.split() == ["of", "it,", "digests", "in", "loops", "0.400", "10.0%"] for line in lines)
-    assert lines[-1].endswith("(digests in phases' loops told from 3 steps made without)")
+    assert lines[-1].endswith("(digests in loops estimated from 3 steps without them)")
 
 
 def test_figures_of_several_ranks() -> None:

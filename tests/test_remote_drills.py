@@ -286,7 +286,7 @@ def test_restarted_between_steps(plane, worker):
     worker(bind=one.endpoint)
     driven.run(2)
     assert driven.stream == expected(4)
-    again = f"the worker at {one.endpoint} had to be begun anew: it has its rows again, step 2 goes on"
+    again = f"the worker at {one.endpoint} was restarted and has its rows again, step 2 continues"
     assert told == [again]
 
 

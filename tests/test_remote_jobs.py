@@ -124,7 +124,7 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
     [line] = [line for line in told.splitlines() if line.startswith("Error: ")]
     assert f'worker "remote-0" at {worker.endpoint} ' in line
     assert "partition PartitionId(0)" in line
-    assert "start the worker there again, and the next step (of a job: resume) goes on" in told
+    assert "restart the worker there and continue (a job: with `resume`)" in told
     saved = max(open_run(tmp_path).checkpoints())
     assert saved >= 15
     resumed = rustsim("resume", tmp_path, "--executor", "inline", "--steps", saved + 10)
@@ -167,11 +167,11 @@ def test_a_worker_started_anew_in_a_run(inline, tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ((), "--executor: remote workers must be named"),
+        ((), "--executor: no remote workers are given"),
         (("--endpoint", "nonsense"), '--endpoint: "nonsense" is not an endpoint of a remote worker'),
         (("--endpoint", "tcp://*:5555"), "names no single worker"),
-        (("--endpoint", "tcp://[::1]:1", "--endpoint", "tcp://[::1]:1"), "stands twice"),
-        (("--endpoint", "tcp://192.0.2.1:5555"), "is not on this machine for sure: it needs keys"),
+        (("--endpoint", "tcp://[::1]:1", "--endpoint", "tcp://[::1]:1"), "is given twice"),
+        (("--endpoint", "tcp://192.0.2.1:5555"), "may not be on this machine: keys are required"),
         (("--endpoint", "tcp://[::1]:1", "--keys", "nowhere"), "cannot read the key"),
         (("--endpoint", "tcp://[::1]:1", "--set", "remote.retries=-1"), "must be an integer ≥ 0, not -1"),
         (("--endpoint", "tcp://[::1]:1", "--set", "remote.answer_seconds=0"), "must be a number > 0, not 0"),

@@ -217,12 +217,12 @@ def wire_of(keys):
 
 
 def test_plain_connections_stay_on_the_machine():
-    with pytest.raises(errors.RemoteError, match="it needs keys"):
+    with pytest.raises(errors.RemoteError, match="keys are required"):
         WorkerSocket("tcp://*:*", None, lambda who, line: None)
-    with pytest.raises(errors.RemoteError, match="it needs keys"):
+    with pytest.raises(errors.RemoteError, match="keys are required"):
         WorkerSocket("tcp://somewhere.example:5555", None, lambda who, line: None)
     driven = driven_at("tcp://192.0.2.1:5555", RemotePartitionExecutor())
-    with pytest.raises(errors.InvalidConfig, match="it needs keys"):
+    with pytest.raises(errors.InvalidConfig, match="keys are required"):
         driven.run(1)
 
 
@@ -339,9 +339,9 @@ def test_help():
         (("--bind", "nonsense", "--model", SUITE_MODEL), "is not an endpoint"),
         (
             ("--bind", "tcp://*:*", "--model", SUITE_MODEL),
-            "can be reached from other machines: it needs keys",
+            "can be reached from other machines: keys are required",
         ),
-        (("--bind", "tcp://192.0.2.1:5", "--model", SUITE_MODEL), "it needs keys"),
+        (("--bind", "tcp://192.0.2.1:5", "--model", SUITE_MODEL), "keys are required"),
         (("--bind", "tcp://127.0.0.1:*", "--model", "nowhere.py"), "nowhere.py"),
         (("--bind", "tcp://127.0.0.1:*", "--model", SUITE_MODEL, "--keys", "nowhere"), "cannot read the key"),
         (("--bind", "tcp://127.0.0.1:*", "--model", SUITE_MODEL, "--memory", "nan"), "memory"),

@@ -51,11 +51,11 @@ def test_checkpoints_that_do_not_hold_are_told_and_moved_aside_even_if_none_is_l
     # A fork only reads its parent.
     code, _, err = command("fork", folder, "--set=params.dt=0.2", "--out", tmp_path / "fork")
     assert code == 5
-    assert err.count("of the parent does not prove itself and is passed over") == 2
+    assert err.count("of the parent is damaged and was skipped") == 2
     assert sorted(rs.open_run(folder).checkpoints()) == [2, 4]
     code, _, err = command("resume", folder, "--steps=5", "--no-progress")
     assert code == 0, err
-    assert err.count("does not prove itself and was moved aside (step_") == 2
+    assert err.count("is damaged and was moved aside (step_") == 2
     assert len(list((folder / "checkpoints").glob("*.h5.bad"))) == 2
     run = rs.open_run(folder)
     assert run.record["sessions"][-1]["resumed_from"] is None

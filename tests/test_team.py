@@ -163,7 +163,7 @@ def test_another_mpis_mpirun_is_refused_before_mpi_starts() -> None:
     if "MPICH" not in done.stdout:
         pytest.skip("mpi4py loads an Open MPI here")
     assert "started 2 ranks (OMPI_COMM_WORLD_SIZE), but the MPI library here is MPICH" in done.stdout
-    assert done.stdout.endswith("launcher and library are not of one MPI\nFalse\n")
+    assert done.stdout.endswith("launcher and library belong to different MPIs\nFalse\n")
 
 
 def test_silent_singletons_are_refused() -> None:
@@ -176,7 +176,7 @@ def test_silent_singletons_are_refused() -> None:
     )
     done = run(program)
     assert "srun started 2 ranks (SLURM_STEP_NUM_TASKS), but MPI here" in done.stdout
-    assert "sees 1: launcher and library are not of one MPI" in done.stdout
+    assert "sees 1: launcher and library belong to different MPIs" in done.stdout
 
 
 class Room:

@@ -257,7 +257,7 @@ class RunProfile:
         lines += [f"  {meaning:40}{seconds:10.3f}{self._share(seconds):8.1%}" for meaning, seconds in parts]
         if len(self.ranks) > 1:
             lines += self._rank_lines()
-        told = f" (digests in phases' loops told from {compared} steps made without)" if compared else ""
+        told = f" (digests in loops estimated from {compared} steps without them)" if compared else ""
         lines.append(f"  {self.proof_share:.1%} of the time went into proof{told}")
         return "\n".join(lines)
 

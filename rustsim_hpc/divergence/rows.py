@@ -86,7 +86,7 @@ def rows_from_checkpoints(
             report.notes.append(f"rows of step {at:,}: {error}")
             continue
         return
-    report.notes.append("there is no later checkpoint that could tell the rows")
+    report.notes.append("there is no later checkpoint in which to find the rows")
 
 
 def _repeats(side: RunSide, step: int) -> bool:

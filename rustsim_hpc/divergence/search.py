@@ -41,7 +41,7 @@ def investigate(
     known to differ where the sides' streams do.
 
     Raises:
-        RunFolderError: nothing tells whether they are equal.
+        RunFolderError: it is unknown whether they are equal.
     """
     return _Investigation(left, right, team, say, beat).run(columns)
 
@@ -107,8 +107,8 @@ class _Investigation:
         except RustsimError as error:
             if report.step is None and not self._other_columns():
                 raise RunFolderError(
-                    f"nothing tells whether {self.sides[0].name} and {self.sides[1].name} are equal: "
-                    f"the logs and checkpoints do not, and they cannot be run again: {error}",
+                    f"it is unknown whether {self.sides[0].name} and {self.sides[1].name} are equal: "
+                    f"logs and checkpoints do not say it, and they cannot be run again: {error}",
                     hint="record runs with --record",
                 ) from error
             report.notes.append(f"not followed further: {error}")

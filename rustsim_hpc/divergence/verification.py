@@ -157,7 +157,7 @@ def diff_runs(
         workers: threads of a rank, where runs have to be repeated.
 
     Raises:
-        RustsimError: one is no run's folder, or nothing tells whether they are equal.
+        RustsimError: one is no run's folder, or it is unknown whether they are equal.
     """
     sides = first_rank(team, lambda: (side_of_folder(left), side_of_folder(right)))
     for side in sides:

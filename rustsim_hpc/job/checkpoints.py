@@ -154,9 +154,9 @@ class JobCheckpoints:
             raise CheckpointWriteFailed(
                 f"the run was stopped at step {step}, and that step could not be saved",
                 step=step,
-                hint="make room, then resume: it goes on from the checkpoint before"
+                hint="make room, then resume: it continues from the previous checkpoint"
                 if saved is not None
-                else "make room, then resume: it begins anew",
+                else "make room, then resume: it starts again at step 0",
             )
 
     def _fingerprint(self) -> tuple[ReplayFingerprint, bool]:

@@ -239,7 +239,7 @@ class RemoteTable(_Table):
         for place, endpoint in enumerate(endpoints):
             parse_endpoint(endpoint)
             if endpoint in endpoints[:place]:
-                raise ValueError(f"{endpoint} stands twice: a worker is named once")
+                raise ValueError(f"{endpoint} is given twice")
         return endpoints
 
 

@@ -97,7 +97,7 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
 
     def reject(path: Path, reason: str) -> None:
         aside = move_aside(path, reason)
-        _say(team, f"warning: {path.name} does not prove itself and was moved aside ({aside.name}): {reason}")
+        _say(team, f"warning: {path.name} is damaged and was moved aside ({aside.name}): {reason}")
 
     restored = RestoredStore(prepared)
     loaded = load_newest(
@@ -147,7 +147,7 @@ def _parents_store(
     team = prepared.team
 
     def reject(path: Path, reason: str) -> None:
-        _say(team, f"warning: {path.name} of the parent does not prove itself and is passed over: {reason}")
+        _say(team, f"warning: {path.name} of the parent is damaged and was skipped: {reason}")
 
     restored = RestoredStore(prepared)
     loaded = load_newest(

@@ -77,8 +77,8 @@ class RunPlan:
         return "\n".join(
             [
                 f"job           {self.job}, {self.agents:,} rows, guard {self.guard}",
-                f"cut           {self.ranks:,} ranks, {self.partitions:,} partitions in all",
-                f"executor      {self.executor}, {self.workers} workers a rank",
+                f"partitions    {self.partitions:,} on {self.ranks:,} ranks",
+                f"executor      {self.executor}, {self.workers} workers per rank",
                 f"a row         {self.row_bytes} bytes, and {self.undo_row_bytes} to undo a step",
                 f"a checkpoint  {size(self.checkpoint_bytes)}",
                 f"a step        {size(self.step_bytes)} from each rank to the others",

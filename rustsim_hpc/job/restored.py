@@ -38,7 +38,7 @@ def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
             raise CheckpointFileError(
                 f"the checkpoint of step {header.step_index} is of another run: {what} {theirs}, here {ours}",
                 damaged=False,
-                hint="use `rustsim-hpc fork` to go on with something changed",
+                hint="to continue with changes, use `rustsim-hpc fork`",
             )
     return forked_rows(prepared, header)
 

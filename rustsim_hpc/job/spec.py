@@ -192,7 +192,7 @@ def _require_endpoints(spec: JobSpec, path: Path, sources: Origin) -> None:
     if not endpoints:
         where = sources.get(("run", "executor")) or f"{path}: [run] executor"
         raise JobError(
-            f"{where}: remote workers must be named",
+            f"{where}: no remote workers are given",
             hint='--endpoint tcp://HOST:PORT for each, or [remote] endpoints = ["tcp://HOST:PORT", ...]',
         )
     if run.partitions is not None and run.partitions < len(endpoints):

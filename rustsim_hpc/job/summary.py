@@ -87,14 +87,14 @@ class RunSummary:
         cut = f"{_count(self.ranks, 'rank')}, {_count(self.partitions, 'partition')}"
         lines = [
             f"{self.job}: {steps}, {_count(self.agents, 'agent')}, {speed}",
-            f"by {self.executor}: {cut}, {_count(self.workers, 'worker')} a rank",
+            f"executor {self.executor}: {cut}, {_count(self.workers, 'worker')} per rank",
             f"fingerprint {self.fingerprint:#018x} ({self.fingerprint_scheme})",
             f"folder {self.folder}" + "".join(f"\n  {name}" for name in self.outputs),
         ]
         if self.profile is not None:
             lines.append(self.profile.text())
         if self.stopped is not None:
-            lines.append(f"stopped: {self.stopped}; go on with: rustsim-hpc resume {self.folder}")
+            lines.append(f"stopped: {self.stopped}; continue with: rustsim-hpc resume {self.folder}")
         return "\n".join(lines)
 
 

@@ -42,13 +42,13 @@ class Rows:
 
 
 class Results(dict[str, Any]):
-    """Results of reductions and derived values by name; one that is not there is told with what is."""
+    """Results of reductions and derived values by name; asking for a missing one lists those that exist."""
 
     def __missing__(self, name: str) -> Any:
         has = ", ".join(self) or "none"
         raise KeyError(
-            f"there is no result {name} here, only: {has}; a phase's are there once a step was made, "
-            "and those that reductions=[...] asks for"
+            f"there is no result {name} here, only: {has}; results of phases exist after the first step, "
+            "others where reductions=[...] names them"
         )
 
 

@@ -100,7 +100,7 @@ def check_shared_memory(environ: Mapping[str, str]) -> None:
                 message=f"{SHARED_MEMORY} has {room:,} bytes free, too few for MPI and {ranks} ranks",
                 rank=launcher.rank if first and launcher is not None else None,
                 host=socket.gethostname(),
-                hint="make room there (1 MiB a rank at least, and what the model's tables take), or enlarge "
+                hint="free space there (at least 1 MiB a rank, plus the model's tables), or enlarge "
                 f"it: mount -o remount,size=1G {SHARED_MEMORY}; docker run --shm-size=1g",
             )
 

@@ -383,7 +383,7 @@ def _library(mpi: Any) -> str:
 def _crossed(launcher: Launcher, found: str) -> LauncherError:
     return LauncherError(
         message=f"{launcher.name} started {launcher.size} ranks ({launcher.variable}), but {found}: "
-        "launcher and library are not of one MPI",
+        "launcher and library belong to different MPIs",
         rank=launcher.rank,
         host=socket.gethostname(),
         hint="use the mpirun of the MPI that mpi4py loads; "

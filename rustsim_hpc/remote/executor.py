@@ -91,7 +91,7 @@ class RemotePartitionExecutor:
             raise InvalidConfig(error.message, hint=error.hint) from error
         if self._keys is None and not address.loopback:
             hint = "rustsim-hpc worker --make-keys DIR makes keys; give the folder as keys"
-            raise InvalidConfig(f"{endpoint} is not on this machine for sure: it needs keys", hint=hint)
+            raise InvalidConfig(f"{endpoint} may not be on this machine: keys are required", hint=hint)
         return address
 
     def _shares(self, work: Work) -> list[Share]:

@@ -34,8 +34,8 @@ Talk = Generator[Message, Message, T]
 
 _LOOK_SECONDS = 0.05
 _START_IT = (
-    "start the worker there again, and the next step (of a job: resume) goes on; or resume with another "
-    "--executor or --endpoint. remote.rejoin_seconds: how long a run waits for a worker that is started anew"
+    "restart the worker there and continue (a job: with `resume`), or resume with another --executor or "
+    "--endpoint. remote.rejoin_seconds is how long a run waits for a worker to be restarted"
 )
 _MOST_LATE = 100
 

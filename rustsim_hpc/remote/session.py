@@ -323,8 +323,8 @@ class RemoteSession:
             self.work.memory.swap(aside)
         for share, result in zip(shares, results, strict=True):
             if not isinstance(result, LinkError):
-                text = "had to be begun anew: it has its rows again"
-                self._tell(f"the worker at {share.address.endpoint} {text}, step {self._step} goes on")
+                text = "was restarted and has its rows again"
+                self._tell(f"the worker at {share.address.endpoint} {text}, step {self._step} continues")
         self._tell_differences()
         return results
 

@@ -95,7 +95,7 @@ class ClientSocket:
     def __init__(self, address: Address, keys: ClientKeys | None) -> None:
         if keys is None and not address.loopback:
             hint = "rustsim-hpc worker --make-keys DIR makes keys"
-            raise RemoteError(f"{address.endpoint} is not on this machine for sure: it needs keys", hint=hint)
+            raise RemoteError(f"{address.endpoint} may not be on this machine: keys are required", hint=hint)
         zmq = library()
         self._socket = _context().socket(zmq.DEALER)
         _prepare(self._socket)
@@ -200,7 +200,7 @@ class WorkerSocket:
         address = parse_endpoint(endpoint, to_bind=True)
         if keys is None and not address.loopback:
             hint = "rustsim-hpc worker --make-keys DIR makes keys; --keys DIR uses them"
-            raise RemoteError(f"{endpoint} can be reached from other machines: it needs keys", hint=hint)
+            raise RemoteError(f"{endpoint} can be reached from other machines: keys are required", hint=hint)
         zmq = library()
         self._context = zmq.Context()
         self._gate = None if keys is None else _gate(self._context, keys, tell)

@@ -68,8 +68,8 @@ class Inspection:
                 lines += [f"  {name}"] + [f"    {key}  {_plain(entry)}".rstrip() for key, entry in entries]
             else:
                 lines.append(f"  {name:<12} {_plain(value)}")
-        lines += [f"  does not hold: {problem}" for problem in self.problems]
-        return "\n".join(lines if self.problems else [*lines, "  everything here proves itself"])
+        lines += [f"  damaged: {problem}" for problem in self.problems]
+        return "\n".join(lines if self.problems else [*lines, "  everything here is valid"])
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -249,7 +249,7 @@ def _run_log(run: Run, problems: list[str], stated: _Stated) -> str | None:
         return None
     log = _attempt(problems, run.replay)
     if log is None:
-        return "does not hold"
+        return "damaged"
     for entry in log.entries:
         stated[log.header.scheme, entry.step_index] = (REPLAY, entry.value)
     return f"{len(log.entries)} entries, {log.header.scheme}"
@@ -261,7 +261,7 @@ def _prove_all(paths: list[Path], problems: list[str], stated: _Stated) -> dict[
     for path in paths:
         header = _attempt(problems, lambda path=path: _proved(path))  # type: ignore[misc]
         if header is None:
-            lines[path.name] = "does not hold"
+            lines[path.name] = "damaged"
             continue
         value = header.fingerprint.value
         _compare(stated, header.fingerprint.scheme, header.step_index, path.name, value, problems)
