@@ -173,6 +173,8 @@ def test_importable_module_stays(job: Path) -> None:
         ("steps = 5\n", "", "[run] steps: is missing"),
         ('module = "flock.py"\n', "", "[model] module: is missing"),
         ('module = "flock.py"', 'module = ""', '[model] module: must be text, not ""'),
+        ("flock.py", "flock\\u0000.py", "[model] module: must be a path, which has no NUL character"),
+        ("[run]", f"[params]\ndt = {'[' * 2000}{']' * 2000}\n[run]", "not TOML"),
         ("flock.py", "flok.py", 'flok.py (did you mean "flock.py"?)'),
         ("[run]", "[params]\ndt = nan\n[run]", "[params] dt: must be a number, not nan"),
         (

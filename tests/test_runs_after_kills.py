@@ -178,3 +178,20 @@ def test_a_step_that_fails_leaves_a_finished_runs_record_until_one_was_made(
     assert command("resume", folder, "--steps=9", "--no-progress")[0] == 3
     run = rs.open_run(folder)
     assert (run.status, run.step_index) == ("failed", 7)
+
+
+def test_what_only_has_the_name_of_a_checkpoint_is_moved_aside(tmp_path: Path) -> None:
+    folder = _finished(tmp_path / "run")
+    beyond = folder / "checkpoints" / "step_99999999999999999999.h5"
+    beyond.write_text("no checkpoint")
+    newest = folder / "checkpoints" / "step_0000000006.h5"
+    newest.unlink()
+    newest.mkdir()
+    assert rs.open_run(folder).step_index == 6
+    code, _, err = command("resume", folder, "--steps=8", "--no-progress")
+    assert code == 0, err
+    assert err.count("is damaged and was moved aside") == 2
+    run = rs.open_run(folder)
+    assert (run.step_index, run.record["sessions"][-1]["resumed_from"]) == (8, 3)
+    assert not beyond.exists()
+    assert newest.is_file()

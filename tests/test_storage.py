@@ -420,7 +420,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     refuse(foreign, "not the proof of a checkpoint")
     folder = tmp_path / "step_0000000002.h5"
     folder.mkdir()
-    assert not refuse(folder, "it is a folder").damaged
+    assert refuse(folder, "it is a folder").damaged
     assert not refuse(tmp_path / "step_0000000003.h5", "no such file").damaged
     refuse(tmp_path / "nul\0", "no such file")
 

@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Any, Final, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from rustsim_hpc.remote.addresses import parse_endpoint
 
@@ -43,6 +43,13 @@ def _power_of_two(value: int | None) -> int | None:
     return value
 
 
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must be a path, which has no NUL character")
+    return value
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Count = Annotated[int, Field(ge=0, le=_INT64_MAX)]
 Positive = Annotated[int, Field(ge=1, le=_INT64_MAX)]
 Alignment = Annotated[int, Field(ge=1, le=1 << 26, json_schema_extra={"kind": "integer from 1 to 67108864"})]
@@ -71,10 +78,9 @@ class _Table(BaseModel):
 class ModelTable(_Table):
     """Which model the job runs."""
 
-    module: str = _key(
+    module: PathText = _key(
         "the model: a Python file (a path ending in .py, relative to the job file) or an importable module; "
         "it must have a function `model()`",
-        min_length=1,
     )
 
 
@@ -160,9 +166,7 @@ class ReplayTable(_Table):
     )
     fingerprint: Literal["digest", "fnv1a"] = _key("fingerprint scheme (docs/fingerprints.md)", "digest")
     interval: Positive = _key("record (or verify) every so many steps", 1)
-    verify: str | None = _key(
-        "a replay.jsonl against which each step is checked", None, shown="none", min_length=1
-    )
+    verify: PathText | None = _key("a replay.jsonl against which each step is checked", None, shown="none")
 
 
 class CheckpointTable(_Table):
@@ -205,11 +209,10 @@ class RemoteTable(_Table):
         [],
         shown="none",
     )
-    keys: str | None = _key(
+    keys: PathText | None = _key(
         "a folder made by `rustsim-hpc worker --make-keys`; required for workers on other machines",
         None,
         shown="none: unencrypted, this machine only",
-        min_length=1,
     )
     connect_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _key(
         "time limit for connecting to a worker", 10.0
@@ -246,7 +249,7 @@ class RemoteTable(_Table):
 class CommandTable(_Table):
     """The command line's switches; they belong to one start and are not written to the run's folder."""
 
-    out: str | None = _key("the run's folder", None, shown="runs/NAME-TIME", min_length=1)
+    out: PathText | None = _key("the run's folder", None, shown="runs/NAME-TIME")
     force: bool = _key("use a folder that is not empty", False)
     dry_run: bool = _key("print the resolved job and its plan without running it", False)
     no_progress: bool = _key("no progress bar", False)

@@ -67,7 +67,7 @@ class Override:
             raise JobError(f"--set {text}: must be TABLE.KEY=VALUE", hint="for example --set params.beta=0.3")
         try:
             typed = tomllib.loads(f"value = {value.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             typed = value.strip()
         return Override(table, key, typed, f"--set {path.strip()}")
 
@@ -95,7 +95,7 @@ def read_job(
         raise JobError(f"{path}: not a TOML file: {error}") from error
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         hint = f'a job file names its model: run a TOML file with [model] module = "{path.name}"'
         raise JobError(f"{path}: not TOML: {error}", hint=hint if path.suffix == ".py" else None) from error
     return resolve_job(raw, path, tuple(overrides), environ=environ, debug=debug)

@@ -128,8 +128,9 @@ class Run:
 
     @property
     def step_index(self) -> int:
-        """The step that is known to be reached: of the record, or of the newest checkpoint."""
-        return max(int(self.record.get("step_index") or 0), *self.checkpoints(), 0)
+        """The step that is known to be reached: the record's or, unless done, the newest checkpoint's."""
+        recorded = int(self.record.get("step_index") or 0)
+        return recorded if self.record.get("status") == "done" else max(recorded, *self.checkpoints(), 0)
 
     @property
     def status(self) -> str:

@@ -95,7 +95,7 @@ def manifest_of(path: Path) -> Manifest:
     """
     with file_errors(path):
         if path.is_dir():
-            raise CheckpointFileError(message=f"{path}: it is a folder, not a checkpoint", damaged=False)
+            raise CheckpointFileError(message=f"{path}: it is a folder, not a checkpoint")
         if not path.exists():
             raise CheckpointFileError(message=f"{path}: there is no such file", damaged=False)
         replaced = previous_path(path).exists()
