@@ -15,7 +15,7 @@ import pytest
 
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.job.signals import SIGNALS, StopRequests
-from rustsim_hpc.job.watchdog import LONGER, OUTSIDE, Quiet, Watchdog
+from rustsim_hpc.job.watchdog import FIRST_STEP, LONGER, OUTSIDE, Quiet, Watchdog
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -291,6 +291,22 @@ def test_outside_of_steps_only_what_does_nothing_counts_in_full() -> None:
     quiet = looks(step, 1.0)
     quiet.look(("step", int("7")), 1.0, 0.0, 0, waiting=False)
     assert quiet.counted == quiet.seconds == 0
+
+
+def test_a_rank_waits_in_its_first_step_for_one_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step, __: ended.append((phase, step)))
+    monkeypatch.setattr("rustsim_hpc.job.watchdog.PATIENCE", 0.0)
+    with Watchdog(0.05, backstop=False) as watchdog:
+        watchdog.waiting = lambda: True
+        watchdog.beat(FIRST_STEP, 3)
+        time.sleep(0.5)
+        assert ended == []
+        watchdog.beat("step", 4)
+        until = time.monotonic() + 30
+        while not ended and time.monotonic() < until:
+            time.sleep(0.01)
+    assert ended[0] == ("step", 4)
 
 
 ENDLESS = """

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rustsim_hpc.cli.ending import flush, hush, leave_threads
 from rustsim_hpc.job.options import OPTION_KEYS
 
 if TYPE_CHECKING:
     from rustsim_hpc.job.spec import Override
     from rustsim_hpc.ranks.team import Team
 
+END_SECONDS = 60.0
+"""What ranks wait for each other at the end, at most."""
+
+_ARRIVAL_SECONDS = 0.1
 T = TypeVar("T")
 Command = Callable[..., Any]
 
@@ -30,6 +36,7 @@ class Session:
     def __init__(self) -> None:
         self.debug = False
         self._team: Team | None = None
+        self._has_last_line = False
 
     @cached_property
     def speaks(self) -> bool:
@@ -53,6 +60,29 @@ class Session:
         except BrokenPipeError:
             # Python's own flush at exit must not meet the broken pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def say_last(self, *texts: str) -> None:
+        """Print lines on rank 0 after all that any rank has printed. Collective."""
+        self._has_last_line = True
+        if self.alone_among_ranks:
+            from rustsim_hpc.ranks.launcher import must_end
+
+            flush()
+            with must_end("waiting for all ranks at the end", END_SECONDS):
+                self.team.barrier()
+            # What others have written is on its way through the launcher, by pipes of their own.
+            time.sleep(_ARRIVAL_SECONDS if self.speaks else 0)
+        self.say(*texts)
+
+    def end_process(self, code: int) -> None:
+        """Do what comes before this process ends with an exit code."""
+        if self._has_last_line:
+            hush()
+        if self._team is not None:
+            from rustsim_hpc.ranks.team import end_mpi
+
+            end_mpi(END_SECONDS)
+        leave_threads(code)
 
     @property
     def team(self) -> Team:

@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     session = Session()
     code = _run(session, None if arguments is None else list(arguments))
     session.stand_by_the_outcome()
+    if arguments is None:
+        session.end_process(code)
     sys.exit(code)
 
 

@@ -105,5 +105,8 @@ def read_folder_job(session: Session, folder: Path, changes: list[Override]) -> 
 
 def finish(session: Session, options: RunOptions, summary: RunSummary) -> int:
     """Print how a run ended, and return the exit code."""
-    session.say(summary.text(), *([summary.to_json()] if options.json else []))
+    if options.json:
+        session.say_last(summary.text(), summary.to_json())
+    else:
+        session.say(summary.text())
     return summary.exit_code

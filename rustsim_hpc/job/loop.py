@@ -21,7 +21,7 @@ from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.records import JobRecords
 from rustsim_hpc.job.signals import StopRequests
-from rustsim_hpc.job.watchdog import Watchdog
+from rustsim_hpc.job.watchdog import FIRST_STEP, Watchdog
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.ranks.agreement import agree
 from rustsim_hpc.ranks.team import Team
@@ -166,8 +166,8 @@ class JobRun:
         together = 1
         self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
-            watchdog.beat("step", plane.runtime.step_index)
             before, began = plane.runtime.step_index, time.perf_counter()
+            watchdog.beat("step" if before > begun else FIRST_STEP, before)
             due = self.checkpoints.steps_to_due() or together
             most = min(together, due, target - before)
             step = plane.step_fused(self.executor, most)

@@ -39,7 +39,10 @@ PATIENCE = 5.0
 """Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
 
 COMPILING = 60.0
-"""Seconds that a limit is at least while this process compiles: that is slow, but not stuck."""
+"""Seconds that a limit is at least while this process compiles, or waits in its first step for ranks that
+may: that is slow, but not stuck."""
+
+FIRST_STEP = "first step"
 
 LONGER = 6
 """How many times the limit a process may compute outside of steps, or wait there for ranks that may."""
@@ -160,8 +163,10 @@ class Watchdog:
                     self._leaving.leave(code)
                 if not self.limit:
                     continue
-                limit = max(self.limit, COMPILING) if CLOCK.running else self.limit
-                if quiet.counted >= limit and (quiet.counted >= limit + patience or not self.waiting()):
+                waiting = self.waiting()
+                compiles = CLOCK.running or (waiting and beat[0] == FIRST_STEP)
+                limit = max(self.limit, COMPILING) if compiles else self.limit
+                if quiet.counted >= limit + (patience if waiting else 0.0):
                     self._expire(*beat, quiet)
                 if self._backstop:
                     longest = self.limit * (LONGER if beat[0] in OUTSIDE else 1)

@@ -26,8 +26,10 @@ __all__ = [
     "SHARED_MEMORY",
     "Launcher",
     "check_shared_memory",
+    "crossed",
     "detect_launcher",
     "must_end",
+    "no_mpi",
     "why_not_shared",
 ]
 
@@ -37,6 +39,14 @@ START_SECONDS = 600.0
 
 _BYTES_A_RANK = 1 << 20
 """What MPI takes there for a rank before the first message: MPICH 5 was seen to need a little more."""
+
+_INSTALL_HINT = (
+    'on a laptop: pip install "rustsim-hpc[mpi]" (brings MPICH, its mpirun then lies beside python); '
+    'on a cluster: load the site\'s MPI module and pip install "rustsim-hpc[mpi-system]"'
+)
+_MPIRUN_HINT = (
+    "use the mpirun of the MPI that mpi4py loads; with srun, --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
+)
 
 # Slurm numbers a batch script, an interactive shell and its other helpers as steps from here up.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
@@ -117,6 +127,22 @@ def why_not_shared(array: NDArray[Any] | None) -> str | None:
         if array.nbytes > room.f_bavail * room.f_frsize:
             return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
     return None
+
+
+def crossed(launcher: Launcher, found: str) -> LauncherError:
+    """Return the error of a launcher and an MPI library that do not belong together."""
+    text = f" ({launcher.variable}), but {found}: launcher and library belong to different MPIs"
+    return _refused(launcher, text, _MPIRUN_HINT)
+
+
+def no_mpi(launcher: Launcher, reason: str) -> LauncherError:
+    """Return the error of a launcher without an MPI library here."""
+    return _refused(launcher, f", but {' '.join(reason.split())}", _INSTALL_HINT)
+
+
+def _refused(launcher: Launcher, text: str, hint: str) -> LauncherError:
+    message = f"{launcher.name} started {launcher.size} ranks{text}"
+    return LauncherError(message=message, rank=launcher.rank, host=socket.gethostname(), hint=hint)
 
 
 @contextmanager

@@ -21,8 +21,10 @@ from rustsim_hpc.ranks.agreement import agree, agree_hash
 from rustsim_hpc.ranks.launcher import (
     Launcher,
     check_shared_memory,
+    crossed,
     detect_launcher,
     must_end,
+    no_mpi,
     why_not_shared,
 )
 from rustsim_hpc.ranks.leaving import Leaving, goodbye, last_words
@@ -32,15 +34,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Launcher", "MpiTeam", "SoloTeam", "Team", "agree", "agree_hash", "detect_launcher", "open_team"]
+__all__ = ["Launcher", "MpiTeam", "SoloTeam", "Team", "agree", "agree_hash", "detect_launcher"]
+__all__ += ["end_mpi", "open_team"]
 
 T = TypeVar("T")
 _U64 = (1 << 64) - 1
 _NOT_OPEN_MPI = ("MPICH", "MVAPICH", "Intel")
-_INSTALL_HINT = (
-    'on a laptop: pip install "rustsim-hpc[mpi]" (brings MPICH, its mpirun then lies beside python); '
-    'on a cluster: load the site\'s MPI module and pip install "rustsim-hpc[mpi-system]"'
-)
 
 
 @runtime_checkable
@@ -340,7 +339,7 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
     library = _library(mpi)
     if "Open MPI" in launcher.name and library.startswith(_NOT_OPEN_MPI):
         # Asked to start, this one would end the process.
-        raise _crossed(launcher, f"the MPI library here is {library}")
+        raise crossed(launcher, f"the MPI library here is {library}")
     if not mpi.Is_initialized():
         try:
             check_shared_memory(environ)
@@ -354,7 +353,7 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
             mpi.Init_thread(mpi.THREAD_FUNNELED)
     world = mpi.COMM_WORLD
     if world.Get_size() != launcher.size:
-        raise _crossed(launcher, f"MPI here ({library}) sees {world.Get_size()}")
+        raise crossed(launcher, f"MPI here ({library}) sees {world.Get_size()}")
     return MpiTeam(world)
 
 
@@ -368,9 +367,9 @@ def _import_mpi(launcher: Launcher) -> Any:
             mpi4py.rc.finalize = True
         from mpi4py import MPI
     except ImportError as error:
-        raise _no_mpi(launcher, f"mpi4py cannot be imported: {error}") from error
+        raise no_mpi(launcher, f"mpi4py cannot be imported: {error}") from error
     except RuntimeError as error:
-        raise _no_mpi(launcher, f"there is no MPI library: {error}") from error
+        raise no_mpi(launcher, f"there is no MPI library: {error}") from error
     return MPI
 
 
@@ -380,21 +379,9 @@ def _library(mpi: Any) -> str:
     return " ".join(first.replace("Version:", "").split())
 
 
-def _crossed(launcher: Launcher, found: str) -> LauncherError:
-    return LauncherError(
-        message=f"{launcher.name} started {launcher.size} ranks ({launcher.variable}), but {found}: "
-        "launcher and library belong to different MPIs",
-        rank=launcher.rank,
-        host=socket.gethostname(),
-        hint="use the mpirun of the MPI that mpi4py loads; "
-        "with srun, --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
-    )
-
-
-def _no_mpi(launcher: Launcher, reason: str) -> LauncherError:
-    return LauncherError(
-        message=f"{launcher.name} started {launcher.size} ranks, but {' '.join(reason.split())}",
-        rank=launcher.rank,
-        host=socket.gethostname(),
-        hint=_INSTALL_HINT,
-    )
+def end_mpi(seconds: float) -> None:
+    """End MPI where it was started: its ranks wait for each other in that, but not for ever."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        with must_end("the end of MPI", seconds):
+            mpi.Finalize()
