@@ -72,7 +72,7 @@ class DeviceMemoryError(RustsimError, MemoryError):
 
 
 class EngineControlPlaneError(RustsimError):
-    """Root of what a control plane raises.
+    """Base class of what a control plane raises.
 
     results: what a `run(n)` that failed had completed before, in order.
     """

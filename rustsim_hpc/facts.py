@@ -31,7 +31,7 @@ _REQUIRED = object()
 class _Declared(Exception):
     """An exception whose fields are its class's annotations, as in a dataclass.
 
-    Fields are positional in the order of declaration, but for the root's and those of `field(kw_only=True)`.
+    Fields are positional in the order of declaration, except the root's and those of `field(kw_only=True)`.
     `dataclass` could do all this, but it compiles a constructor for each of some fifty classes, which took a
     good part of the time that importing the package may take.
     """
@@ -74,7 +74,7 @@ class _Declared(Exception):
 
 
 class RustsimError(_Declared, kw_only=True):
-    """Root of all deliberate errors. Subclasses declare further fields, and a `template` that makes the text.
+    """Base class of all deliberate errors. Subclasses declare more fields, and a `template` for the text.
 
     All facts are optional keywords of every subclass, and None where unknown. rank, host: where. partition: a
     `PartitionId`; worker: its worker's label. phase: a phase's name; phase_index: its place in the combined

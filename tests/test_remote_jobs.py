@@ -135,7 +135,7 @@ def test_a_worker_killed_in_a_run(inline, tmp_path):
     assert verified.returncode == 0, verified.stderr
 
 
-def test_a_worker_started_anew_in_a_run(inline, tmp_path):
+def test_a_worker_restarted_in_a_run(inline, tmp_path):
     """The run goes on by itself; stream and outputs are those of a run that lost nobody."""
     workers, log = [WorkerProcess(models=(MODEL,)) for _ in range(2)], tmp_path / "replay.jsonl"
     words = ("run", FLIGHTS, *SMALL, "--steps", 1_000_000, *remote(*workers), "--out", tmp_path)

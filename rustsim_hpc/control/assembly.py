@@ -1,4 +1,4 @@
-"""What a checkpoint must be before it may replace a state, and partition checkpoints put together again."""
+"""Check a checkpoint before it replaces the state, and assemble a state from partition checkpoints."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Bindings:
                 self._share_state()
             work = self._work(kind, phases)
             stepper = Stepper(work, self._session(work, executor, phase_base), self.runtime.team)
-        except Exception as error:  # noqa: BLE001 (told to all ranks)
+        except Exception as error:  # noqa: BLE001 (raised on all ranks)
             failure = error
         try:
             agree(self.runtime.team, failure)  # a rank that cannot start must not be waited for

@@ -11,7 +11,7 @@ from rustsim_hpc.state.partition import PartitionAssignment
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """When a checkpoint is made without being asked for.
+    """When checkpoints are made automatically.
 
     ``interval_steps`` is None where that never happens.
     """

@@ -119,7 +119,7 @@ class Checkpointing:
         return made
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
-        """Replace the state by partition checkpoints put together, once all have proved themselves.
+        """Replace the state by assembled partition checkpoints, once all have proved themselves.
 
         Raises:
             PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
@@ -160,7 +160,7 @@ class Checkpointing:
         made: list[T] = []
         try:
             made.append(make())
-        except Exception as error:  # noqa: BLE001 (told to all ranks)
+        except Exception as error:  # noqa: BLE001 (raised on all ranks)
             failure = error
             if checkpoint:
                 step = self._runtime.step_index

@@ -16,7 +16,7 @@ from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker, validate
 
 @dataclass(frozen=True)
 class StepGuard:
-    """What a failed step leaves: the state before it (rollback), or only the duty to restore (torn)."""
+    """What a failed step leaves: the state before it (rollback), or one that must be restored (torn)."""
 
     kind: str
 

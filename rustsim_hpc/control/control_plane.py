@@ -36,7 +36,9 @@ _INLINE = InlinePartitionExecutor()
 
 
 class EngineControlPlane:
-    """Production surface around a :class:`~rustsim_hpc.control.runtime.ColumnarRuntime`.
+    """Steps a :class:`~rustsim_hpc.control.runtime.ColumnarRuntime` completely or not at all.
+
+    Around the steps it has replay, checkpoints, partitions and metrics.
 
     Args:
         runtime: the engine; its phases are what :meth:`step` runs.
@@ -322,7 +324,7 @@ class EngineControlPlane:
         return self._checkpoints.of_partitions()
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
-        """Replace the state by partition checkpoints put together, once all have proved themselves.
+        """Replace the state by assembled partition checkpoints, once all have proved themselves.
 
         Under a team each rank brings its own partitions.
 

@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class StepReport:
-    """What a step found out, the same on every rank but for ``times``.
+    """What a step found out, the same on every rank except ``times``.
 
     Attributes:
         values: results of reductions and derived values.

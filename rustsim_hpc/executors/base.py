@@ -145,7 +145,7 @@ class PartitionTask:
 
 @dataclass(frozen=True)
 class PartitionTaskResult:
-    """A completed partition: its new payload and one report a phase."""
+    """A completed partition: its new payload and one report for each phase."""
 
     checkpoint: PartitionCheckpoint
     phases: tuple[PartitionPhaseReport, ...]

@@ -182,7 +182,7 @@ class DeviceColumns:
             DeviceError: the device has failed.
         """
         if self._aside is not None:
-            self._aside.settle()  # it has the copies that are made anew
+            self._aside.settle()  # it has the copies that are made again
         places = [self.place(column, 0) for column in range(len(out))]
         behind = [place for place in places if place in self._behind_here]
         self._make_spare([column for column, _ in behind])

@@ -1,4 +1,4 @@
-"""What the stages of one partition on a device share: what it is told each step, and arrays they read."""
+"""What the stages of one partition on a device share: values of the step, and arrays that they read."""
 
 from __future__ import annotations
 
@@ -49,34 +49,36 @@ class Partition:
         self.moved = 0
         self._kept: dict[Any, tuple[Buffer, DeviceArray, Frame | None]] = {}
         self._words = {name: _CLOCK_WORDS + k for k, name in enumerate(_made_by(work.program))}
-        self._told = device.pinned(_CLOCK_WORDS + len(self._words))
+        self._step_values = device.pinned(_CLOCK_WORDS + len(self._words))
 
-    def set_told(self, frame: Frame) -> None:
-        """Say what `tell` shall tell: the clock, and the numbers made so far. What was told is waited for."""
-        self._told[:_CLOCK_WORDS] = frame.step_index, frame.repeat, frame.want_digest
+    def set_step_values(self, frame: Frame) -> None:
+        """Set the clock and the numbers made so far, once what was sent before has arrived."""
+        self._step_values[:_CLOCK_WORDS] = frame.step_index, frame.repeat, frame.want_digest
         for name, value in frame.values.items():
             number = np.asarray(value)
             if number.ndim == 0 and number.itemsize <= 8:  # a wider one is refused by what would read it
                 word = self._words[name]
-                self._told[word : word + 1].view(number.dtype)[0] = number
+                self._step_values[word : word + 1].view(number.dtype)[0] = number
 
-    def tell(self) -> None:
-        """Queue that the device learns which step it is, and the numbers made so far."""
-        self.device.give(self._told, self._told_there)
+    def send_step_values(self) -> None:
+        """Queue a copy of the step values to the device."""
+        self.device.give(self._step_values, self._step_values_there)
 
     @cached_property
-    def _told_there(self) -> Buffer:
-        return self.columns.hold(self._told.nbytes)
+    def _step_values_there(self) -> Buffer:
+        return self.columns.hold(self._step_values.nbytes)
 
     @property
     def clock(self) -> DeviceArray:
         """What kernels read the step's index, the steps to make and whether to digest from."""
-        return DeviceArray(self._told_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False)
+        return DeviceArray(
+            self._step_values_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False
+        )
 
     def number(self, name: str, dtype: Any) -> DeviceArray:
-        """Return where a number made by the step lies, as it was told last."""
+        """Return where a number made by the step lies, as it was sent last."""
         return DeviceArray(
-            self._told_there.address + 8 * self._words[name], (1,), np.dtype(dtype), writable=False
+            self._step_values_there.address + 8 * self._words[name], (1,), np.dtype(dtype), writable=False
         )
 
     def kept(self, name: Any, value: Any, frame: Frame | None = None) -> DeviceArray:

@@ -165,7 +165,7 @@ class DeviceQueue:
 
     def _queue_each(self, pieces: Sequence[Piece], series: Series | None) -> None:
         self.at = pieces[0].phases[0]
-        self.own.tell()
+        self.own.send_step_values()
         for k, piece in enumerate(pieces):
             self.at = piece.phases[0]
             piece.queue()
@@ -176,7 +176,7 @@ class DeviceQueue:
         """Make pieces a graph; where the driver makes none, go on without."""
 
         def queue() -> None:
-            self.own.tell()
+            self.own.send_step_values()
             for piece in series.pieces:
                 piece.queue()
 

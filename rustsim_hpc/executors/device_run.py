@@ -64,7 +64,7 @@ class DeviceRun(PartitionRun):
     def begin(self, segment: Segment, frame: Frame) -> None:
         """Queue a segment's items in order; what fails is told by `end`."""
         self._queue.begin()
-        self._partition.set_told(frame)
+        self._partition.set_step_values(frame)
         self._refused = self.run(segment, frame)
         try:
             self._queue.flush()  # also what stands before a phase that was refused: it may fail first
@@ -180,7 +180,7 @@ class DeviceRun(PartitionRun):
         return replace(launch, queue=partial(_each, (*copies, launch.queue, *then)), key=key, stages=stages)
 
     def _bring(self, call: ColumnCall) -> list[Callable[[], None]]:
-        """See to it that a phase finds on the device what it sees, but for the copies that are returned."""
+        """See to it that a phase finds on the device what it sees, except the copies that are returned."""
         held = self.columns
         copies: list[Callable[[], None]] = []
         for column in call.fill:

@@ -165,7 +165,7 @@ def _serve(orders: int, answers: int, worker: _Worker) -> None:
 def _pickled(failures: list[PhaseFailure]) -> bytes:
     try:
         data = pickle.dumps(failures)
-    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be told)
+    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be reported)
         data = pickle.dumps([replace(failure, error=None) for failure in failures])
     return LENGTH.pack(len(data)) + data
 

@@ -79,7 +79,7 @@ def run_job(
 def resume_run(
     folder: str | os.PathLike[str], *, at: int | None = None, progress: bool = False, **options: Any
 ) -> RunSummary:
-    """Go on with the run in a folder, as `rustsim-hpc resume` does, and return how it ended.
+    """Continue the run in a folder, as `rustsim-hpc resume` does, and return how it ended.
 
     Args:
         folder: the run's folder.

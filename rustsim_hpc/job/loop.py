@@ -134,7 +134,7 @@ class JobRun:
             if self.forked:
                 self.checkpoints.begin("fork")
             result = self._loop()
-            self._note_workers(tell=False)  # one may have been started anew on another machine
+            self._note_workers(tell=False)  # one may have been restarted on another machine
             watchdog.beat("end", self.plane.runtime.step_index)
             self.checkpoints.make_last("end" if result.stopped is None else f"stopped: {result.stopped}")
             if result.stopped is not None:
@@ -185,7 +185,7 @@ class JobRun:
             self._recorded = True
             recorded = time.perf_counter_ns()
             watchdog.beat("checkpoint", plane.runtime.step_index)
-            stop_asked, write_failed = self._told(votes)
+            stop_asked, write_failed = self._decoded(votes)
             self.checkpoints.after_step(
                 everybody_done=self._all_written(votes),
                 somebody_failed=write_failed,
@@ -220,7 +220,7 @@ class JobRun:
             vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
 
-    def _told(self, votes: int) -> tuple[bool, bool]:
+    def _decoded(self, votes: int) -> tuple[bool, bool]:
         """Return whether a rank was asked to stop, and whether one could not write a checkpoint."""
         if not votes & _FIELD:
             return False, False
@@ -247,7 +247,7 @@ class JobRun:
         if self._first:
             try:
                 action()
-            except Exception as error:  # noqa: BLE001 (told to all ranks below)
+            except Exception as error:  # noqa: BLE001 (raised on all ranks below)
                 failure = error
         agree(self.team, failure)
 

@@ -166,7 +166,7 @@ class JobRecords:
             begun = time.perf_counter_ns()
             try:
                 self._log.append(fingerprint, self._plane.column_values())
-            except Exception as error:  # noqa: BLE001 (told to all ranks below)
+            except Exception as error:  # noqa: BLE001 (raised on all ranks below)
                 failure = error
             self.log_ns = time.perf_counter_ns() - begun
         if any(step % getattr(output, "every", step + 1) == 0 for output in self.outputs.declarations):
@@ -184,7 +184,7 @@ class JobRecords:
             try:
                 context = self._model.context(step, self._plane.values)
                 self.outputs.record(step, context.time, context, samples)
-            except Exception as error:  # noqa: BLE001 (told to all ranks below)
+            except Exception as error:  # noqa: BLE001 (raised on all ranks below)
                 failure = error
         agree(self._team, failure)
 

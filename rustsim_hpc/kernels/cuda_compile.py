@@ -1,7 +1,7 @@
 """Compile generated Python source to PTX for a compute capability: without a device, without contraction.
 
 Numba has no public way to do the things that are needed here, so this module reaches into it,
-and is the only one that does (but for what kernels call, in `cuda_builtins`):
+and is the only one that does (except what kernels call, in `cuda_builtins`):
 
 - Functions that a kernel calls are compiled "for the current device"; here that is a stand-in, for the time
   of a compilation, which has a compute capability and nothing else.

@@ -144,7 +144,7 @@ class Derive(_Described):
 
 @dataclass(frozen=True, eq=False)
 class Check(_Described):
-    """A promise about the state: ``fn(context) -> bool`` after every ``every`` steps."""
+    """A condition on the state: ``fn(context) -> bool`` after every ``every`` steps."""
 
     every: int
     reductions: tuple[Reduction, ...]
@@ -333,7 +333,7 @@ def check(
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model: its state's columns, how they start, and the phases of one step.
+    """A model: columns, their initial values, and the phases of one step.
 
     Attributes:
         columns: the state, one :class:`Column` each.

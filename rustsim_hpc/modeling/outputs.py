@@ -93,7 +93,7 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """An HDF5 file with one dataset an array, whose first axis is the sample, beside ``/step`` and ``/time``.
+    """An HDF5 file with one dataset for each array; its first axis is the sample, as in ``/step``, ``/time``.
 
     Attributes:
         file: its name in the run's folder, ending in ``.h5`` or ``.hdf5``.

@@ -52,7 +52,7 @@ class StateProof:
         self.forget()
 
     def sums_without(self, written: Sequence[int]) -> list[int | None]:
-        """Return the remembered sums but for columns that a step wrote without adding them up."""
+        """Return the remembered sums except columns that a step wrote without adding them up."""
         if self._sums.count(None) == len(self._sums):
             return self._sums
         return [None if k and k - 1 in written else value for k, value in enumerate(self._sums)]

@@ -69,7 +69,7 @@ def _portable(error: Exception) -> RustsimError:
     try:
         # Both ways: what arrives but cannot be read would leave the other ranks without an answer.
         pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
-    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be told)
+    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be reported)
         return TeamError(message=text)
     return error
 

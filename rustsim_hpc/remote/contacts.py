@@ -22,7 +22,7 @@ T_co = TypeVar("T_co", covariant=True)
 class Question(Protocol[T_co]):
     """Returns a conversation with the worker of a share."""
 
-    def __call__(self, share: Share, *, anew: bool) -> Talk[T_co]:
+    def __call__(self, share: Share, *, again: bool) -> Talk[T_co]:
         """``anew``: it has heard nothing of the step under way but its rows and what it made of them."""
         ...
 

@@ -32,9 +32,9 @@ class RemotePartitionExecutor:
         connect_seconds: until a connection must stand.
         answer_seconds: until a request must be answered; compiling is part of the first.
         retries: how often an unanswered request is sent again before its worker counts as dead, and how
-            often in a request a worker that was started anew is brought its rows again; 0: never.
+            often in a request a worker that was restarted is brought its rows again; 0: never.
         rejoin_seconds: until a connection that broke must stand again. A worker that has died may be started
-            anew at its endpoint meanwhile: it gets its rows again, and the step goes on.
+            again at its endpoint meanwhile: it gets its rows again, and the step goes on.
         keep_steps: after so many steps the state is brought here; of a worker that is lost, no more steps
             than these have to be made again.
         tell: called with a line that the user should read; a RuntimeWarning if None.

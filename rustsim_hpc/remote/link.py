@@ -49,7 +49,7 @@ class Patience:
         answer: seconds until a request must be answered; compiling a model's kernels is part of the first.
         retries: how often a request is sent again, over a fresh connection, before the worker counts as dead.
         rejoin: seconds until a connection that broke must stand again: a worker that has died may be started
-            anew meanwhile.
+            again meanwhile.
     """
 
     connect: float = 10.0
@@ -88,8 +88,8 @@ class Refused(LinkError):
         self.code = code
 
     @property
-    def anew(self) -> bool:
-        """Whether the worker is there but knows nothing of the session: it was started anew, or ended it."""
+    def lost_session(self) -> bool:
+        """Whether the worker is there but knows nothing of the session: it was restarted, or ended it."""
         return self.code == "unknown"
 
 

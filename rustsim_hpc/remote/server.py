@@ -25,7 +25,7 @@ from rustsim_hpc.remote.sockets import Peer, WorkerSocket
 from rustsim_hpc.run_folder.environment import worker_facts
 
 _TICK_SECONDS = 0.25
-_PEERS_TOLD = 1_000
+_PEERS_REPORTED = 1_000
 _NOBODY = "0" * 32
 
 
@@ -85,7 +85,7 @@ class WorkerServer:
         self._models = models
         self._limits = limits
         self._tell = tell
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._sessions: dict[str, _Session] = {}
         self._served = 0
         self._socket = WorkerSocket(endpoint, keys, self._tell_once)
@@ -155,9 +155,7 @@ class WorkerServer:
         if request.kind == "open":
             return self._open(peer, request, known)
         if known is None:
-            raise NotHere(
-                "unknown", "the session is not known here: the worker was started anew, or ended it"
-            )
+            raise NotHere("unknown", "the session is not known here: the worker was restarted, or ended it")
         if request.kind == "close":
             self._sessions.pop(request.session).held.close()
             return "closed", {}, []
@@ -194,8 +192,8 @@ class WorkerServer:
 
     def _tell_once(self, peer: str, line: str) -> None:
         """Tell what a peer did wrong, its first time only, and of so many peers only."""
-        if peer not in self._told and len(self._told) < _PEERS_TOLD:
-            self._told.add(peer)
+        if peer not in self._reported and len(self._reported) < _PEERS_REPORTED:
+            self._reported.add(peer)
             # What a peer has written must not write to a terminal.
             self._tell("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 

@@ -39,7 +39,7 @@ class RemoteSession:
     While workers hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`). A
     worker is told of a commit by the side that the next request calls the current one. Of a worker that is
     lost, the rows are made again here, from the state that was here last and the values of the steps since;
-    where it has been started anew meanwhile, it gets them, makes its part of the step under way once more,
+    where it has been restarted meanwhile, it gets them, makes its part of the step under way once more,
     and the step goes on.
 
     Args:
@@ -96,8 +96,8 @@ class RemoteSession:
             self._frame = frame
         side, slots = self._side(), items.reductions
 
-        def talk(share: Share, *, anew: bool) -> Talk[Reports]:
-            request = self._requests.again(segment, frame, frame.values) if anew else news
+        def talk(share: Share, *, again: bool) -> Talk[Reports]:
+            request = self._requests.again(segment, frame, frame.values) if again else news
             return self._running(share, request, side, slots)
 
         results = self._ask(self._shares, talk, segment)
@@ -276,7 +276,7 @@ class RemoteSession:
             result: int | LinkError = LinkError("is lost")
             if share.link is not None:
 
-                def talk(share: Share, *, anew: bool, state: int = state) -> Talk[int]:  # noqa: ARG001
+                def talk(share: Share, *, again: bool, state: int = state) -> Talk[int]:  # noqa: ARG001
                     link, side = self._contacts[share], self._side() ^ share.base
                     return hash_talk(link, step, side, column, other=other, state=state)
 
@@ -290,19 +290,19 @@ class RemoteSession:
     # -- workers come and go -------------------------------------------------------------------------
 
     def _ask(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
-        """Lead a conversation with the worker of each share; again with one that was started anew."""
-        results = converse([(self._contacts[share], talk(share, anew=False)) for share in shares])
+        """Lead a conversation with the worker of each share; again with one that was restarted."""
+        results = converse([(self._contacts[share], talk(share, again=False)) for share in shares])
         for _ in range(self._contacts.patience.retries):
-            anew = [place for place, result in enumerate(results) if _started_anew(result)]
+            again = [place for place, result in enumerate(results) if _lost_session(result)]
             # A step that has failed elsewhere is not worth the trouble.
-            if not anew or any(_failed(result) for result in results):
+            if not again or any(_failed(result) for result in results):
                 break
-            fresh = self._begin_anew([shares[place] for place in anew], talk, segment)
-            for place, result in zip(anew, fresh, strict=True):
+            fresh = self._begin_again([shares[place] for place in again], talk, segment)
+            for place, result in zip(again, fresh, strict=True):
                 results[place] = result
         return results
 
-    def _begin_anew(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
+    def _begin_again(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
         """Bring workers that have forgotten everything to where the others are, and ask them once more."""
         self._settle()
         # What the step under way has made so far; of one that is made but not committed, everything.
@@ -339,10 +339,10 @@ class RemoteSession:
                 reports = yield from self._running(share, request, self._side(), segment.reductions)
                 if reports.failures:
                     text = f"failed at what it had done before: {reports.failures[0].message}"
-                    raise LinkError(f"was begun anew, and then {text}")
+                    raise LinkError(f"was begun again, and then {text}")
             known |= {name: frame.values[name] for name in values_of(self.work.program, segment)}
         self._have(share, facts)
-        return (yield from talk(share, anew=True))
+        return (yield from talk(share, again=True))
 
     def _load(self, shares: Sequence[Share]) -> list[PhaseFailure]:
         """Bring workers the rows of their shares, in new sessions where there are none."""
@@ -352,18 +352,18 @@ class RemoteSession:
             fresh = [share.link is None for share in shares]
             links = [share.link or self._contacts.begin(share) for share in shares]
             talks = [self._loading(share, fresh=new) for share, new in zip(shares, fresh, strict=True)]
-            anew = []
+            again = []
             results = converse(list(zip(links, talks, strict=True)))
             for share, result in zip(shares, results, strict=True):
                 if not isinstance(result, LinkError):
                     self._have(share, result)
                     continue
                 self._contacts.give_up(share)
-                if _started_anew(result) and left:
-                    anew.append(share)
+                if _lost_session(result) and left:
+                    again.append(share)
                 else:
                     failures.append(failure_of(share.blame(result)))
-            shares, left = anew, left - 1
+            shares, left = again, left - 1
         self._tell_differences()
         return sorted(failures, key=lambda failure: failure.partition.value)
 
@@ -390,11 +390,11 @@ class RemoteSession:
                 self._contacts.give_up(share)
 
 
-def _started_anew(result: object) -> bool:
-    return isinstance(result, Refused) and result.anew
+def _lost_session(result: object) -> bool:
+    return isinstance(result, Refused) and result.lost_session
 
 
 def _failed(result: object) -> bool:
     if isinstance(result, Reports):
         return bool(result.failures)
-    return isinstance(result, LinkError) and not _started_anew(result)
+    return isinstance(result, LinkError) and not _lost_session(result)

@@ -48,7 +48,7 @@ class ZmqPartitionClient:
     """Runs tasks at workers started by ``rustsim-hpc worker``; a client of ``EndpointPartitionExecutor``.
 
     Each task carries the partition's rows there and back; workers need not remember anything. A session that
-    a worker does not know any more (it was started anew) is opened again. Phases are column phases of a model
+    a worker does not know any more (it was restarted) is opened again. Phases are column phases of a model
     that the workers have installed: names travel, and the model's hash, never functions.
 
     Args:

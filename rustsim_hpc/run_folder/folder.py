@@ -292,7 +292,7 @@ def fresh_folder(job: str, parent: Path = Path("runs")) -> Path:
 
 
 def _entries(path: Path) -> list[str]:
-    """Return the names in a folder, but for our locks, and what a start that was killed had not finished."""
+    """Return the names in a folder, except our locks, and what a start that was killed had not finished."""
     names = {entry.name for entry in path.iterdir()} - {OWNER, RANKS}
     return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
 

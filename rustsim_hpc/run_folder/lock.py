@@ -196,7 +196,7 @@ def _lock(descriptor: int, kind: int, folder: Path) -> bool:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Return whether the descriptor is still the file of that name: the folder may have been made anew."""
+    """Return whether the descriptor is still the file of that name: the folder may have been made again."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -169,7 +169,7 @@ class Run:
                 raise ValueError(f"not the list of a run's outputs ({error})") from error
 
     def series(self, name: str) -> dict[str, Array]:
-        """Return a series as one array a column; ``name`` is its file's, with or without the ending.
+        """Return a series as one array for each column; ``name`` is its file's, with or without the ending.
 
         Raises:
             RunFolderError: there is none of that name, or it cannot be read.

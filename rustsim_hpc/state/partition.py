@@ -47,7 +47,7 @@ class PartitionId:
 
 
 class PartitionMode(Enum):
-    """What a plan stands for."""
+    """Kind of a partition plan."""
 
     SingleProcess = "single_process"
     """One partition owns the whole state."""
@@ -91,7 +91,7 @@ class PartitionAssignment:
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """How the rows are cut. Build one with `single_process`, `row_ranges` or `static`."""
+    """How the rows are divided into partitions. Build one with `single_process`, `row_ranges` or `static`."""
 
     mode: PartitionMode = PartitionMode.SingleProcess
     assignments: tuple[PartitionAssignment, ...] = ()
@@ -266,7 +266,7 @@ PartitionExecutionBackend.External = External
 
 @dataclass(frozen=True)
 class PartitionWorker:
-    """A worker slot: the label that assignments name it by, and its backend.
+    """A worker: the label by which assignments name it, and its backend.
 
     Raises:
         InvalidConfig: a field of the wrong type.
@@ -300,7 +300,7 @@ class PartitionWorker:
 
 @dataclass(frozen=True)
 class PartitionExecutionContext:
-    """What a phase is told about the partition that it runs on.
+    """What a phase knows about the partition that it runs on.
 
     Attributes:
         row_start, row_end: the partition's global rows, [row_start, row_end).

@@ -4,8 +4,8 @@ Where row i has id i, /ids says nothing that the number of the first row does no
 tools, and must not cost what a column costs: 8 bytes a row are more than many a state has.
 
 HDF5's shuffle filter takes a chunk apart into eight planes, the k-th bytes of all its ids. The planes of
-consecutive ids are runs of one byte, but for the two lowest, which repeat after 2^16 ids and so are the same
-in every chunk. A deflate stream can be put together of pieces that were compressed one by one, each flushed
+consecutive ids are runs of one byte, except the two lowest, which repeat after 2^16 ids and so are the same
+in every chunk. A deflate stream can be assembled from pieces that were compressed one by one, each flushed
 to a whole byte and to an empty window (RFC 1951); so can its Adler-32 (RFC 1950).
 """
 

@@ -95,7 +95,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
         start, stop = rows_for(header)
         check_range(path, header, start, stop)
         room = room_for(header, start, stop)
-    except Exception as failure:  # noqa: BLE001 (told to all ranks, once the files are known to be whole)
+    except Exception as failure:  # noqa: BLE001 (raised on all ranks, once the files are known to be whole)
         error = failure
     prove_files(path, manifest, team, [] if room is None else _touches(room))
     agree(team, error)
@@ -103,7 +103,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
     sums: list[int] = []
     try:
         sums = _read_and_digest(path, manifest, room)
-    except Exception as failure:  # noqa: BLE001 (told to all ranks, then raised)
+    except Exception as failure:  # noqa: BLE001 (agreed on, then raised)
         error = failure
     agree(team, error)
     _check(path, header, room, sums, team)

@@ -220,7 +220,7 @@ class Attempt:
         error = None
         try:
             self.sums = tuple(digest_sums(self.view))
-        except Exception as failure:  # noqa: BLE001 (told to all ranks, then raised)
+        except Exception as failure:  # noqa: BLE001 (agreed on, then raised)
             error = failure
         agree(self.team, error)
         total = self.team.sum_int64(np.array(self.sums, np.uint64).view(np.int64)).view(np.uint64)
