@@ -57,14 +57,20 @@ if cupy.is_available():
 print(json.dumps(found))
 """
 # An MPI that is not built for CUDA reads the address as its own and crashes, or brings back something else.
+# Copies alone: a kernel would ask for NVRTC, which is not the question.
 _AWARE_PROBE: Final = """
-import cupy, json
+import cupy, json, numpy
 from mpi4py import MPI
-sent = cupy.arange(4096, dtype=cupy.int64)
-got = cupy.zeros_like(sent)
+here = numpy.arange(4096)
+sent, got = cupy.asarray(here), cupy.asarray(numpy.zeros_like(here))
 cupy.cuda.get_current_stream().synchronize()
 MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=got, source=0)
-print(json.dumps({"aware": bool((sent == got).all())}))
+print(json.dumps({"aware": bool((got.get() == here).all())}))
+"""
+# With it CuPy compiles phases over arrays, and users' CUDA C.
+_NVRTC_PROBE: Final = """
+import cupy, json
+print(json.dumps({"version": ".".join(map(str, cupy.cuda.nvrtc.getVersion()))}))
 """
 _ZMQ_PROBE: Final = """
 import json, zmq
@@ -289,6 +295,13 @@ def _gpu() -> dict[str, Any]:
     facts |= found if not failure else {"cupy": failure}
     compiler, failure = _probe(_COMPILER_PROBE)
     facts["kernels"] = failure or compiler["problem"] or "can be compiled"
+    nvrtc, failure = _probe(_NVRTC_PROBE)
+    missing = "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
+    facts["CuPy's and CUDA C"] = (
+        f"cannot be compiled: {missing} ({failure})"
+        if failure
+        else (f"can be compiled (NVRTC {nvrtc['version']})")
+    )
     if not facts.get("devices"):
         return facts
     facts["a rank takes"] = _rank_map(os.environ, len(facts["devices"]))

@@ -50,12 +50,16 @@ class FakeCupy(types.ModuleType):
             except DeviceError as error:
                 raise CUDARuntimeError(719, str(error)) from error
 
+        self.lost = ""  # what every change of device answers, once it has been set
+
         class Device:
             def __init__(self, ordinal):
                 self.ordinal = ordinal
 
-            def __enter__(self):
-                current.append(self.ordinal)
+            def __enter__(inner):  # noqa: N805
+                if self.lost:
+                    raise CUDARuntimeError(700, self.lost)
+                current.append(inner.ordinal)
 
             def __exit__(self, *_):
                 current.pop()
@@ -139,7 +143,8 @@ class FakeCupy(types.ModuleType):
             def load(self, image):
                 assert isinstance(image, bytes)
                 if b".version" not in image:
-                    raise CUDADriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+                    fault = image.decode() if image.startswith(b"CUDA_ERROR") else "UNSUPPORTED_PTX_VERSION"
+                    raise CUDADriverError(f"CUDA_ERROR_{fault.removeprefix('CUDA_ERROR_')}")
                 self.image = image
 
             def get_function(self, name):
@@ -186,6 +191,9 @@ class FakeCupy(types.ModuleType):
             runtime=runtime,
         )
         self.asarray = np.array
+        self.pooled = []  # memory that CuPy keeps for itself
+        self.get_default_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=self.pooled.clear)
+        self.uncompiled = None  # what a RawKernel raises when it is compiled
         self.raw_kernels = []
         self._typed = typed
         self.__version__ = "14.2.0"
@@ -198,6 +206,11 @@ class FakeCupy(types.ModuleType):
             assert (len(grid), len(block), self._streams[-1].ptr) == (3, 3, 0)
             self._typed(self.standin.launch, kernel, grid[0], block[0], args)
 
+        def compile_it():
+            if self.uncompiled is not None:
+                raise self.uncompiled
+
+        call.compile = compile_it
         return call
 
     def ndarray(self, shape, dtype, pointer):

@@ -143,8 +143,27 @@ def test_with_cupy_and_no_driver(fresh, monkeypatch):
     assert choose_backend(spec, bind(spec), SoloTeam()).name == "cpu"
 
 
-@pytest.mark.parametrize("count", [0, RuntimeError("cudaErrorInsufficientDriver: too old\nmore")])
-def test_with_cupy_and_no_device(fresh, monkeypatch, count):
+LIBRARY = "ImportError: libcudart.so.11.0: cannot open shared object file"
+CUPYS_PAGE = f"""
+================================================================
+Failed to import CuPy.
+
+Original error:
+  {LIBRARY}
+================================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "why"),
+    [
+        (0, ""),
+        (RuntimeError("cudaErrorNoDevice: none\nmore"), ": cudaErrorNoDevice: none"),
+        (ImportError(CUPYS_PAGE), f": CuPy cannot be loaded: {LIBRARY}"),
+        (ValueError(), ": ValueError"),
+    ],
+)
+def test_with_cupy_and_no_device(fresh, monkeypatch, count, why):
     def get_device_count():
         if isinstance(count, Exception):
             raise count
@@ -157,13 +176,25 @@ def test_with_cupy_and_no_device(fresh, monkeypatch, count):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     said = cuda_found.why_no_device()
-    assert said == (
-        "CUDA finds no device (CUDA_VISIBLE_DEVICES=7)"
-        if count == 0
-        else "CUDA finds no device: cudaErrorInsufficientDriver: too old"
-    )
+    assert said == f"CUDA finds no device (CUDA_VISIBLE_DEVICES=7){why}"
     with pytest.raises(rs.errors.DeviceError, match="CUDA finds no device"):
         cupy_device.CupyDevice(0)
+
+
+def test_parts_of_one_device_are_told_apart(fresh, monkeypatch):
+    runtime = types.SimpleNamespace(
+        getDeviceCount=lambda: 1, getDeviceProperties=lambda _: {"uuid": b"\x02" * 16}
+    )
+    fake = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cuda_found.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(cuda_found.ctypes, "CDLL", lambda _: None)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    seen = []
+    for part in ("MIG-a", "MIG-b", "GPU-02", "0"):
+        cuda_found._found.cache_clear()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", part)
+        seen.append(cuda_found.visible_devices())
+    assert one_each(seen) == [0, 0, 0, None]
 
 
 def remote(**run):

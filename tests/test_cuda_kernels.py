@@ -11,6 +11,7 @@ from cuda_planes import Devices, needs_compiler
 from ptx_machine import Machine
 
 import rustsim_hpc as rs
+from rustsim_hpc import errors
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.work import Frame
 from rustsim_hpc.kernels.cuda_compile import compile_ptx
@@ -73,6 +74,14 @@ def assemble(image, capability, folder):
     command = ["ptxas", f"-arch=sm_{capability[0]}{capability[1]}", "stage.ptx", "-o", "stage.cubin"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("capability", [(3, 0), (4, 0)], ids=str)
+def test_a_device_too_old_for_the_compiler_is_told_of(capability):
+    bound = drawing_model()
+    with pytest.raises(errors.KernelError, match=r"compute capability \d\.0: .*not supported") as caught:
+        both(bound, 1, devices=Devices(compute_capability=capability))
+    assert "older" in caught.value.hint
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)

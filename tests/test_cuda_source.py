@@ -228,6 +228,7 @@ def test_what_only_a_step_can_tell(parameters, text):
     [
         ('extern "C" __global__ void shfit(float* x) {}', r'no kernel shift \(did you mean "shfit"\?\)'),
         ("", "no kernel shift"),
+        ("__global__ void shift(float* x) {}", 'kernel shift is not extern "C"'),
         (kernel_of("float4* x"), r"takes float4\* x: no column or number is of that type"),
         (kernel_of("float** x"), r"takes float\*\* x"),
     ],

@@ -9,10 +9,12 @@ from cuda_planes import CudaSuite, expected, needs_compiler
 from cuda_source import needs_gxx
 from executor_suite import Driven
 from fake_cupy import FakeCupy
+from numba import types
 from test_cuda_kernels import assert_same, plane_of
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
+from rustsim_hpc.kernels import cuda_compile
 from rustsim_hpc.state import cuda_found, cupy_device
 from rustsim_hpc.state.cupy_device import CupyDevice
 from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER
@@ -212,6 +214,66 @@ def test_its_errors_are_typed(cupy):
     assert "nvidia-cuda-nvcc-cu12" in caught.value.hint
 
 
+def test_what_cupy_keeps_is_given_back_before_memory_is_refused(cupy):
+    made = CupyDevice(0)
+    cupy.pooled.append(made.allocate(cupy.standin.capacity - 64))
+    buffer = made.allocate(128)
+    assert (buffer.nbytes, cupy.pooled) == (128, [])
+    with pytest.raises(errors.DeviceMemoryError):
+        made.allocate(cupy.standin.capacity)
+    made.release(buffer)
+
+
+def first_is_one(values):
+    values[0] = 1
+
+
+def test_a_kernel_is_loaded_once_for_all_partitions(cupy):
+    made = CupyDevice(0)
+    kind = types.Array(types.float32, 1, "C")
+    image = cuda_compile.compile_ptx(first_is_one, [kind], (9, 0), identity="a kernel of this test")
+    assert made.load(image.ptx, image.entry) is made.load(image.ptx, image.entry)
+    assert cupy.standin.counts["load"] == 1
+    with pytest.raises(errors.DeviceError) as caught:
+        made.load(b"CUDA_ERROR_OUT_OF_MEMORY", "stage")
+    assert caught.value.hint is None, "the compiler is not to blame"
+
+
+def test_a_device_that_is_lost_is_told_of_as_one(cupy):
+    made = CupyDevice(0)
+    buffer = made.allocate(8)
+    cupy.lost = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+    for act in (made.free_bytes, made.mark, lambda: made.allocate(8), lambda: made.release(buffer)):
+        with pytest.raises(errors.DeviceError, match=r"device 0 \(stand-in\): cudaErrorIllegalAddress"):
+            act()
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "hint"),
+    [
+        (
+            ValueError('/some/kern.cu(3): error: identifier "y" is undefined\n    y = 1;\n    ^\n1 error'),
+            'line 3: error: identifier "y" is undefined',
+            None,
+        ),
+        (
+            RuntimeError('Failure finding "libnvrtc.so.12"\n'),
+            'Failure finding "libnvrtc.so.12"',
+            cupy_device._HOW_TO_COMPILE,
+        ),
+    ],
+)
+def test_cuda_c_that_does_not_compile(cupy, error, said, hint):
+    cupy.uncompiled = error
+    with pytest.raises(errors.KernelError) as caught:
+        CupyDevice(0).raw_kernel('extern "C" __global__ void pull() {}', "pull", fma=False)
+    assert (str(caught.value), caught.value.hint) == (
+        f"the CUDA C of kernel pull cannot be compiled: {said}",
+        hint,
+    )
+    assert caught.value.exit_code == 2
+
+
 def test_columns_of_a_phase(cupy):
     made = CupyDevice(0)
     schema = rs.Schema((rs.Column("x", "float32"), rs.Column("n", "int64")))
@@ -226,6 +288,8 @@ def test_columns_of_a_phase(cupy):
             columns["x"] = np.zeros(3)
         with pytest.raises(ValueError, match='"n" is not among the columns'):
             columns["n"] = np.zeros(3, "i8")
+        with pytest.raises(ValueError, match='"n" is not among the columns'):
+            columns["n"] += 1
     out = np.zeros(3, "f4")
     made.order(COMPUTE, TRANSFER)
     made.download(parts[0][0], out)

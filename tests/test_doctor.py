@@ -89,6 +89,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         doctor._CUDA_PROBE: ({"cupy": "14.2.0", "devices": devices, "cuda driver": 12080}, ""),
         doctor._COMPILER_PROBE: ({"problem": "no libNVVM: pip install nvidia-cuda-nvcc-cu12"}, ""),
         doctor._AWARE_PROBE: ({}, "ended with status -11"),
+        doctor._NVRTC_PROBE: ({}, 'Failure finding "libnvrtc.so.12"'),
     }
     monkeypatch.setattr(doctor, "_probe", answers.__getitem__)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
@@ -100,7 +101,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["a rank takes"] == (
         "2 visible (CUDA_VISIBLE_DEVICES=2,3); this is rank 1 of the node (SLURM_LOCALID): device 1"
     )
+    assert found["CuPy's and CUDA C"] == (
+        "cannot be compiled: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 "
+        '(Failure finding "libnvrtc.so.12")'
+    )
     answers[doctor._AWARE_PROBE] = ({"aware": True}, "")
+    answers[doctor._NVRTC_PROBE] = ({"version": "12.9"}, "")
+    assert doctor._gpu()["CuPy's and CUDA C"] == "can be compiled (NVRTC 12.9)"
     answers[doctor._COMPILER_PROBE] = ({"problem": ""}, "")
     assert (doctor._gpu()["cuda-aware mpi"], doctor._gpu()["kernels"]) == (True, "can be compiled")
     answers[doctor._CUDA_PROBE] = ({"cupy": "14.2.0", "devices": []}, "")
@@ -108,6 +115,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_probes_of_devices_are_python() -> None:
-    for source in (doctor._CUDA_PROBE, doctor._AWARE_PROBE, doctor._COMPILER_PROBE):
+    for source in (
+        doctor._CUDA_PROBE,
+        doctor._AWARE_PROBE,
+        doctor._COMPILER_PROBE,
+        doctor._NVRTC_PROBE,
+    ):
         compile(source, "<probe>", "exec")
     assert isinstance(doctor._probe(doctor._COMPILER_PROBE)[0]["problem"], str)

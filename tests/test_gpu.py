@@ -6,6 +6,9 @@
 """
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from rustsim_hpc.state.cuda_found import device_facts, visible_devices, why_no_d
 from rustsim_hpc.state.cupy_device import CupyDevice
 from rustsim_hpc.state.device import COMPUTE, TRANSFER
 
+JOBS = Path(__file__).resolve().parent.parent / "jobs"
 no_device = why_no_device()
 
 
@@ -82,6 +86,47 @@ def test_a_users_kernel_gives_the_cpus_bits():
     here, there, _ = kernels.both(sources.bound_model(*phases, rows=100_003), 5, parts=3, devices=CupyDevice)
     kernels.assert_same(here, there)
     there.close()
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["RawKernel", "ElementwiseKernel"])
+def test_kernels_made_with_cupy_give_the_cpus_bits(kind):
+    import cupy
+
+    options = ("--fmad=false",)
+    if kind == "RawKernel":
+        phase = sources.phase_of(sources.shift, cupy.RawKernel(sources.SHIFT, "shift", options=options))
+    else:
+        takes = "float32 vx, float32 dt, raw float64 table"
+        made = cupy.ElementwiseKernel(takes, "float32 x", sources.OPERATION, "stretch", options=options)
+        phase = sources.phase_of(sources.stretch, made)
+    bound = sources.bound_model(sources.crowd, phase, sources.push, rows=100_003)
+    here, there, _ = kernels.both(
+        bound, 5, devices=CupyDevice
+    )  # a kernel that counts rows from 0 has one part
+    kernels.assert_same(here, there)
+    there.close()
+
+
+@gpu
+@pytest.mark.parametrize("job", ["us_flights", "particles", "random_walk"])
+def test_jobs_by_the_command_line(job, tmp_path):
+    """Run, resumed on the other side, verified: each as a user would, in a process of its own."""
+    command = [sys.executable, "-m", "rustsim_hpc"]
+
+    def engine(*words):
+        done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    ends = {}
+    for first, then in (("cpu", "cuda"), ("cuda", "cpu")):
+        out = tmp_path / first
+        engine("run", JOBS / f"{job}.toml", "--steps", 6, "--backend", first, "--record", "--out", out)
+        engine("resume", out, "--steps", 12, "--backend", then)
+        ends[first] = rs.open_run(out).fingerprint
+    assert ends["cpu"] == ends["cuda"]
+    engine("verify", tmp_path / "cuda", "--against", tmp_path / "cpu" / "replay.jsonl")
 
 
 @gpu
@@ -164,3 +209,39 @@ def test_the_table_can_be_made():
         "random_walk",
     ]
     assert lines[-1].startswith("a step of one row: ")
+
+
+def test_without_a_device_the_command_says_so():
+    if not no_device:
+        pytest.skip("there is a device")
+    words = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+        "-k",
+        "memory_copies",
+    ]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 1, done.stdout
+    assert f"GPU: NOT RUN ({no_device})" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("passed", "failed", "skipped", "said"),
+    [
+        (5, 0, 0, "GPU: PASSED, 5 tests"),
+        (5, 0, 2, "GPU: PASSED, 5 tests, 2 skipped (no nvcc)"),
+        (5, 1, 2, "GPU: FAILED, 1 of 6 tests"),
+        (0, 0, 2, "GPU: NOT RUN (no nvcc)"),
+        (0, 0, 0, "GPU: NOT RUN (no tests were selected)"),
+    ],
+)
+def test_verdict(request, passed, failed, skipped, said):
+    [conftest] = [p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "verdict")]
+    counts = {"passed": passed, "failed": failed, "error": 0, "skipped": skipped}
+    assert conftest.verdict(counts, ["Skipped: no nvcc"] * skipped) == said

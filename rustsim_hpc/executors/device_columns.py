@@ -227,12 +227,13 @@ class DeviceColumns:
         return self._memory.array(*place)[self._rows]
 
     def close(self) -> None:
-        """Give the memory back; what is copied aside comes here first."""
+        """Give the memory back; what is copied aside comes here first. A device that has failed has none."""
         if self._aside is not None:
             self._aside.settle()
             self._aside = None
         self._spare.clear()
         for buffer in self._held:
-            self.device.release(buffer)
+            with suppress(RustsimError):
+                self.device.release(buffer)
         self._held.clear()
         self._buffers.clear()

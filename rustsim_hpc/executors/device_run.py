@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.random import MAX_STEP, RowRandom
-from rustsim_hpc.state.device import Device
+from rustsim_hpc.state.device import COMPUTE, Device
 from rustsim_hpc.state.schema import DTYPES
 
 
@@ -82,6 +83,8 @@ class DeviceRun(PartitionRun):
             while self._queue.flights:
                 self._settle(frame)
         except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
+            with suppress(DeviceError):  # nothing of a failed step goes on beside what follows
+                self.device.synchronise(COMPUTE)
             return self._failure(error, "phase")
         return self._refused
 

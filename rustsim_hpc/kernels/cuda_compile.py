@@ -10,7 +10,7 @@ and is the only one that does (except what kernels call, in `cuda_builtins`):
   writes the rounding into the instruction (``mul.rn``), which keeps the driver's assembler from fusing them.
 - NVVM's own remainder of floats is not exact; libdevice's is.
 
-Written for Numba 0.61 to 0.68; tests/test_cuda_ptx.py looks at what comes out, kernel by kernel.
+Written for Numba 0.61 to 0.68; tests/test_cuda_kernels.py looks at what comes out, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def _compile(
 ) -> bytes:
     from numba.core.errors import NumbaError
     from numba.cuda.compiler import compile_cuda
+    from numba.cuda.cudadrv.error import NvvmError, NvvmSupportError
 
     with _compiling, _device_of(capability), for_cuda():
         try:
@@ -169,6 +170,13 @@ def _compile(
             raise KernelError(
                 f"{what} cannot be compiled for CUDA: {reason(str(error))}",
                 hint="docs/gpu.md says what kernels may call there; [run] backend = cpu runs them here",
+            ) from error
+        except (NvvmError, NvvmSupportError) as error:
+            said = " ".join(message_of(error).split())
+            raise KernelError(
+                f"{what} cannot be compiled for compute capability {capability[0]}.{capability[1]}: {said}",
+                hint="is the device older than the compiler serves? then install an older "
+                "nvidia-cuda-nvcc-cu12, or let CUDA_HOME name an older toolkit",
             ) from error
     # Shorter names, so that the file can be read: Numba's say the types of all arguments.
     return text.replace(_long_name(text), "stage").rstrip("\0").encode()

@@ -26,6 +26,7 @@ _TYPES: Final = {
     "unsigned long": "uint64", "unsigned long long": "uint64", "uint64_t": "uint64", "size_t": "uint64",
     "float": "float32", "double": "float64",
 }  # fmt: skip
+_EXTERN: Final = re.compile(r'\bextern\s*"C"')
 _COMMENT: Final = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _QUALIFIER: Final = re.compile(r"\b(?:const|volatile|__restrict__|__restrict|restrict)\b")
 
@@ -156,6 +157,11 @@ def _raw_parameters(code: str, entry: str) -> tuple[KernelParameter, ...]:
     if found is None:
         entries = re.findall(r"__global__\b[^;{}()]*?\b(\w+)\s*\(", plain)
         raise ModelError(f"the CUDA C of phase {entry} has no kernel {entry}{nearest(entry, entries)}")
+    if not _EXTERN.search(plain[: found.start(1)]):
+        raise ModelError(
+            f'kernel {entry} is not extern "C": in C++ its name would be another one',
+            hint=f'extern "C" __global__ void {entry}(...)',
+        )
     texts = [text for text in found.group(1).split(",") if text.strip()]
     return tuple(_raw_parameter(text, entry) for text in texts)
 

@@ -116,8 +116,11 @@ __device__ inline long long rs_integers(const rs_rng* rng, long long i, rs_u64 d
 
 
 def source_with_random(code: str) -> str:
-    """Return CUDA C with what it calls of the engine's random numbers in front, if it names a stream."""
-    return cuda_random() + code if re.search(rf"\b{RNG}\b", code) else code
+    """Return CUDA C with what it calls of the engine's random numbers in front, if it names a stream.
+
+    Complaints of compilers count the lines of the code itself.
+    """
+    return f"{cuda_random()}#line 1\n{code}" if re.search(rf"\b{RNG}\b", code) else code
 
 
 @lru_cache(maxsize=1)

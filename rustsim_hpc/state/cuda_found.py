@@ -27,17 +27,27 @@ def _found() -> tuple[tuple[str, ...], str]:
         ctypes.CDLL(_DRIVER)  # at once, where loading CuPy takes a second
     except OSError:
         return (), f"CUDA finds no device: there is no NVIDIA driver here ({_DRIVER})"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
     try:
         import cupy
 
         runtime = cupy.cuda.runtime
         found = [runtime.getDeviceProperties(k)["uuid"] for k in range(runtime.getDeviceCount())]
     except Exception as error:  # noqa: BLE001 (whatever CuPy or the driver says, there is no device then)
-        reason = message_of(error).splitlines()
-        return (), f"CUDA finds no device: {reason[0] if reason else type(error).__name__}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
-    return tuple(bytes(uuid).hex() for uuid in found), "" if found else f"CUDA finds no device{hidden}"
+        return (), f"CUDA finds no device{hidden}: {_one_line(error)}"
+    # A part of a device (MIG) is the only one that its process sees, and may have the UUID of the whole.
+    part = f" {visible}" if visible is not None and visible.startswith("MIG-") else ""
+    names = tuple(bytes(uuid).hex() + part for uuid in found)
+    return names, "" if found else f"CUDA finds no device{hidden}"
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an exception says, in one line: of CuPy's page on a failed import what went wrong first."""
+    lines = [line.strip() for line in message_of(error).splitlines() if line.strip(" =")]
+    if "Original error:" in lines[:-1]:
+        return f"CuPy cannot be loaded: {lines[lines.index('Original error:') + 1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def visible_devices() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rustsim_hpc.errors import DeviceError, DeviceMemoryError, message_of
+from rustsim_hpc.errors import DeviceError, DeviceMemoryError, KernelError, message_of
 from rustsim_hpc.state.cuda_found import why_no_device
 from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER
 from rustsim_hpc.state.schema import Schema
@@ -23,6 +24,17 @@ _SMALL_PIECES: Final = 64
 """Small uploads have pieces of their own, so many that no stage waits for one of them."""
 _NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation."""
+_FOREIGN_PTX: Final = {
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_INVALID_PTX",
+    "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+}
+"""What a driver says of code from a compiler that it does not know."""
+_HOW_TO_COMPILE: Final = (
+    "CuPy compiles CUDA C with NVRTC and CUDA's headers: pip install nvidia-cuda-nvrtc-cu12 "
+    "nvidia-cuda-runtime-cu12, or load a CUDA toolkit"
+)
 
 
 class _CupyBuffer:
@@ -52,6 +64,7 @@ class CupyDevice:
 
         self._cupy: Any = cupy
         self.ordinal = ordinal
+        self.name = "unnamed"  # until it has said it
         self._device = cupy.cuda.Device(ordinal)
         with self._guard():
             facts = cupy.cuda.runtime.getDeviceProperties(ordinal)
@@ -61,7 +74,7 @@ class CupyDevice:
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in (COMPUTE, TRANSFER, ASIDE)]
         self._large = [_Ring(cupy, 2, _PINNED_BYTES) for _ in self._streams]
         self._small = _Ring(cupy, _SMALL_PIECES, _SMALL_BYTES)
-        self._modules: list[Any] = []
+        self._loaded: dict[tuple[bytes, str], Any] = {}
 
     def _guard(self) -> _Guard:
         return _Guard(self)
@@ -73,15 +86,29 @@ class CupyDevice:
             return int(free)
 
     def allocate(self, nbytes: int) -> _CupyBuffer:
-        """Return memory (see :class:`Device`), from no pool: what is asked for is what is taken."""
-        runtime = self._cupy.cuda.runtime
+        """Return memory (see :class:`Device`), from no pool: what is asked for is what is taken.
+
+        What CuPy keeps for phases over arrays, and nobody uses now, is given back before that is refused.
+        """
+        cuda = self._cupy.cuda
         try:
-            with self._device:
-                return _CupyBuffer(self._cupy.cuda.Memory(max(nbytes, 1)), nbytes)
-        except (self._cupy.cuda.memory.OutOfMemoryError, runtime.CUDARuntimeError, MemoryError) as error:
-            if getattr(error, "status", _NO_MEMORY) != _NO_MEMORY:
-                raise DeviceError(f"device {self.ordinal} ({self.name}): {message_of(error)}") from error
+            with self._guard():
+                try:
+                    memory = cuda.Memory(max(nbytes, 1))
+                except self._none_left() as error:
+                    if not _is_of_memory(error):
+                        raise
+                    self._cupy.get_default_memory_pool().free_all_blocks()
+                    memory = cuda.Memory(max(nbytes, 1))
+                return _CupyBuffer(memory, nbytes)
+        except (DeviceError, MemoryError) as error:
+            if not _is_of_memory(error.__cause__ or error):
+                raise
             raise DeviceMemoryError(self.ordinal, nbytes, self.free_bytes()) from error
+
+    def _none_left(self) -> tuple[type[BaseException], ...]:
+        cuda = self._cupy.cuda
+        return (cuda.memory.OutOfMemoryError, cuda.runtime.CUDARuntimeError, MemoryError)
 
     def release(self, buffer: Any) -> None:
         """Give memory back; CUDA waits for what uses it."""
@@ -159,22 +186,42 @@ class CupyDevice:
             yield CupyColumns(schema, arrays, writable)
 
     def load(self, image: bytes, name: str) -> Any:
-        """Load PTX, which the driver compiles for the device."""
+        """Load PTX, which the driver compiles for the device; partitions with the same kernel share it."""
+        if (image, name) in self._loaded:
+            return self._loaded[image, name]
         cuda = self._cupy.cuda
         with self._guard():
             module = cuda.function.Module()
             try:
                 module.load(image)
             except cuda.driver.CUDADriverError as error:
+                text = message_of(error)
+                foreign = any(name in text for name in _FOREIGN_PTX)
                 hint = "is the driver older than the toolkit? then install an older nvidia-cuda-nvcc-cu12"
-                text = f"device {self.ordinal} ({self.name}) refuses a kernel: {message_of(error)}"
-                raise DeviceError(text, hint=hint) from error
-            self._modules.append(module)
-            return module.get_function(name)
+                refused = f"device {self.ordinal} ({self.name}) refuses a kernel: {text}"
+                raise DeviceError(refused, hint=hint if foreign else None) from error
+            self._loaded[image, name] = module.get_function(name)
+            return self._loaded[image, name]
 
     def raw_kernel(self, code: str, name: str, *, fma: bool) -> Any:
-        """Return a RawKernel, which CuPy compiles when it is first called."""
-        return self._cupy.RawKernel(code, name, options=() if fma else ("--fmad=false",))
+        """Return a RawKernel, compiled by NVRTC for this device.
+
+        Raises:
+            KernelError: it does not compile, or there is no NVRTC.
+        """
+        with self._guard():
+            kernel = self._cupy.RawKernel(code, name, options=() if fma else ("--fmad=false",))
+            try:
+                kernel.compile()
+            except self._device_errors():
+                raise
+            except Exception as error:
+                raise _of_nvrtc(name, error) from error
+            return kernel
+
+    def _device_errors(self) -> tuple[type[BaseException], ...]:
+        cuda = self._cupy.cuda
+        return (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel."""
@@ -286,7 +333,7 @@ class CupyColumns(Sequence[Any]):
     def __setitem__(self, key: int | str, value: Any) -> None:
         position = self._position(key)
         array, name = self._arrays[position], self._schema.names[position]
-        if value is array:
+        if value is array and self._writable[position]:
             return
         if value.dtype != array.dtype or value.shape != array.shape:
             raise TypeError(
@@ -305,13 +352,36 @@ class _Guard:
         self._owner = owner
 
     def __enter__(self) -> None:
-        self._owner._device.__enter__()  # noqa: SLF001 (its own)
+        try:
+            self._owner._device.__enter__()  # noqa: SLF001 (its own)
+        except self._owner._device_errors() as error:  # noqa: SLF001
+            raise self._typed(error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         owner = self._owner
-        owner._device.__exit__(kind, error, trace)  # noqa: SLF001
-        cuda = owner._cupy.cuda  # noqa: SLF001
-        if isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)):
-            raise DeviceError(f"device {owner.ordinal} ({owner.name}): {message_of(error)}") from error
+        failed = owner._device_errors()  # noqa: SLF001
+        try:
+            owner._device.__exit__(kind, error, trace)  # noqa: SLF001
+        except failed as later:  # of a device that has failed for good, nothing can be asked any more
+            raise self._typed(error or later) from (error or later)
+        if isinstance(error, failed):
+            raise self._typed(error) from error
+
+    def _typed(self, error: BaseException) -> DeviceError:
+        return DeviceError(f"device {self._owner.ordinal} ({self._owner.name}): {message_of(error)}")
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "status", None) == _NO_MEMORY
+
+
+def _of_nvrtc(kernel: str, error: Exception) -> KernelError:
+    """Return the error of CUDA C that is not compiled: NVRTC's first complaint, or that it cannot be used."""
+    lines = [" ".join(line.split()) for line in message_of(error).splitlines() if line.strip()]
+    complaints = [line for line in lines if ": error:" in line]
+    # It names a file of its own: what matters is the line.
+    said = re.sub(r"^\S*\((\d+)\): ", r"line \1: ", (complaints or lines)[0])
+    hint = None if complaints else _HOW_TO_COMPILE
+    return KernelError(f"the CUDA C of kernel {kernel} cannot be compiled: {said}", hint=hint)
