@@ -202,6 +202,18 @@ def _warning(text: str, limit: str | None) -> str | None:
     return f"{signal}@{min(int(ahead), max(1, seconds // 4))}"
 
 
+def tasks_of(array: str) -> bool:
+    """Return whether a text names tasks as sbatch takes them: 1-20, 0-9:3, 1,4,7-9; %5: five at a time."""
+    found = re.fullmatch(r"([\d,:-]+?)(?:%[1-9]\d*)?", array, re.ASCII)
+    if found is None:
+        return False
+    for part in found[1].split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+)(?::[1-9]\d*)?)?", part, re.ASCII)
+        if ends is None or (ends[2] is not None and int(ends[2]) < int(ends[1])):
+            return False
+    return True
+
+
 def unfit_word(values: Mapping[str, str | None]) -> str | None:
     """Return the first option whose value is no single word that Slurm could take, or None."""
     for name, value in values.items():

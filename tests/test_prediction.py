@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustsim_hpc.bench import kept, scaling
+from rustsim_hpc.bench import load as bench_load
 from rustsim_hpc.bench.engine import Setup
 from rustsim_hpc.bench.load import machine_of, sample
 from rustsim_hpc.bench.measure import Row, Section
@@ -142,3 +143,15 @@ def test_plan_predicts(
     assert [p["ranks"] for p in made] == [1, 2, 4, 6]
     assert all(0 < p["strong"] <= 1 for p in made)
     assert "It is assumed that" in call(*command[:-1])[1]
+    asked = []
+    real = bench_load.job_load
+    monkeypatch.setattr(
+        bench_load, "job_load", lambda spec, machine, ranks: asked.append(ranks) or real(spec, machine, 1)
+    )
+    many = ("plan", job, "--ranks", "1_000_000", "--predict", "--set", "run.agents=400_000", "--json")
+    made = json.loads(call(*many)[1])["predictions"]
+    assert asked == [4], "a part of the job that is large enough to be timed"
+    assert (made[-1]["ranks"], made[-1]["rows"]) == (1_000_000, 1)
+    code, printed, said = call(*command, "--set", "run.backend=cuda")
+    assert (code, printed) == (2, "")
+    assert "--predict knows the figures of CPUs" in said

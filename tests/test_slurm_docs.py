@@ -16,7 +16,15 @@ from rustsim_hpc.job import launch
 from rustsim_hpc.job.spec import Override, RunOptions, read_job
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.run_folder import folder as run_folder
-from rustsim_hpc.slurm import directive, seconds_of, template, unfit_word, with_default, with_directive
+from rustsim_hpc.slurm import (
+    directive,
+    seconds_of,
+    tasks_of,
+    template,
+    unfit_word,
+    with_default,
+    with_directive,
+)
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
@@ -154,6 +162,54 @@ def test_only_what_is_meant_is_filled_in() -> None:
     with pytest.raises(ValueError, match="no default of X"):
         with_default(text, "X", "y")
     assert unfit_word({"--time": "1:00", "--account": "a; rm"}) == "--account"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--array abc", "--array 'abc' names no tasks"),
+        ("--array 5-1", "--array '5-1' names no tasks"),
+        ("--array 1-4%0", "--array '1-4%0' names no tasks"),
+        ("--array 1-4 --requeue", "each have a script of their own"),
+        ("--out ''", "--out must name a folder"),
+        ("--time soon", "--time 'soon' is no time limit"),
+        ("--nodes -1", "-1 is not in the range"),
+        ("--partition 'a b'", "--partition 'a b' is nothing that Slurm could take"),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused(options: str, said: str) -> None:
+    words = ["slurm", str(ROOT / "jobs" / "us_flights.toml"), *shlex.split(options)]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2
+    assert said in done.output
+    for array in ("1-20", "1-100%10", "0-9:3,12", "1,4,7"):
+        assert tasks_of(array)
+
+
+@pytest.mark.parametrize("name", ["it's a", 'a "b" $(touch pwned) `c`', "a}b\\n"])
+def test_names_come_through_the_shell_as_they_are(tmp_path: Path, name: str) -> None:
+    job, out = tmp_path / f"{name}.toml", f"runs of {name}"
+    for end in ("toml", "py"):
+        target = job if end == "toml" else tmp_path / "random_walk.py"
+        target.write_text((ROOT / "jobs" / f"random_walk.{end}").read_text("utf-8"), "utf-8")
+    sets = f"run.name={name}"
+    made = CliRunner().invoke(cli, ["slurm", str(job), "--out", out, "--set", sets], catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    stand_in = tmp_path / "bin" / "srun"
+    stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environ = {"VENV": str(tmp_path), "SLURM_CPUS_PER_TASK": "1", "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash"], input=made.output, text=True, capture_output=True, check=False, cwd=tmp_path,
+        env=environ, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.splitlines()
+    run = words[words.index("run") :]
+    assert run[1:5] == [str(job), "--out", out, f"--set={sets}"]
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_mixed_machines_are_warned_of(

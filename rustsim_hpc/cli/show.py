@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from rustsim_hpc.cli.common import Session, debug_option, overrides, set_option
+from rustsim_hpc.errors import JobError
 from rustsim_hpc.job.prediction import ASSUMPTIONS, Network, Prediction, curve, table
 
 if TYPE_CHECKING:
     from rustsim_hpc.job.keys import JobSpec
+
+_LEAST_SAMPLE = 100_000
+"""Rows whose steps can be told from a step without rows."""
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of text.")
@@ -111,12 +115,22 @@ def plan(
 def _predictions(
     spec: JobSpec, ranks: int, latency: float, bandwidth: float, ranks_per_node: int | None
 ) -> list[Prediction]:
-    """Return what is predicted for 1, 2, 4 ... and ``ranks`` ranks."""
+    """Return what is predicted for 1, 2, 4 ... and ``ranks`` ranks.
+
+    Raises:
+        JobError: there are no figures of this machine, or none of what the job runs on.
+    """
     from rustsim_hpc.bench.load import job_load, kept_machine
 
+    if spec.run.backend == "cuda":
+        raise JobError(
+            "--predict knows the figures of CPUs, and [run] backend is cuda",
+            hint="--set run.backend=cpu predicts the same job on CPUs",
+        )
     machine = kept_machine()
     network = Network(latency * 1e-6, bandwidth * 1e9, ranks_per_node or machine.cores)
-    load = job_load(spec, machine, ranks)
+    # The share of one of very many ranks is too small to be timed.
+    load = job_load(spec, machine, min(ranks, max(1, spec.run.agents // _LEAST_SAMPLE)))
     counts = [1 << power for power in range(ranks.bit_length()) if 1 << power < ranks]
     return curve(load, machine, network, spec.run.agents, [*counts, ranks])
 

@@ -78,7 +78,7 @@ def slurm(
     """
     from rustsim_hpc.job.launch import plan_job
     from rustsim_hpc.job.spec import Override, read_job
-    from rustsim_hpc.slurm import Kind, Request, script, seconds_of, shape, unfit_word
+    from rustsim_hpc.slurm import Kind, Request, script, seconds_of, shape, tasks_of, unfit_word
 
     wanted: dict[Kind, bool] = {
         "requeue": requeue,
@@ -98,6 +98,10 @@ def slurm(
         raise click.UsageError(
             f"--time {time!r} is no time limit; for example 02:00:00, 1-12:00:00, 90 (minutes)"
         )
+    if array is not None and not tasks_of(array):
+        raise click.UsageError(f"--array {array!r} names no tasks; for example 1-20, 1-100%10, 1,4,7")
+    if out is not None and not out.strip():
+        raise click.UsageError("--out must name a folder")
     request = Request(
         kinds[0] if kinds else "cpu", nodes, ntasks_per_node, cpus_per_task, gpus_per_node, time, partition,
         account, array, out, sets,
