@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_a_changed_model_is_another_one(counting: dict[str, dict[str, object]]) 
         rs.resume_run("one", steps=7)
 
 
+def test_threads_that_run_the_same_model_at_once(counting: dict[str, dict[str, object]]) -> None:
+    text = Path("counting.py").read_text()
+    Path("counting.py").write_text(f"import time\ntime.sleep(0.2)\n{text}")
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda name: rs.run_job(counting, out=name), "abc"))
+    assert [one.step_index for one in done] == [6, 6, 6]
+    assert len({one.fingerprint for one in done}) == 1
+
+
 def test_the_watchdog_does_not_end_a_callers_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRILL_PACE", "0.5")
     changes = {"run.watchdog_seconds": 0.1}
@@ -118,6 +128,8 @@ def test_mistakes_are_raised_and_say_what_is_wrong(
         assert caught.value.exit_code == 2
     with pytest.raises(JobError, match=r"job: \[model\]: is missing"):
         rs.run_job({"run": {"agents": 1, "steps": 1}})
+    with pytest.raises(JobError, match=r"job: \[run\]: 1 is no name of a table or key"):
+        rs.run_job({**counting, "run": {1: 2}})
     with pytest.raises(JobError, match="dry_run"):
         rs.run_job({**counting, "command": {"dry_run": True}})
     with pytest.raises(RunFolderError):

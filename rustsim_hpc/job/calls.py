@@ -69,6 +69,7 @@ def run_job(
             overrides = _overrides("run_job", options, RUN_OPTIONS, progress=progress)
             overrides += [_override(path, value) for path, value in (changes or {}).items()]
             if isinstance(job, Mapping):
+                _require_names(job, "job")
                 return resolve_job(job, _NOT_A_FILE, overrides)
             return read_job(Path(job), overrides)
 
@@ -147,6 +148,14 @@ def _overrides(
             table, key = OPTION_KEYS[f"--{name.replace('_', '-')}"]
             made.append(Override(table, key, _value_of(name, value), name))
     return made
+
+
+def _require_names(table: Mapping[Any, Any], where: str) -> None:
+    for name, value in table.items():
+        if not isinstance(name, str):
+            raise JobError(f"{where}: {name!r} is no name of a table or key: names are texts")
+        if isinstance(value, Mapping):
+            _require_names(value, f"{where}: [{name}]")
 
 
 def _override(path: str, value: Any) -> Override:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import threading
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -32,6 +33,9 @@ class ModelReference:
 _IMPORTED: dict[str, str] = {}
 """Modules imported from files by name: the hash of the source that they were made of."""
 
+_ONE_AT_A_TIME = threading.RLock()
+"""A module is among Python's before it has run: another thread would take half of it."""
+
 
 class _ReadOnce(SourceFileLoader):
     """Runs the source that was hashed. Python's cache of bytecode knows changes by second and size only."""
@@ -57,7 +61,8 @@ def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, 
         ModelError: no such module, it cannot be imported, it has no ``model()`` that returns a
             :class:`~rustsim_hpc.modeling.model.Model`, or its source is another one than expected.
     """
-    found = _import_file(Path(module)) if module.endswith(".py") else _import_name(module)
+    with _ONE_AT_A_TIME:
+        found = _import_file(Path(module)) if module.endswith(".py") else _import_name(module)
     reference = ModelReference(module, _source_hash(found))
     if expected_sha256 is not None and reference.sha256 != expected_sha256:
         raise ModelError(
