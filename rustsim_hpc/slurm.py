@@ -136,8 +136,8 @@ def _with_header(text: str, job: Path, plan: RunPlan, memory: int) -> str:
         first,
         f"# {_one_line(plan.job)} ({_one_line(str(job))}): {plan.agents:,} agents on {plan.ranks:,} ranks,",
         f"# {rows:,} rows and about {size(memory)} of memory each; {disk} on disk for a checkpoint.",
-        "# Submit it from a folder that all nodes see; OUT=DIR sbatch SCRIPT goes on with the run in DIR.",
-        "# Exit code 75: the time was up, a checkpoint is saved.",
+        "# Submit it from a folder that all nodes see; OUT=DIR sbatch SCRIPT continues the run in DIR.",
+        "# Exit code 75: the time limit was reached and a checkpoint is saved.",
     ]
     return "\n".join([*lines, rest])
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Run a job that is longer than a time limit on a site without requeue: submit it several times, each link waiting for
-# those before it. A link goes on where the last one stopped; when one has finished the run, Slurm drops the rest.
+# those before it. A link continues where the last one stopped; when one has finished the run, Slurm drops the rest.
 #
 #   LINKS=6 JOB=flock.toml OUT=runs/flock bash slurm/chain.sh --nodes=4 --time=04:00:00
 #
