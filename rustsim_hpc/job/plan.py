@@ -78,7 +78,7 @@ class RunPlan:
             [
                 f"job           {self.job}, {self.agents:,} rows, guard {self.guard}",
                 f"partitions    {self.partitions:,} on {self.ranks:,} ranks",
-                f"executor      {self.executor}, {self.workers} worker{'' if self.workers == 1 else 's'} per rank",
+                f"executor      {self.executor}, workers per rank: {self.workers}",
                 f"each row      {self.row_bytes} bytes, plus {self.undo_row_bytes} for undoing a step",
                 f"checkpoint    {size(self.checkpoint_bytes)}",
                 f"each step     {size(self.step_bytes)} from each rank to the others",
