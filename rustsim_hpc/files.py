@@ -54,6 +54,30 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int
     raise NotAFileError(path)
 
 
+def exists(path: Path) -> bool:
+    """Return whether there is anything; False too where the system cannot tell, as of names too long."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Return whether there is a regular file; False too where the system cannot tell."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether there is a folder; False too where the system cannot tell."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def require_regular(path: Path) -> None:
     """Check that a library which opens files by name will not wait for one.
 
@@ -127,8 +151,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes the name ``path`` when the block ends well, and leaves nothing when it does not.
 
     Raises:
+        NotAFileError: a pipe, device or socket has the name, which would be lost.
         OSError: it cannot be written; a file that had the name before is untouched.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise NotAFileError(path)
     temporary = temporary_path(path)
     try:
         # Not mkstemp: its mode 0600 would hide a run's files from the group that shares the folder.

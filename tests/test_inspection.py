@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rustsim_hpc.errors import RunFolderError
+from rustsim_hpc.errors import JobError, RunFolderError
 from rustsim_hpc.job.launch import fork_run, run_job
-from rustsim_hpc.job.spec import Override, RunOptions, read_job
+from rustsim_hpc.job.spec import Override, RunOptions, read_folder_job, read_job
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.run_folder.inspection import Inspection, inspect_path
+from rustsim_hpc.run_folder.reader import open_run
 
 JOB = Path(__file__).parents[1] / "jobs" / "particles.toml"
 
@@ -48,6 +49,15 @@ def test_whole_run(run: Path) -> None:
     assert found.facts["replay"] == "6 entries, digest"
     assert json.loads(json.dumps(found.to_dict()))["proved"] is True
     assert "everything here is valid" in found.text()
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "/".join(["b" * 250] * 20), "c\udcff"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    for look in (inspect_path, open_run, read_folder_job):
+        with pytest.raises(RunFolderError):
+            look(Path(name))
+    with pytest.raises(JobError):
+        read_job(Path(name))
 
 
 def test_parts_of_a_run(run: Path) -> None:

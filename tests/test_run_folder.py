@@ -86,6 +86,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotAFileError):
+        write_atomic(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]  # noqa: PTH208 (hidden names, too)
+
+
 def test_temporary_files_are_swept_and_others_are_not(tmp_path: Path) -> None:
     left = temporary_path(tmp_path / "a.h5")
     left.write_text("half")

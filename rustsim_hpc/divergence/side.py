@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rustsim_hpc.errors import CheckpointFileError, ReplayLogError, RunFolderError, RustsimError
+from rustsim_hpc.files import is_folder
 from rustsim_hpc.job.keys import JobSpec, ReplayTable
 from rustsim_hpc.job.spec import read_job
 from rustsim_hpc.proof.replay import differing_columns
@@ -103,7 +104,7 @@ def read_log(path: Path) -> ReplayLog:
     Raises:
         ReplayLogError: it cannot be read.
     """
-    if path.is_dir():
+    if is_folder(path):
         if not (path / REPLAY).exists():
             raise ReplayLogError(f"{path} has no {REPLAY}", hint="run its job with --record")
         path = path / REPLAY

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rustsim_hpc.errors import JobError, RunFolderError
-from rustsim_hpc.files import read_bytes
+from rustsim_hpc.files import is_file, is_folder, read_bytes
 from rustsim_hpc.job.key_errors import Origin, describe, nearest_of
 from rustsim_hpc.job.keys import (
     BACKEND_VARIABLE,
@@ -110,7 +110,7 @@ def read_folder_job(
         RunFolderError: it is not the folder of a run.
         JobError: a change cannot be right.
     """
-    if not (folder / "job.toml").is_file():
+    if not is_file(folder / "job.toml"):
         raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
     return read_job(folder / "job.toml", overrides, debug=debug)
 
@@ -170,8 +170,8 @@ def _resolved_module(model: ModelTable, path: Path, base: Path, sources: Origin)
         return model
     source = sources.get(("model", "module"))
     file = ((Path.cwd() if source else base) / model.module).resolve()
-    if not file.is_file():
-        others = (other.name for other in file.parent.glob("*.py")) if file.parent.is_dir() else ()
+    if not is_file(file):
+        others = (other.name for other in file.parent.glob("*.py")) if is_folder(file.parent) else ()
         where = source or f"{path}: [model] module"
         raise JobError(f"{where}: there is no file {file}{nearest_of(file.name, others)}")
     return model.model_copy(update={"module": str(file)})
@@ -222,6 +222,6 @@ def _options(command: CommandTable, base: Path, sources: Origin, debug: bool) ->
 
 def _job_files_beside(path: Path) -> str | None:
     """Return a hint with the job files that a wrong path may have meant."""
-    folder = path.parent if path.parent.is_dir() else Path("jobs")
+    folder = path.parent if is_folder(path.parent) else Path("jobs")
     names = sorted(str(file) for file in folder.glob("*.toml") if file.name != "pyproject.toml")
     return f"job files here: {', '.join(names[:8])}" if names else None

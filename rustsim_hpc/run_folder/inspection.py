@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from rustsim_hpc.errors import RunFolderError, RustsimError
+from rustsim_hpc.files import exists, is_file, is_folder
 from rustsim_hpc.job.plan import size
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.proof.fingerprint import hex64
@@ -78,15 +79,15 @@ def inspect_path(path: Path) -> Inspection:
     Raises:
         RunFolderError: there is nothing, or a folder that is no run's.
     """
-    if not path.exists():
+    if not exists(path):
         raise RunFolderError(f"{path}: there is no such file or folder")
-    if path.is_dir():
+    if is_folder(path):
         if (path / JOB).exists() or (path / RECORD).exists():
             return _run(path)
         if list_checkpoints(path):
             return _checkpoints(path)
         raise RunFolderError(f"{path}: neither a run's folder (it has no {JOB}) nor one of checkpoints")
-    if not path.is_file():
+    if not is_file(path):
         # A pipe would be waited for.
         return Inspection(path, "file", {}, ("it is not a file",))
     if path.name.endswith(".jsonl"):

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rustsim_hpc.errors import RunFolderError, RustsimError, nearest
-from rustsim_hpc.files import read_bytes
+from rustsim_hpc.files import is_file, is_folder, read_bytes
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.run_folder import crash
 from rustsim_hpc.run_folder.array_file import read_samples
@@ -71,8 +71,8 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / JOB).is_file():
-            what = f"it has no {JOB}" if path.is_dir() else "there is no such folder"
+        if not is_file(path / JOB):
+            what = f"it has no {JOB}" if is_folder(path) else "there is no such folder"
             raise RunFolderError(f"{path} is not a run's folder: {what}")
         with _reading(path / JOB):
             self.job: dict[str, Any] = tomllib.loads(read_bytes(path / JOB).decode())
