@@ -182,10 +182,10 @@ def test_a_worker_whose_state_is_another(plane, executor, serving):
 
 def test_a_refusal_is_told(plane, serving):
     def refuse(request):
-        return answer_to(request, "refused", code="limits", text="no more today")
+        return answer_to(request, "refused", code="limits", text="no more\n\x1b[2Jtoday")
 
     driven = plane(resident(connect_seconds=5), serving(FalseWorker(refuse)).endpoint)
-    fails(driven, "no more today")
+    fails(driven, "no more \N{REPLACEMENT CHARACTER}[2Jtoday")
 
 
 # -- workers that stop, die and forget -----------------------------------------------------------------

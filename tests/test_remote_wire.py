@@ -37,6 +37,7 @@ from rustsim_hpc.remote.messages import (
     packed,
     packed_params,
     read_message,
+    shown,
     unpacked_params,
 )
 from rustsim_hpc.remote.watch import MOST_UNREAD
@@ -94,6 +95,17 @@ def test_parameters_keep_every_bit():
 def test_arrays_that_are_not_what_was_announced(frames, wanted, text):
     with pytest.raises(Malformed, match=text):
         arrays_of(frames, wanted)
+
+
+def test_arrays_that_no_message_of_its_kind_has():
+    with pytest.raises(Malformed, match="a message fetch with arrays"):
+        read_message(frames_of("fetch", [b"12345678"], **FETCH), REQUESTS)
+    with pytest.raises(Malformed, match="a message hashed with arrays"):
+        read_message(frames_of("hashed", [b""], state=1), ANSWERS)
+
+
+def test_what_a_peer_writes_is_shown_as_one_harmless_line():
+    assert shown("no\n room\x1b[2J today\r\n") == "no room\N{REPLACEMENT CHARACTER}[2J today"
 
 
 BAD_HEADERS = [

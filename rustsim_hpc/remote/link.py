@@ -25,6 +25,7 @@ from rustsim_hpc.remote.messages import (
     Malformed,
     Message,
     read_message,
+    shown,
 )
 from rustsim_hpc.remote.sockets import ClientSocket
 
@@ -173,7 +174,7 @@ class Link:
             self._sent = None
             self._is_open()
             if answer.kind == "refused":
-                raise Refused(answer.fields["code"], answer.fields["text"])
+                raise Refused(answer.fields["code"], shown(answer.fields["text"]))
             if answer.kind != ANSWER_OF[sent.kind]:
                 raise LinkError(f'answered "{sent.kind}" with "{answer.kind}"')
             return answer

@@ -236,6 +236,12 @@ ANSWER_OF = {
 }  # fmt: skip
 
 
+BARE = frozenset(
+    {"open", "begin", "fetch", "hash", "close", "opened", "loaded", "hashed", "closed", "refused"}
+)
+"""Kinds of messages that carry no arrays."""
+
+
 def read_message(frames: Sequence[Frame], kinds: Mapping[str, Mapping[str, Check]]) -> Message:
     """Return the message that frames make.
 
@@ -261,6 +267,8 @@ def read_message(frames: Sequence[Frame], kinds: Mapping[str, Mapping[str, Check
     for name, check in wanted.items():
         if not check(header[name]):
             raise Malformed(f"{name} of a message {kind} is wrong")
+    if kind in BARE and len(frames) > 1:
+        raise Malformed(f"a message {kind} with arrays")
     return Message(kind, session, number, header, tuple(frames[1:]))
 
 
@@ -356,6 +364,12 @@ def chunks(rows: int, itemsize: int) -> list[tuple[int, int]]:
 def clipped_failure_text(text: str) -> str:
     """Return an error's text as it may travel."""
     return text[:_FAILURE_TEXT]
+
+
+def shown(text: str) -> str:
+    """Return what a peer has written as one line that cannot write to a terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def clipped_trace(text: str) -> str:

@@ -20,6 +20,7 @@ from rustsim_hpc.remote.messages import (
     OtherVersion,
     clipped_failure_text,
     read_message,
+    shown,
 )
 from rustsim_hpc.remote.sockets import Peer, WorkerSocket
 from rustsim_hpc.run_folder.environment import worker_facts
@@ -194,8 +195,7 @@ class WorkerServer:
         """Tell what a peer did wrong, its first time only, and of so many peers only."""
         if peer not in self._reported and len(self._reported) < _PEERS_REPORTED:
             self._reported.add(peer)
-            # What a peer has written must not write to a terminal.
-            self._tell("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
+            self._tell(shown(line))
 
 
 def _refusal(session: str, number: int, code: str, text: str) -> Message:
