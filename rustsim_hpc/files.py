@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".rustsim-tmp"
 """How the names of unfinished files end; nothing that ends so is ever read."""
@@ -95,6 +96,19 @@ def read_bytes(path: Path) -> bytes:
     """
     with open(open_regular(path), "rb") as file:
         return file.read()
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a regular file of JSON.
+
+    Raises:
+        OSError: as `read_bytes`.
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def temporary_path(path: Path) -> Path:

@@ -471,6 +471,9 @@ def test_only_a_runs_folder_is_reopened(tmp_path: Path) -> None:
         ('{"format": "rustsim-hpc run", "version": 99}', "version 99"),
         ('{"format": "rustsim-hpc run", "version": 1, "steps": "x"}', 'damaged: steps is "x"'),
         ('{"format": "rustsim-hpc run", "version": 1, "sessions": [7]}', "damaged: sessions are not"),
+        ('{"format": "rustsim-hpc run", "version": 1, "sessions": [{"hosts": 1}]}', "hosts are not a list"),
+        ('{"format": "rustsim-hpc run", "version": 1, "hosts": [{"libm": 1}]}', "hosts are not a list"),
+        ("[" * 100_000, "nested too deeply"),
     ]:
         (path / "run.json").write_text(damage)
         with pytest.raises(RunFolderError, match=text):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import RustsimError
-from rustsim_hpc.files import read_bytes, write_atomic
+from rustsim_hpc.files import read_json, write_atomic
 from rustsim_hpc.run_folder.environment import versions
 
 FOLDER = "crash"
@@ -98,5 +98,5 @@ def read_crash_bundles(folder: Path) -> list[dict[str, Any]]:
     bundles = []
     for path in sorted((folder / FOLDER).glob("rank_*.json")):
         with suppress(OSError, ValueError):
-            bundles.append(json.loads(read_bytes(path)))
+            bundles.append(read_json(path))
     return bundles

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -30,7 +29,7 @@ from rustsim_hpc.files import (
     TEMPORARY_SUFFIX,
     NotAFileError,
     fsync_folder,
-    read_bytes,
+    read_json,
     sweep_temporary,
     write_atomic,
 )
@@ -352,7 +351,7 @@ def _clear(path: Path) -> None:
 
 def _outputs_of(path: Path) -> Iterable[str]:
     try:
-        entries = json.loads(read_bytes(path / MANIFEST))["outputs"]
+        entries = read_json(path / MANIFEST)["outputs"]
         files = [str(entry["file"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return []

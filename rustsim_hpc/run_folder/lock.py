@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Self
 
 from rustsim_hpc.errors import RunFolderError
-from rustsim_hpc.files import open_regular, read_bytes
+from rustsim_hpc.files import open_regular, read_json
 
 OWNER = ".lock"
 RANKS = ".lock.ranks"
@@ -122,7 +122,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 def read_holder(folder: Path) -> dict[str, object]:
     """Return what the newest run wrote into the lock: token, pid, host, since; empty if there was none."""
     try:
-        holder = json.loads(read_bytes(folder / OWNER))
+        holder = read_json(folder / OWNER)
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import OutputError, message_of, named
-from rustsim_hpc.files import read_bytes, sweep_temporary, write_atomic
+from rustsim_hpc.files import read_json, sweep_temporary, write_atomic
 from rustsim_hpc.modeling.outputs import MANIFEST, Arrays, Output, Picture, Recorded, Sample, Series
 from rustsim_hpc.run_folder.array_file import ArrayFile, checked_array
 from rustsim_hpc.run_folder.pictures import PictureReport, draw_pictures
@@ -235,7 +235,7 @@ class OutputSet:
     def _check_manifest(self) -> int:
         """Check that the folder's outputs are these, and return their first step."""
         try:
-            manifest = json.loads(read_bytes(self.folder / MANIFEST))
+            manifest = read_json(self.folder / MANIFEST)
             known = {entry["file"]: entry for entry in manifest["outputs"]}
             first_step, version = int(manifest["first_step"]), manifest["version"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,7 +13,6 @@ Nothing is kept: each call reads what is there now.
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rustsim_hpc.errors import RunFolderError, RustsimError, nearest
-from rustsim_hpc.files import is_file, is_folder, read_bytes
+from rustsim_hpc.files import is_file, is_folder, read_bytes, read_json
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.run_folder import crash
 from rustsim_hpc.run_folder.array_file import read_samples
@@ -163,7 +162,7 @@ class Run:
         path = self.path / MANIFEST
         with _reading(path):
             try:
-                entries = json.loads(read_bytes(path))["outputs"] if path.exists() else []
+                entries = read_json(path)["outputs"] if path.exists() else []
                 return {str(entry["file"]): str(entry["kind"]) for entry in entries}
             except TypeError as error:
                 raise ValueError(f"not the list of a run's outputs ({error})") from error

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from rustsim_hpc.errors import RunFolderError
-from rustsim_hpc.files import read_bytes, write_atomic
+from rustsim_hpc.files import read_json, write_atomic
 from rustsim_hpc.run_folder.environment import versions
 
 RECORD = "run.json"
@@ -83,7 +83,7 @@ def read_record(path: Path) -> dict[str, Any]:
         RunFolderError: it is not there, damaged, or of another version.
     """
     try:
-        record = json.loads(read_bytes(path / RECORD))
+        record = read_json(path / RECORD)
     except OSError as error:
         raise RunFolderError(f"cannot read {path / RECORD}: {error.strerror}") from error
     except ValueError as error:
@@ -99,7 +99,23 @@ def read_record(path: Path) -> dict[str, Any]:
     sessions = record.setdefault("sessions", [])
     if sessions is None or not all(isinstance(session, dict) for session in sessions):
         raise RunFolderError(f"{path / RECORD} is damaged: sessions are not a list of objects")
+    for table in (record, *sessions):
+        for name in ("hosts", "remote_workers"):
+            if not _are_machines(table.get(name) or []):
+                raise RunFolderError(f"{path / RECORD} is damaged: {name} are not a list of machines")
     return record
+
+
+def _are_machines(value: Any) -> bool:
+    """Return whether this may be what `environment.by_host` or `by_endpoint` made."""
+    return isinstance(value, list) and all(
+        isinstance(machine, dict)
+        and isinstance(machine.get("libm", {}), dict)
+        and isinstance(machine.get("versions") or {}, dict)
+        and isinstance(machine.get("devices", []), list)
+        and all(isinstance(device, dict) for device in machine.get("devices", []))
+        for machine in value
+    )
 
 
 def new_record() -> dict[str, Any]:
