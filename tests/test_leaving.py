@@ -88,6 +88,17 @@ def test_ranks_that_hear_of_it_leave_together_and_leave_nothing(scratch: Path) -
     assert not [*scratch.glob(".leaving*"), *(scratch / "tmp").iterdir()]
 
 
+def test_a_rank_that_is_stopped_while_all_leave_is_left_to_the_launcher(scratch: Path) -> None:
+    """It has marked itself, but never says that it has seen the others."""
+    ranks = [Leaving(rank, 3, "key", grace=0.5) for rank in range(3)]
+    for rank in ranks:
+        rank.move(scratch)
+    ranks[0]._mark(3)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda rank: rank.together(3), ranks[1:])) == [False, False]
+    assert not [*scratch.glob(".leaving*"), *(scratch / "tmp").iterdir()]
+
+
 def test_marks_are_seen_in_the_run_s_folder_alone_as_on_another_machine(scratch: Path) -> None:
     here, there = (Leaving(rank, 2, "key", grace=0.05) for rank in range(2))
     here.move(scratch)

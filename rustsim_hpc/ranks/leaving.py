@@ -4,8 +4,10 @@ A rank that gets stuck, or meets what the others know nothing of, cannot tell th
 collective. So it leaves a mark in a file; the watchdogs of the others look there, mark themselves, and when
 all have, all leave. A launcher that saw one rank go first would kill the others, and end with their code.
 
-The file has a byte for each rank, its exit code. It lies in this machine's temporary folder, and from the
-moment that there is one in the run's folder too, where ranks of other machines see it.
+The file has a byte for each rank, its exit code, and a second one that says that this rank has seen all the
+others' first: one that is stopped after its own would be waited for by the launcher for ever, once the others
+have left in good order. The file lies in this machine's temporary folder, and from the moment that there is
+one in the run's folder too, where ranks of other machines see it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ GRACE = 6.0
 
 _LATER = 1.0
 _PAUSE = 0.02
+_FIRST, _SECOND = 0, 1
 
 
 class Leaving:
@@ -53,18 +56,19 @@ class Leaving:
         return next((code for code in self._marks() if code), None)
 
     def together(self, code: int) -> bool:
-        """Mark this rank; return whether all are marked within the time of grace.
+        """Mark this rank, twice; return whether all are marked within the time of grace.
 
         What it returns False for, others have to be ended by the launcher. The caller then leaves the
         process at once in any case, by way of `goodbye` where all are marked.
         """
         self._mark(code)
-        end = time.monotonic() + self._grace
-        everybody = self._everybody()
-        while not everybody and time.monotonic() < end:
-            time.sleep(_PAUSE)
-            everybody = self._everybody()
-        if not everybody and self._first_marked() == self._rank:
+        stage = _FIRST
+        everybody = self._wait_for_all(stage)
+        if everybody:
+            stage = _SECOND
+            self._mark_again(code)
+            everybody = self._wait_for_all(stage)
+        if not everybody and self._first_marked(stage) == self._rank:
             # The last of those that leave is the one that makes the launcher kill the rest.
             time.sleep(_LATER)
         elif not everybody:
@@ -88,23 +92,32 @@ class Leaving:
                 os.pwrite(descriptor, bytes([code]), self._rank)
                 self._descriptors.append(descriptor)
 
-    def _everybody(self) -> bool:
-        return all(self._marks())
+    def _mark_again(self, code: int) -> None:
+        # By the descriptors only: a name that is gone must not come back.
+        for descriptor in self._descriptors:
+            with suppress(OSError):
+                os.pwrite(descriptor, bytes([code]), _SECOND * self._size + self._rank)
 
-    def _first_marked(self) -> int:
-        return next((rank for rank, code in enumerate(self._marks()) if code), self._rank)
+    def _wait_for_all(self, stage: int) -> bool:
+        end = time.monotonic() + self._grace
+        while not (everybody := all(self._marks(stage))) and time.monotonic() < end:
+            time.sleep(_PAUSE)
+        return everybody
 
-    def _marks(self) -> list[int]:
-        """Return each rank's exit code, 0 of those that have not marked themselves."""
-        marks = [0] * self._size
+    def _first_marked(self, stage: int) -> int:
+        return next((rank for rank, code in enumerate(self._marks(stage)) if code), self._rank)
+
+    def _marks(self, stage: int = _FIRST) -> list[int]:
+        """Return each rank's exit code, 0 of those that have not marked themselves in a stage."""
+        marks, start = [0] * self._size, stage * self._size
         for text in [*map(self._at, self._descriptors), *map(_content, self._places)]:
-            for rank, code in enumerate(text[: self._size]):
+            for rank, code in enumerate(text[start : start + self._size]):
                 marks[rank] = marks[rank] or code
         return marks
 
     def _at(self, descriptor: int) -> bytes:
         with suppress(OSError):
-            return os.pread(descriptor, self._size, 0)
+            return os.pread(descriptor, 2 * self._size, 0)
         return b""
 
 
