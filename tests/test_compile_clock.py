@@ -1,5 +1,7 @@
 """What figures of speed leave out: the time to compile, and nothing else."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -55,3 +57,23 @@ def test_numba_tells_the_clock_what_it_compiles():
     assert njit(lambda x: x + 1)(1) == 2
     took = time.perf_counter() - start
     assert 0.3 * took < CLOCK.seconds - before <= took
+
+
+_PROOF = """
+import numpy as np
+from rustsim_hpc.compile_clock import CLOCK
+from rustsim_hpc.proof import fingerprint
+seen = []
+for _ in range(2):
+    fingerprint.digest_default_ids(0, 1000)
+    seen.append(CLOCK.seconds)
+assert 0 < seen[0] == seen[1], seen
+CLOCK.seconds = 0.0
+fingerprint.digest_column(np.zeros(9, np.float32), 0, 1)
+assert CLOCK.seconds > 0, "the first of its kind is loaded or compiled"
+"""
+
+
+def test_loading_what_proofs_call_is_no_proof():
+    done = subprocess.run([sys.executable, "-c", _PROOF], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -61,7 +61,8 @@ class SafeCache(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled function of a signature, or None if it must be compiled."""
         try:
-            found = super().load_overload(sig, target_context)
+            with CLOCK.counting():
+                found = super().load_overload(sig, target_context)
             if found is None or tuple(found.signature.args) == tuple(getattr(sig, "args", sig)):
                 return found
         except Exception:  # noqa: BLE001, S110 (whatever lies there, it is not a usable cache)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import InvalidConfig, SchemeMismatch, nearest
 from rustsim_hpc.state.schema import DTYPES
 
@@ -257,10 +258,11 @@ def _is_plain(column: AnyArray) -> bool:
 @lru_cache(maxsize=512)
 def _digest_of(key_index: int, itemsize: int) -> tuple[Callable[..., int], NDArray[np.uint32], int]:
     """Return the compiled digest of a column, its keys and their address."""
-    from rustsim_hpc.kernels.digest_call import digest_function
+    with CLOCK.counting():  # loading Numba takes longer than many a proof
+        from rustsim_hpc.kernels.digest_call import digest_function
 
-    keys = digest_keys(key_index, itemsize)
-    return digest_function(itemsize), keys, int(keys.ctypes.data)
+        keys = digest_keys(key_index, itemsize)
+        return digest_function(itemsize), keys, int(keys.ctypes.data)
 
 
 def digest_default_ids(start: int, stop: int) -> int:
@@ -367,7 +369,9 @@ def _bytes_of(column: AnyArray) -> NDArray[np.uint8]:
     return view
 
 
+@lru_cache(maxsize=1)
 def _kernels() -> Any:
-    from rustsim_hpc.kernels import hashing
+    with CLOCK.counting():
+        from rustsim_hpc.kernels import hashing
 
     return hashing
