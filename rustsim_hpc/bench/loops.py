@@ -66,6 +66,20 @@ _INTEGRATE = (
     "timed, so that it finds the caches as it does in the middle of a long run."
 )
 
+_ONE_CORE = {
+    "hand": "by hand",
+    "hand.beside": "by hand, keeping the old state",
+    "hand.around": "the same, bypassing the cache",
+    "numpy": "NumPy, in place",
+    "torn": "engine, torn",
+    "rollback": "engine, rollback",
+    "torn.fused": f"engine, torn, {FUSED} steps fused",
+    "rollback.fused": f"engine, rollback, {FUSED} steps fused",
+    "digest": "engine, rollback, digest of each step",
+    "fnv1a": "engine, rollback, fnv1a of each step",
+    "hash": "fnv1a of the state alone, without steps",
+}
+
 
 def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
     """Measure integrate on one core: by hand, NumPy, the engine inline in its ways."""
@@ -105,20 +119,8 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
             },
             size.rounds,
         )
-    names = {
-        "hand": "by hand",
-        "hand.beside": "by hand, keeping the old state",
-        "hand.around": "the same, bypassing the cache",
-        "numpy": "NumPy, in place",
-        "torn": "engine, torn",
-        "rollback": "engine, rollback",
-        "torn.fused": f"engine, torn, {FUSED} steps fused",
-        "rollback.fused": f"engine, rollback, {FUSED} steps fused",
-        "digest": "engine, rollback, digest of each step",
-        "fnv1a": "engine, rollback, fnv1a of each step",
-        "hash": "fnv1a of the state alone, without steps",
-    }
-    rows = _rows(names, timings, size.rows * BYTES["integrate"] / bandwidth.one, without=("hash", "fnv1a"))
+    least = size.rows * BYTES["integrate"] / bandwidth.one
+    rows = _rows(_ONE_CORE, timings, least, without=("hash", "fnv1a"))
     rows += [
         Row.of(
             "fused.gain",
