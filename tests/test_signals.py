@@ -293,12 +293,16 @@ def test_outside_of_steps_only_what_does_nothing_counts_in_full() -> None:
     assert quiet.counted == quiet.seconds == 0
 
 
-def test_a_rank_waits_in_its_first_step_for_one_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_rank_waits_in_its_first_step_for_those_that_may_compile(
+    workers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[tuple[str, int]] = []
     monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step, __: ended.append((phase, step)))
     monkeypatch.setattr("rustsim_hpc.job.watchdog.PATIENCE", 0.0)
     with Watchdog(0.05, backstop=False) as watchdog:
-        watchdog.waiting = lambda: True
+        watchdog.waiting = lambda: not workers
+        watchdog.has_workers = workers
         watchdog.beat(FIRST_STEP, 3)
         time.sleep(0.5)
         assert ended == []

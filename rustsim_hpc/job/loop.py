@@ -126,6 +126,7 @@ class JobRun:
         """
         watchdog = self._watchdog
         watchdog.phase, watchdog.show_more = self._phases_begun, self._show_workers
+        watchdog.has_workers = self.spec.run.executor in ("processes", "remote")
         with self._bar, self._bundle_on_failure():
             self._on_first(self.records.open)
             self._opened = True

@@ -39,8 +39,8 @@ PATIENCE = 5.0
 """Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
 
 COMPILING = 60.0
-"""Seconds that a limit is at least while this process compiles, or waits in its first step for ranks that
-may: that is slow, but not stuck."""
+"""Seconds that a limit is at least while this process compiles, or waits in its first step for ranks or
+workers that may: that is slow, but not stuck."""
 
 FIRST_STEP = "first step"
 
@@ -95,6 +95,7 @@ class Watchdog:
     Attributes:
         waiting: says whether the rank waits for others. It then holds still a little longer, so that the one
             that is stuck is heard: the first to leave ends them all.
+        has_workers: other processes run this rank's partitions.
         phase: says which phase runs, where that is known better than by the last beat.
         show_more: prints the stacks of other processes of this rank, its workers, to standard error.
     """
@@ -119,6 +120,7 @@ class Watchdog:
         self.host = host
         self.folder = folder
         self.waiting: Callable[[], bool] = lambda: False
+        self.has_workers = False
         self.phase: Callable[[], str] = lambda: ""
         self.show_more: Callable[[], None] = lambda: None
         self._backstop = backstop
@@ -164,7 +166,7 @@ class Watchdog:
                 if not self.limit:
                     continue
                 waiting = self.waiting()
-                compiles = CLOCK.running or (waiting and beat[0] == FIRST_STEP)
+                compiles = CLOCK.running or (beat[0] == FIRST_STEP and (waiting or self.has_workers))
                 limit = max(self.limit, COMPILING) if compiles else self.limit
                 if quiet.counted >= limit + (patience if waiting else 0.0):
                     self._expire(*beat, quiet)
