@@ -139,7 +139,7 @@ def test_gpu_script_plans_and_never_runs_on_the_cpu(site: Site) -> None:
     planned = site.submit("gpu.sbatch", *words, engine=("--dry-run",), OUT=site.out("gpu-plan"))
     refused = site.submit("gpu.sbatch", *words, OUT=site.out("gpu-run"))
     assert site.wait(planned)["ExitCode"] == "0:0", site.log(planned)
-    assert "2 ranks, 2 partitions" in site.log(planned)
+    assert "2 on 2 ranks" in site.log(planned)
     assert site.wait(refused)["ExitCode"] == "2:0", site.log(refused)
     assert "cuda" in site.log(refused).lower()
     assert not site.out("gpu-run").exists()
