@@ -76,7 +76,7 @@ class Quiet:
             gap: seconds since the last look in which the process ran or could have run.
             cpu: seconds of processor time that it took meanwhile.
             pieces: of files that it has done so far.
-            waiting: it waits for other ranks.
+            waiting: it waits for other ranks, or for workers that may be starting.
         """
         outside = beat[0] in OUTSIDE
         if beat is not self._seen or (outside and pieces != self._pieces):
@@ -157,7 +157,8 @@ class Watchdog:
                 now, cpu, beat = time.monotonic(), time.process_time(), self._beat
                 # A longer gap than a poll is time in which this thread, and so the process, did not run.
                 gap = min(now - before, 2 * poll)
-                quiet.look(beat, gap, cpu - spent, PIECES.done, waiting=self.waiting())
+                waiting = self.waiting()
+                quiet.look(beat, gap, cpu - spent, PIECES.done, waiting=waiting or self.has_workers)
                 before, spent = now, cpu
                 if not quiet.seconds:
                     continue
@@ -165,7 +166,6 @@ class Watchdog:
                     self._leaving.leave(code)
                 if not self.limit:
                     continue
-                waiting = self.waiting()
                 compiles = CLOCK.running or (beat[0] == FIRST_STEP and (waiting or self.has_workers))
                 limit = max(self.limit, COMPILING) if compiles else self.limit
                 if quiet.counted >= limit + (patience if waiting else 0.0):
