@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import xxhash
 from storage_cases import ALL, bounds, cut, header_of, same_bits, state
 from storage_cases import layout as options_of
 from thread_team import ThreadTeam, run_ranks
@@ -409,6 +411,18 @@ def test_blocks_beyond_the_first_are_proven_too(tmp_path: Path) -> None:
             file.seek(position)
             file.write(bytes([byte]))
     assert same_bits(load(path, SoloTeam(), whole).rows, view)
+
+
+def test_a_size_without_end_is_refused_although_its_checksum_holds(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    [path] = list_checkpoints(tmp_path)
+    proof = proof_path(path)
+    text = proof.read_bytes()
+    changed = re.sub(rb'"bytes": \d+', b'"bytes": 1e999', text[46:])
+    assert changed != text[46:]
+    proof.write_bytes(text[:14] + xxhash.xxh3_128_hexdigest(changed).encode() + changed)
+    with pytest.raises(CheckpointFileError, match="the proof is not understood: OverflowError"):
+        verify(path)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         files = tuple(_file_from_json(entry) for entry in body["files"])
         manifest = Manifest(CheckpointHeader.from_json(body["header"]), str(body["layout"]), files)
         _check_cover(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointFileError):
             raise
         raise CheckpointFileError(message=f"{path}: the proof is not understood: {error!r}") from error
