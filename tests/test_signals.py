@@ -257,7 +257,7 @@ def test_a_watchdog_without_a_limit_watches_nothing() -> None:
 
 def test_a_process_that_compiles_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[tuple[str, int]] = []
-    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step, __: ended.append((phase, step)))
+    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step: ended.append((phase, step)))
     with Watchdog(0.05, backstop=False) as watchdog:
         watchdog.beat("step", 0)
         with CLOCK.counting(), CLOCK.counting():
@@ -298,7 +298,7 @@ def test_a_rank_waits_in_its_first_step_for_those_that_may_compile(
     workers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[tuple[str, int]] = []
-    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step, __: ended.append((phase, step)))
+    monkeypatch.setattr(Watchdog, "_expire", lambda _, phase, step: ended.append((phase, step)))
     monkeypatch.setattr("rustsim_hpc.job.watchdog.PATIENCE", 0.0)
     with Watchdog(0.05, backstop=False) as watchdog:
         watchdog.waiting = lambda: not workers
@@ -330,7 +330,7 @@ def test_a_start_that_never_ends_is_ended(how: str) -> None:
     process = start(ENDLESS, how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert "s: phase start-up, step 0" in err
+    assert "has not moved for 1 s: phase start-up, step 0" in err
 
 
 def test_an_unwritable_folder_does_not_keep_the_watchdog_from_ending_it(tmp_path: Path) -> None:

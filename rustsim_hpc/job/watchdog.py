@@ -169,7 +169,7 @@ class Watchdog:
                 compiles = CLOCK.running or (beat[0] == FIRST_STEP and (waiting or self.has_workers))
                 limit = max(self.limit, COMPILING) if compiles else self.limit
                 if quiet.counted >= limit + (patience if waiting else 0.0):
-                    self._expire(*beat, quiet)
+                    self._expire(*beat)
                 if self._backstop:
                     longest = self.limit * (LONGER if beat[0] in OUTSIDE else 1)
                     faulthandler.dump_traceback_later(2 * longest + 30, exit=True, file=_STDERR)
@@ -177,15 +177,16 @@ class Watchdog:
             if self._backstop:
                 faulthandler.cancel_dump_traceback_later()
 
-    def _expire(self, phase: str, step: int, quiet: Quiet) -> None:
+    def _expire(self, phase: str, step: int) -> None:
         where = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
         if self.waiting():
             phase = "waiting for other ranks"
         else:
             with contextlib.suppress(Exception):  # asked from another thread, at any moment
                 phase = self.phase() or phase
-        moment = self.limit if quiet.counted == quiet.seconds else round(quiet.seconds)
-        line = f"watchdog: {where} has not moved for {moment:g} s: phase {phase}, step {step}; ending it\n"
+        line = (
+            f"watchdog: {where} has not moved for {self.limit:g} s: phase {phase}, step {step}; ending it\n"
+        )
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         with contextlib.suppress(Exception):
