@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rustsim_hpc.version import __version__ as __version__
 
-# Not typing's: the command imports this first, and what takes time comes after its handler of Ctrl-C.
+# Not typing's: the command imports this before it installs its Ctrl-C handler, so the import must be fast.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import typing
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     )
     from rustsim_hpc.state.schema import Column, Schema
 
-# A name's module is loaded when the name is first used: most of what a start costs is never needed by it.
+# A name's module is loaded when the name is first used, to keep the import of the package fast.
 _HOMES = {
     "control.checkpoint": ("CheckpointPolicy", "EngineCheckpoint", "PartitionCheckpoint"),
     "state.columns": ("DeviceSoaCheckpoint", "DeviceSoaStore"),
@@ -220,7 +220,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Load a public name when it is first asked for."""
+    """Load a public name at its first access."""
     from importlib import import_module
 
     if name in _SUBMODULES:

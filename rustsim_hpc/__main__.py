@@ -1,12 +1,12 @@
-"""Where the command `rustsim-hpc` (also `python -m rustsim_hpc`) begins: Ctrl-C is answered from here on.
+"""Entry point of the command `rustsim-hpc` (also `python -m rustsim_hpc`); Ctrl-C is handled from here on.
 
-Nothing is imported before the handler is there: a KeyboardInterrupt in the middle of an import ends in a
-traceback, or in an object's callback that swallows it.
+Nothing is imported before the handler is installed: a KeyboardInterrupt during an import ends in a traceback,
+or is swallowed by an object's callback.
 """
 
 from __future__ import annotations
 
-# Not the module `signal`: that one imports others first.
+# Not the module `signal`, which imports other modules first.
 from _signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal  # type: ignore[import-not-found]
 
 TYPE_CHECKING = False
@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 def _on_interrupt(_number: int, frame: FrameType | None) -> None:
-    """Leave at once where something is being imported; elsewhere raise `KeyboardInterrupt`."""
+    """Exit at once during an import; otherwise raise `KeyboardInterrupt`."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             from posix import _exit
@@ -30,8 +30,8 @@ def _on_interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line (`sys.argv` where no arguments are given) and exit with its code."""
-    # One that was started with the signal ignored, as a shell's background job is, stays so.
+    """Run the command line (`sys.argv` if no arguments are given) and exit with its code."""
+    # A process started with SIGINT ignored, such as a background job of a shell, keeps ignoring it.
     if getsignal(SIGINT) is default_int_handler:
         signal(SIGINT, _on_interrupt)
     try:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
         run(arguments)
     finally:
-        # The exit code is decided: a late Ctrl-C only ends what is left of the process.
+        # The exit code is final: from here on Ctrl-C simply terminates the process.
         if getsignal(SIGINT) is _on_interrupt:
             signal(SIGINT, SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""How long this process has compiled kernels, or loaded compiled ones: what figures of speed leave out."""
+"""A clock of the time spent compiling kernels or loading compiled ones, which speed figures exclude."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 
 class CompileClock:
-    """Adds up seconds; what is begun inside of what is being counted counts once.
+    """Adds up seconds; nested intervals of a thread count once.
 
     Attributes:
         seconds: the sum so far, over all threads of the process.
-        running: threads that are compiling or loading at this moment.
+        running: number of threads that are compiling or loading now.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class CompileClock:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the seconds inside."""
+        """Count the seconds of the block."""
         self.begin()
         try:
             yield
@@ -32,7 +32,7 @@ class CompileClock:
             self.end()
 
     def begin(self) -> None:
-        """Begin to count in this thread; each call needs one of :meth:`end`."""
+        """Begin an interval in this thread; each call needs a matching :meth:`end`."""
         depth = getattr(self._thread, "depth", 0)
         self._thread.depth = depth + 1
         if depth == 0:
@@ -41,7 +41,7 @@ class CompileClock:
                 self.running += 1
 
     def end(self) -> None:
-        """End what :meth:`begin` began."""
+        """End the interval of the matching :meth:`begin`."""
         self._thread.depth -= 1
         if self._thread.depth == 0:
             with self._lock:
@@ -50,4 +50,4 @@ class CompileClock:
 
 
 CLOCK = CompileClock()
-"""Of this process. Numba's compiler tells it once :mod:`rustsim_hpc.kernels` is in use."""
+"""The clock of this process. Numba's compiler reports to it once :mod:`rustsim_hpc.kernels` is imported."""

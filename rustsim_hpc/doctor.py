@@ -1,7 +1,7 @@
-"""What this machine and installation offer: versions, cores, memory, disk, MPI, HDF5, Numba's cache, GPU.
+"""Report on this machine and installation: versions, cores, memory, disk, MPI, HDF5, Numba's cache, GPU.
 
-Libraries that can take the process down with them (MPI, HDF5, ZeroMQ, CUDA) are asked in a process of their
-own, so that one that is broken is a line of the report and not its end.
+Libraries that can crash the process (MPI, HDF5, ZeroMQ, CUDA) are queried in subprocesses, so that a broken
+one becomes a line of the report instead of ending it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rustsim_hpc.run_folder.environment import host_facts
 from rustsim_hpc.version import __version__
 
 Report = dict[str, dict[str, Any]]
-"""Section → name → fact; the section "problems" holds what should be fixed."""
+"""Section → name → fact; the section "problems" lists what should be fixed."""
 
 _CORE: Final = (
     "numpy", "numba", "llvmlite", "h5py", "click", "pydantic", "tqdm", "tomli-w", "xxhash", "platformdirs",
@@ -56,8 +56,8 @@ if cupy.is_available():
         )
 print(json.dumps(found))
 """
-# An MPI that is not built for CUDA reads the address as its own and crashes, or brings back something else.
-# Copies alone: a kernel would ask for NVRTC, which is not the question.
+# An MPI without CUDA support treats the address as host memory and crashes, or returns wrong data. Only
+# copies are made: a kernel would need NVRTC, which is not tested here.
 _AWARE_PROBE: Final = """
 import cupy, json, numpy
 from mpi4py import MPI
@@ -67,7 +67,7 @@ cupy.cuda.get_current_stream().synchronize()
 MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=got, source=0)
 print(json.dumps({"aware": bool((got.get() == here).all())}))
 """
-# With it CuPy compiles phases over arrays, and users' CUDA C.
+# CuPy uses NVRTC to compile array phases and users' CUDA C.
 _NVRTC_PROBE: Final = """
 import cupy, json
 print(json.dumps({"version": ".".join(map(str, cupy.cuda.nvrtc.getVersion()))}))
@@ -84,7 +84,7 @@ print(json.dumps({"problem": why_no_compiler()}))
 
 
 def examine(folder: Path | None = None) -> Report:
-    """Return what was found; `folder` (the working directory) is where runs would be written."""
+    """Return the report; `folder` (default: the working directory) is where runs would be written."""
     problems: dict[str, str] = {}
     return {
         "python": {
@@ -105,7 +105,7 @@ def examine(folder: Path | None = None) -> Report:
 
 
 def table(report: Report) -> str:
-    """Return a report as a table for a reader."""
+    """Return a report as a readable table."""
     lines = []
     for section, facts in report.items():
         lines += [section] + [f"  {name:<16} {_words(value)}" for name, value in facts.items()]
@@ -162,7 +162,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _group_cores() -> float | None:
-    """Return the cores that a control group (a container, a batch job) allows, None without a limit."""
+    """Return the CPU limit of the control group (container, batch job) in cores, or None without one."""
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     return round(int(quota) / int(period), 2) if quota.isdigit() and period.isdigit() else None
 
@@ -188,7 +188,7 @@ def _disk(folder: Path, problems: dict[str, str]) -> dict[str, Any]:
     facts = {"here": f"{folder}: {_free(folder)}"}
     if not os.access(folder, os.W_OK):
         problems["folder"] = f"{folder} cannot be written to; give runs another place with --out"
-    for place in (Path("/dev/shm"), Path("/tmp")):  # noqa: S108 (asked for their room, not written to)
+    for place in (Path("/dev/shm"), Path("/tmp")):  # noqa: S108 (only their free space is read)
         if place.is_dir():
             facts[str(place)] = _free(place)
     return facts
@@ -203,7 +203,7 @@ def _mpi(problems: dict[str, str]) -> dict[str, Any]:
     from rustsim_hpc.ranks.launcher import detect_launcher
 
     launcher = detect_launcher(os.environ)
-    # An environment that is used without being activated has its mpirun beside its Python.
+    # In a virtual environment that is not activated, mpirun is in the folder of the Python program.
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
     facts: dict[str, Any] = {
         "launcher": f"{launcher.name}, {launcher.size} ranks" if launcher else "none: one process",
@@ -239,7 +239,7 @@ def _launcher_family(mpirun: str) -> str:
 
 
 def _family(text: str) -> str:
-    """Return which MPI a version text speaks of; MPICH's launcher calls itself HYDRA."""
+    """Return the MPI implementation named in a version text; MPICH's launcher calls itself HYDRA."""
     lowered = text.lower()
     if "open mpi" in lowered or "openrte" in lowered:
         return "Open MPI"
@@ -247,7 +247,7 @@ def _family(text: str) -> str:
 
 
 def _remote(problems: dict[str, str]) -> dict[str, Any]:
-    """Return whether remote workers can be used, and beyond this machine: that takes CURVE."""
+    """Return the state of ZeroMQ for remote workers, which need CURVE."""
     if _version("pyzmq") is None:
         return {"pyzmq": 'not installed (pip install "rustsim-hpc[remote]")'}
     found, failure = _probe(_ZMQ_PROBE)
@@ -277,7 +277,7 @@ def _numba(problems: dict[str, str]) -> dict[str, Any]:
 
         given = platformdirs.user_cache_dir("rustsim-hpc")
     folder = Path(given or ".")
-    # The folder is made when the first kernel is compiled: what counts is whether that will succeed.
+    # The folder is created when the first kernel is compiled; check whether that will succeed.
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     writable = os.access(parent, os.W_OK)
     if not writable:
@@ -307,13 +307,13 @@ def _gpu() -> dict[str, Any]:
     facts["a rank takes"] = _rank_map(os.environ, len(facts["devices"]))
     if importlib.util.find_spec("mpi4py") is not None:
         aware, failure = _probe(_AWARE_PROBE)
-        # No run depends on it: what ranks tell each other are some bytes, which lie on the host.
+        # For information only: ranks exchange a few bytes, which are in host memory.
         facts["cuda-aware mpi"] = bool(aware.get("aware")) if not failure else f"no ({failure})"
     return facts
 
 
 def _rank_map(environ: Mapping[str, str], devices: int) -> str:
-    """Return in words which device a rank takes here, as far as its environment tells."""
+    """Return a description of which device a rank takes, as far as the environment shows."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     seen = f"{devices} visible" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")
     for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
@@ -339,7 +339,7 @@ def _driver() -> str:
 
 def _probe(source: str) -> tuple[dict[str, Any], str]:
     """Run Python source that prints one JSON object; return it and "", or {} and why it failed."""
-    # A launcher's variables would make MPI believe that this child is a rank.
+    # With a launcher's variables MPI would take this child process for a rank.
     launchers = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "HYDI_", "MPI_LOCAL")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     try:

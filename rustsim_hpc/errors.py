@@ -30,7 +30,7 @@ from rustsim_hpc.partition_errors import Worker as Worker  # noqa: PLC0414
 from rustsim_hpc.partition_errors import WorkerCountMismatch as WorkerCountMismatch  # noqa: PLC0414
 
 if TYPE_CHECKING:
-    # In a root a variant's name means the attribute; annotations reach the class through the module.
+    # In a base class a variant's name is the ClassVar; annotations reach the class through the module.
     import rustsim_hpc.errors as here  # noqa: PLW0406
 
 

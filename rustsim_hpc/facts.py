@@ -1,4 +1,4 @@
-"""What every error of the package carries: its facts, the one line made from them, and how it travels.
+"""The base of all errors of the package: their facts, the one-line text made from them, and pickling.
 
 `rustsim_hpc.errors` declares the errors themselves.
 """
@@ -17,7 +17,7 @@ _FACTS = ("rank", "host", "partition", "worker", "phase_index", "phase", "step",
 
 
 class PartitionLike(Protocol):
-    """What an error needs of a partition id: its number, and a repr such as `PartitionId(3)`."""
+    """The interface of a partition id in an error: its number, and a repr such as `PartitionId(3)`."""
 
     @property
     def value(self) -> int:
@@ -31,9 +31,9 @@ _REQUIRED = object()
 class _Declared(Exception):
     """An exception whose fields are its class's annotations, as in a dataclass.
 
-    Fields are positional in the order of declaration, except the root's and those of `field(kw_only=True)`.
-    `dataclass` could do all this, but it compiles a constructor for each of some fifty classes, which took a
-    good part of the time that importing the package may take.
+    Fields are positional in the order of declaration, except those of `RustsimError` and of
+    `field(kw_only=True)`. `dataclass` would do the same, but it compiles a constructor for each of some fifty
+    classes, which took too large a share of the package's import time.
     """
 
     _positional: ClassVar[tuple[str, ...]] = ()
@@ -84,7 +84,7 @@ class RustsimError(_Declared, kw_only=True):
 
     exit_code: ClassVar[int] = 3
     template: ClassVar[str] = "{message}"
-    # Type checkers take facts that a variant redeclares by position in this order: variants keep to it.
+    # Type checkers order positional facts that a variant redeclares as here, so variants use this order.
     rank: int | None = None
     host: str | None = None
     partition: PartitionLike | None = None
@@ -99,11 +99,11 @@ class RustsimError(_Declared, kw_only=True):
         self.args = (self.text(),)
 
     def text(self) -> str:
-        """Return the error's one line, made from its fields."""
+        """Return the error's one-line text, made from its fields."""
         return self.template.format(**self.__dict__)
 
     def add_facts(self, **facts: Any) -> Self:
-        """Fill in facts that are not known yet; known ones stay. Returns the error itself."""
+        """Fill in facts that are not known yet; known ones are kept. Returns the error itself."""
         for name, value in facts.items():
             if name not in _FACTS:
                 raise TypeError(f"{name} is not a fact of an error")
@@ -116,7 +116,7 @@ class RustsimError(_Declared, kw_only=True):
         return {name: getattr(self, name) for name in _FACTS}
 
     def known_facts(self) -> list[tuple[str, str]]:
-        """Return the facts that are known as (label, text), in the order in which `details` prints them."""
+        """Return the known facts as (label, text), in the order in which `details` prints them."""
         names = ("rank", "host", "partition", "worker", "phase", "step", "columns")
         known = [(name, getattr(self, name, None)) for name in names]
         return [
@@ -126,7 +126,7 @@ class RustsimError(_Declared, kw_only=True):
         ]
 
     def details(self) -> str:
-        """Return the known facts one a line, then the other failures of the same step, then the hint."""
+        """Return the known facts, one per line, then the other failures of the same step, then the hint."""
         lines = [f"{label}: {text}" for label, text in self.known_facts()]
         lines += [f"also failed: {other}" for other in self.others]
         return "\n".join(lines + ([f"hint: {self.hint}"] if self.hint else []))
@@ -137,7 +137,7 @@ class RustsimError(_Declared, kw_only=True):
 
 
 def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, Any]) -> RustsimError:
-    # Not cls.__new__: where MemoryError is a base as well that is MemoryError's, which refuses the class.
+    # Not cls.__new__: in subclasses of MemoryError it is MemoryError's, which rejects these classes.
     error = Exception.__new__(cls)
     error.args = args
     error.__dict__.update(state)
@@ -145,15 +145,15 @@ def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, An
 
 
 def message_of(error: BaseException) -> str:
-    """Return the text of any exception, one that has none or whose `str` fails included.
+    """Return the text of any exception, or its type's name if it has no text or `str` fails.
 
-    One that is no `Exception`, as `SystemExit`, is named: its text says little.
+    An exception that is not an `Exception`, such as `SystemExit`, is prefixed with its type's name.
     """
     name = type(error).__name__
     try:
         text = str(error)
         return text if text and isinstance(error, Exception) else f"{name}: {text}" if text else name
-    except Exception:  # noqa: BLE001 (somebody else's code, while its failure is being reported)
+    except Exception:  # noqa: BLE001 (user code may fail here, while its failure is reported)
         return type(error).__name__
 
 
@@ -164,6 +164,6 @@ def named(error: BaseException) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return ` (did you mean "x"?)` for the candidate that is most like `name`, or "" if none is."""
+    """Return ` (did you mean "x"?)` for the candidate most similar to `name`, or "" if there is none."""
     matches = get_close_matches(name, list(candidates), n=1)
     return f' (did you mean "{matches[0]}"?)' if matches else ""

@@ -1,9 +1,9 @@
-"""Files that are whole or not there: atomic replacement, and appending of whole records.
+"""Files that are complete or absent: atomic replacement, and appending of whole records.
 
-Nothing of a run's folder is ever half written under its own name. What is replaced goes through a temporary
-name in the same folder, fsync, rename, and fsync of the folder. What grows (CSV, JSON lines, journals) is
-appended record by record; a record that does not fit on the disk is taken back, and one that a kill tore is
-cut at the next start.
+No file of a run's folder is ever incomplete under its final name. Files are replaced by way of a temporary
+name in the same folder, fsync, rename, and fsync of the folder. Files that grow (CSV, JSON lines, journals)
+are appended record by record: a record that does not fit on the disk is removed again, and one that is
+incomplete after a kill is cut off at the next start.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".rustsim-tmp"
-"""How the names of unfinished files end; nothing that ends so is ever read."""
+"""Suffix of the names of unfinished files, which are never read."""
 
 
 class NotAFileError(OSError):
-    """What stands at a path is no regular file: a pipe would be waited for, a device read without end."""
+    """A path is not a regular file: opening a pipe could block, reading a device might never end."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(errno.EINVAL, "it is not a regular file", str(path))
@@ -33,16 +33,16 @@ class NotAFileError(OSError):
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """Return a descriptor of a regular file; the one way in which files that may not be ours are opened.
+    """Open a regular file and return its descriptor; use it for all files that others may have created.
 
     Raises:
-        NotAFileError: it is a pipe, a device or a socket. Nothing is waited for.
+        NotAFileError: it is a pipe, a device or a socket; never blocks on one.
         OSError: it is a folder, or cannot be opened.
     """
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as error:
-        # A socket cannot be opened at all, a pipe without a reader not for writing.
+        # ENXIO: a socket, or a pipe without a reader opened for writing.
         if error.errno == errno.ENXIO:
             raise NotAFileError(path) from error
         raise
@@ -56,7 +56,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is anything; False too where the system cannot tell, as of names too long."""
+    """Return whether a path exists; also False if the system reports an error, such as a name too long."""
     try:
         return path.exists()
     except OSError:
@@ -64,7 +64,7 @@ def exists(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is a regular file; False too where the system cannot tell."""
+    """Return whether a path is a regular file; also False if the system reports an error."""
     try:
         return path.is_file()
     except OSError:
@@ -72,7 +72,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether there is a folder; False too where the system cannot tell."""
+    """Return whether a path is a folder; also False if the system reports an error."""
     try:
         return path.is_dir()
     except OSError:
@@ -80,7 +80,7 @@ def is_folder(path: Path) -> bool:
 
 
 def require_regular(path: Path) -> None:
-    """Check that a library which opens files by name will not wait for one.
+    """Check that a path is a regular file, for libraries that open files by name and could block.
 
     Raises:
         OSError: as `open_regular`.
@@ -92,14 +92,14 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        OSError: as `open_regular`; or it cannot be read.
+        OSError: as `open_regular`, or it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
         return file.read()
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a regular file of JSON.
+    """Return the parsed content of a regular JSON file.
 
     Raises:
         OSError: as `read_bytes`.
@@ -112,15 +112,15 @@ def read_json(path: Path) -> Any:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a fresh hidden name beside ``path`` for what will be renamed to it."""
+    """Return a new hidden name beside ``path``, for a file that will be renamed to it."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 
 def sweep_temporary(folder: Path) -> list[Path]:
-    """Remove what killed writers left under temporary names in ``folder``, and return it.
+    """Remove temporary files that killed writers left in ``folder``, and return their paths.
 
-    Only the folder's one writer may call this: a living writer's unfinished file would go too. Folders are
-    nothing of ours.
+    Only the folder's single writer may call this: the unfinished file of a running writer would be removed
+    too. Folders are never removed.
     """
     named = sorted(folder.glob(f".*{TEMPORARY_SUFFIX}"))
     found = [path for path in named if path.is_symlink() or not path.is_dir()]
@@ -133,7 +133,7 @@ def fsync_folder(folder: Path) -> None:
     """Make renames and removals in ``folder`` durable.
 
     Raises:
-        OSError: the folder cannot be opened or synced. File systems that do not know fsync of a folder pass.
+        OSError: the folder cannot be opened or synced; a file system without fsync of folders is no error.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -146,7 +146,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file durable and give it its name.
+    """Make a finished temporary file durable and rename it to ``path``.
 
     Raises:
         OSError: it cannot be synced or renamed; the temporary file is then still there.
@@ -162,11 +162,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the name ``path`` when the block ends well, and leaves nothing when it does not.
+    """Open a file that is renamed to ``path`` when the block succeeds, and removed when it raises.
 
     Raises:
-        NotAFileError: a pipe, device or socket has the name, which would be lost.
-        OSError: it cannot be written; a file that had the name before is untouched.
+        NotAFileError: ``path`` is a pipe, device or socket, which would be replaced.
+        OSError: it cannot be written; an existing file is unchanged.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise NotAFileError(path)
@@ -185,7 +185,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace the content of ``path`` by ``data`` (text as UTF-8), completely or not at all.
 
     Raises:
-        OSError: it cannot be written; a file that had the name before is untouched.
+        OSError: it cannot be written; an existing file is unchanged.
     """
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -194,12 +194,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 class AppendFile:
     """A file that grows by whole records and is readable while it grows.
 
-    Every record goes to the operating system at once, so a killed process loses none that `append` returned
-    from; `sync` makes them survive the machine's end as well.
+    Every record goes to the operating system at once, so a killed process loses none for which `append`
+    returned; `sync` makes them survive a crash of the machine as well.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path`` for appending, and create it if it is not there.
+        """Open ``path`` for appending, and create it if it does not exist.
 
         Raises:
             OSError: it cannot be opened.
@@ -209,10 +209,10 @@ class AppendFile:
         self.size = os.fstat(self._descriptor).st_size
 
     def append(self, *parts: bytes | memoryview) -> None:
-        """Append the parts as one record; all of it, or on an error nothing.
+        """Append the parts as one record, completely or not at all.
 
         Raises:
-            OSError: no room, or the disk fails. The file then ends where it ended before.
+            OSError: the disk is full or fails; the file is truncated to its previous size.
         """
         written = 0
         try:
@@ -223,14 +223,14 @@ class AppendFile:
                     written += count
                     view = view[count:]
         except BaseException:
-            # A second failure has nothing to add: the torn end is cut again when the file is next opened.
+            # A second failure is ignored: the incomplete end is cut off when the file is next opened.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self.size)
             raise
         self.size += written
 
     def truncate(self, size: int) -> None:
-        """Cut the file back to ``size`` bytes.
+        """Truncate the file to ``size`` bytes.
 
         Raises:
             OSError: the disk fails.
@@ -254,7 +254,7 @@ class AppendFile:
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield the complete lines of a file without their newline; a torn last line is left out.
+    """Yield the complete lines of a file without their newline; an incomplete last line is ignored.
 
     Raises:
         OSError: it cannot be read.
@@ -266,10 +266,10 @@ def whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def keep_lines(path: Path, count: int) -> None:
-    """Cut a file back to its first ``count`` lines, atomically; one that has no more is not touched.
+    """Truncate a file to its first ``count`` complete lines, atomically; a file without more is unchanged.
 
     Raises:
-        OSError: it cannot be read or written; it is then as before.
+        OSError: it cannot be read or written; it is unchanged.
     """
     size = 0
     with open(open_regular(path), "rb") as file:

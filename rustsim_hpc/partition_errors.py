@@ -1,4 +1,4 @@
-"""What can be wrong with a partition plan, and with running partitions: two families of `rustsim_hpc.errors`.
+"""Errors of partition plans and of partition executors: two families of `rustsim_hpc.errors`.
 
 A control plane raises them as the `source` of its `PlanError` and `ExecutorError`.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rustsim_hpc.facts import PartitionLike, RustsimError
 
 if TYPE_CHECKING:
-    # In a root a variant's name means the attribute; annotations reach the class through the module.
+    # In a base class a variant's name is the ClassVar; annotations reach the class through the module.
     import rustsim_hpc.partition_errors as here  # noqa: PLW0406
 
 

@@ -1,4 +1,4 @@
-"""How many pieces of files this process has dealt with: what shows that a long restore or save moves."""
+"""A counter of file pieces that this process has handled: shows that a long restore or save progresses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ class Pieces:
     """Counts pieces of files, some megabytes each, that were read, proved or written.
 
     Attributes:
-        done: so many so far, over all threads. One that two threads count at the same time may be missing:
-            who looks only wants to see that the number changes.
+        done: the number so far, over all threads. Not synchronised: concurrent increments may be lost, but
+            readers only need to see that the number changes.
     """
 
     def __init__(self) -> None:
@@ -20,4 +20,4 @@ class Pieces:
 
 
 PIECES = Pieces()
-"""Of this process."""
+"""The counter of this process."""

@@ -1,13 +1,13 @@
-"""Random numbers that depend on nothing but seed, stream, step, row id and draw: Philox4x32-10.
+"""Counter-based random numbers, a function of seed, stream, step, row id and draw only: Philox4x32-10.
 
-Every number is a function of a key (a hash of seed and stream name), of the row's id, the step and the number
-of the draw. There is no state that moves on, so the numbers are the same in whatever order, on however many
-partitions, threads or ranks the rows are visited. Which words of which block a draw uses, and a worked
-example, stand in docs/random.md.
+Every number is a function of a key (a hash of seed and stream name), the row's id, the step and the number of
+the draw. There is no internal state, so the numbers do not depend on the order in which rows are visited, nor
+on the number of partitions, threads or ranks. docs/random.md defines which words of which block a draw uses,
+with a worked example.
 
-The functions here are the plain Python faces. In a row kernel the same names, ``rs.random.normal(rng, 0)``,
-are compiled code with the same bits (kernels/philox.py). Nothing here calls the host's math library but for
-the square root, which IEEE 754 fixes to the last bit: `normal` and `exponential` agree on every machine too.
+The functions here are the Python versions; in a row kernel the same names, ``rs.random.normal(rng, 0)``,
+are compiled code with the same bits (kernels/philox.py). The only function of the host's math library in use
+is the square root, which IEEE 754 defines exactly: `normal` and `exponential` also agree on every machine.
 
 Source of the generator: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11,
 doi:10.1145/2063384.2063405.
@@ -29,17 +29,17 @@ Rng = Sequence[SupportsIndex]
 """A row's stream in a phase and step: (key, id, step). Kernels get it as their argument ``rng``."""
 
 MAX_STEP = 2**32 - 1
-"""The last step that the counter has room for."""
+"""The largest step that fits into the counter."""
 
-# The block number, 32 bits, is the function's slot in the top 4 bits, then what the draw says.
+# The block number, 32 bits: the function's slot in the top 4 bits, the rest from the draw.
 SLOT_UNIFORM, SLOT_UNIFORM32, SLOT_NORMAL, SLOT_EXPONENTIAL, SLOT_INTEGERS = range(5)
 SLOT_SHIFT = 28
 
 DRAWS = {"uniform": 2**29, "uniform32": 2**30, "normal": 2**29, "exponential": 2**29, "integers": 2**20}
-"""How many draws a row has in a step, for each function: 0 <= draw < DRAWS[function]."""
+"""Number of draws per row and step of each function: 0 <= draw < DRAWS[function]."""
 
 ATTEMPTS_SHIFT = 8
-"""`integers` keeps 2**8 blocks for a draw: 512 attempts of 64 bits each."""
+"""`integers` reserves 2**8 blocks for a draw: 512 attempts of 64 bits each."""
 ATTEMPTS = 2 << ATTEMPTS_SHIFT
 
 _MASK32 = 2**32 - 1
@@ -168,9 +168,9 @@ def uniform32(rng: Rng, draw: SupportsIndex) -> np.float32:
 
 
 def normal(rng: Rng, draw: SupportsIndex) -> np.float64:
-    """Return a standard normal number, by inversion (AS 241): one number of 52 bits gives one of these.
+    """Return a standard normal number, by inversion (AS 241) of one number of 52 bits.
 
-    The numbers are symmetric and lie in [-8.21, 8.21].
+    The distribution is symmetric, and limited to [-8.21, 8.21].
 
     Args:
         rng: (key, id, step).
@@ -184,7 +184,7 @@ def normal(rng: Rng, draw: SupportsIndex) -> np.float64:
 
 
 def exponential(rng: Rng, draw: SupportsIndex) -> np.float64:
-    """Return a number of the exponential distribution of mean 1, positive and below 36.8.
+    """Return an exponentially distributed number of mean 1, positive and below 36.8.
 
     Args:
         rng: (key, id, step).
@@ -198,7 +198,7 @@ def exponential(rng: Rng, draw: SupportsIndex) -> np.float64:
 
 
 def integers(rng: Rng, draw: SupportsIndex, n: SupportsIndex) -> np.int64:
-    """Return an integer in [0, n), each with the same probability.
+    """Return a uniformly distributed integer in [0, n).
 
     Lemire, "Fast random integer generation in an interval", ACM TOMACS 29 (2019), doi:10.1145/3230636: the
     upper half of a 64-bit number times n, unless the lower half says that the number must be drawn again.
@@ -222,11 +222,11 @@ def integers(rng: Rng, draw: SupportsIndex, n: SupportsIndex) -> np.int64:
 
 
 class RowRandom:
-    """The streams of many rows at once, for column phases: a value per row, the same bits as in row kernels.
+    """Random numbers of many rows at once, for column phases, with the same bits as in row kernels.
 
     Attributes:
         key: 64-bit key of the stream (`key_of`).
-        ids: the rows' ids, uint64 (rows,), or the id of the first row, the others following by one.
+        ids: the rows' ids, uint64 (rows,), or the id of the first row if they are consecutive.
         rows: number of rows.
         step: the step.
     """
@@ -234,7 +234,7 @@ class RowRandom:
     __slots__ = ("_ids", "_start", "ids", "key", "rows", "step")
 
     def __init__(self, key: int, ids: NDArray[np.uint64] | int, rows: int, step: int) -> None:
-        """Check and keep what the numbers depend on; nothing is computed yet.
+        """Check and store the arguments; nothing is computed yet.
 
         Raises:
             ValueError: key, ids or step do not fit the counter, or the ids are not uint64 (rows,).
@@ -284,7 +284,7 @@ def check_draw(function: str, draw: SupportsIndex) -> int:
     """Return draw as an int.
 
     Raises:
-        ValueError: a row has no such draw of this function.
+        ValueError: draw is outside [0, DRAWS[function]).
     """
     number = index(draw)
     if not 0 <= number < DRAWS[function]:
@@ -329,7 +329,7 @@ def _bits(rng: Rng, slot: int, number: int, half: int) -> int:
 
 
 def _open_unit(bits: int) -> float:
-    """Return the middle of that one of 2**52 equal parts of (0, 1) which the upper 52 bits name: exact."""
+    """Return the centre of the k-th of 2**52 equal parts of (0, 1), exactly; k is the upper 52 bits."""
     return ((bits >> 12) + 0.5) * 2.0**-52
 
 
@@ -355,7 +355,7 @@ def _log(x: float) -> float:
 
 
 def _normal_quantile(u: float) -> float:
-    """Return x such that a standard normal number is below x with probability u, 0 < u < 1."""
+    """Return the quantile u of the standard normal distribution, 0 < u < 1."""
     q = u - 0.5
     if abs(q) <= CENTRAL_LIMIT:
         r = CENTRAL_SQUARE - q * q

@@ -1,7 +1,7 @@
-"""Batch scripts for Slurm: the scripts of ``slurm/``, with what a job needs filled in.
+"""Batch scripts for Slurm: the templates of ``slurm/`` with a job's values filled in.
 
-The scripts are ordinary ones that run as they are; filling in changes ``#SBATCH`` lines, defaults of the form
-``NAME=${NAME:-value}``, and the options of the engine, and nothing else.
+The templates are scripts that can be run unchanged; filling in changes only the introductory comment,
+``#SBATCH`` lines, defaults of the form ``NAME=${NAME:-value}``, and options of the engine.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _RANK_BYTES: Final = 400 << 20
 _WORKER_BYTES: Final = 250 << 20
 _MARGIN: Final = 1.25
 _MIB: Final = 1 << 20
-# Slurm counts the page cache of files being written, too; and a round number is easier to change.
+# A minimum, since Slurm also counts the page cache of written files; rounded for readability. In MiB.
 _LEAST_PER_CORE, _ROUND_TO = 256, 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a script asks of Slurm; None leaves what the template has.
+    """The resources that a script requests from Slurm; None keeps the template's value.
 
-    nodes, ntasks_per_node, cpus_per_task, gpus_per_node: counts. time, partition, account, array: as sbatch
-    takes them. out: the run's folder. sets: keys of the job file, "TABLE.KEY=VALUE".
+    nodes, ntasks_per_node, cpus_per_task, gpus_per_node: counts. time, partition, account, array: in sbatch's
+    format. out: the run's folder. sets: keys of the job file, "TABLE.KEY=VALUE".
     """
 
     kind: Kind = "cpu"
@@ -52,9 +52,9 @@ class Request:
 
 
 def template(kind: Kind) -> str:
-    """Return the script of ``slurm/`` that does this kind of run."""
+    """Return the template of ``slurm/`` for this kind of run."""
     package = Path(__file__).parent
-    # In a wheel they lie in the package; in a checkout where their readers look for them.
+    # In a wheel the templates are in the package; in a checkout, in the folder slurm/.
     folder = package / "slurm_scripts"
     if not folder.is_dir():
         folder = package.parent / "slurm"
@@ -62,10 +62,10 @@ def template(kind: Kind) -> str:
 
 
 def shape(request: Request, spec: JobSpec) -> tuple[int, int, int]:
-    """Return nodes, tasks a node and cores a task: as asked for, else the job's workers or the template's."""
+    """Return nodes, tasks per node and cores per task: as requested, else from the job or the template."""
     text = template(request.kind)
     cores = request.cpus_per_task or spec.run.workers
-    # One rank a GPU.
+    # One rank per GPU.
     tasks = request.gpus_per_node or request.ntasks_per_node
     return (
         request.nodes or int(directive(text, "nodes")),
@@ -75,9 +75,10 @@ def shape(request: Request, spec: JobSpec) -> tuple[int, int, int]:
 
 
 def rank_memory(spec: JobSpec, plan: RunPlan, workers: int) -> int:
-    """Return the bytes that the largest rank of a plan needs, with room to spare; tables are not counted.
+    """Return the bytes that the largest rank of a plan needs, with a margin; tables are not counted.
 
-    State, its second buffers, the copy that a checkpoint is written from, and the processes themselves.
+    Counted are the state, its second buffers, the copy that an asynchronous checkpoint is written from, and
+    the processes themselves.
     """
     largest = max(
         share.state_bytes + share.undo_bytes + (share.checkpoint_bytes if spec.checkpoint.asynchronous else 0)
@@ -93,8 +94,8 @@ def script(job: Path, spec: JobSpec, plan: RunPlan, request: Request) -> str:
     Args:
         job: the job file.
         spec: the job as resolved.
-        plan: of the ranks that `shape` gives.
-        request: what to ask of Slurm.
+        plan: the plan for the number of ranks that `shape` gives.
+        request: the resources to request.
     """
     nodes, tasks, cores = shape(request, spec)
     memory = rank_memory(spec, plan, cores)
@@ -128,7 +129,7 @@ def script(job: Path, spec: JobSpec, plan: RunPlan, request: Request) -> str:
 
 
 def _with_header(text: str, job: Path, plan: RunPlan, memory: int) -> str:
-    """Put what the script is for in the place of the template's introduction."""
+    """Replace the template's introductory comment by a description of the job."""
     first, rest = text.split("\n", 1)
     rest = re.sub(r"\A(?:#(?!SBATCH).*\n)+", "", rest)
     rows, disk = max(share.rows for share in plan.shares), size(plan.checkpoint_bytes)
@@ -155,7 +156,7 @@ def directive(text: str, name: str) -> str:
 
 
 def with_directive(text: str, name: str, value: str) -> str:
-    """Return the script with another value of ``#SBATCH --name``, or with that line behind the last one."""
+    """Return the script with ``#SBATCH --name`` changed, or added after the last ``#SBATCH`` line."""
     line = f"#SBATCH --{name}={value}"
     changed, count = re.subn(rf"^#SBATCH --{name}=.*$", lambda _: line, text, flags=re.MULTILINE)
     if count:
@@ -166,7 +167,7 @@ def with_directive(text: str, name: str, value: str) -> str:
 
 
 def with_default(text: str, name: str, value: str) -> str:
-    """Return the script with another default of a variable that the environment may set."""
+    """Return the script with the default of an environment variable changed."""
     line = f"{name}=${{{name}:-{shlex.quote(value)}}}"
     changed, count = re.subn(rf"^{name}=\$\{{{name}:-.*\}}$", lambda _: line, text, flags=re.MULTILINE)
     if count != 1:
@@ -175,14 +176,14 @@ def with_default(text: str, name: str, value: str) -> str:
 
 
 def _environment() -> str | None:
-    """Return the virtual environment that this process is of, None outside of any."""
+    """Return the virtual environment of this process, or None."""
     return sys.prefix if (Path(sys.prefix) / "bin" / "activate").is_file() else None
 
 
 def seconds_of(limit: str) -> int | None:
-    """Return the seconds of a time limit as sbatch takes it, None where it is none.
+    """Return the seconds of a time limit in sbatch's format, or None if it is invalid.
 
-    minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]].
+    The format is minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]].
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII)
     if found is None:
@@ -194,7 +195,7 @@ def seconds_of(limit: str) -> int | None:
 
 
 def _warning(text: str, limit: str | None) -> str | None:
-    """Return a script's ``--signal`` for a time limit: a job must not be warned as soon as it has begun."""
+    """Return ``--signal`` for a time limit, with a shorter warning time if the limit is short."""
     seconds = None if limit is None else seconds_of(limit)
     if seconds is None:
         return None
@@ -203,7 +204,7 @@ def _warning(text: str, limit: str | None) -> str | None:
 
 
 def tasks_of(array: str) -> bool:
-    """Return whether a text names tasks as sbatch takes them: 1-20, 0-9:3, 1,4,7-9; %5: five at a time."""
+    """Return whether a text is valid for sbatch's --array: 1-20, 0-9:3, 1,4,7-9; %5: five at a time."""
     found = re.fullmatch(r"([\d,:-]+?)(?:%[1-9]\d*)?", array, re.ASCII)
     if found is None:
         return False
@@ -215,7 +216,7 @@ def tasks_of(array: str) -> bool:
 
 
 def unfit_word(values: Mapping[str, str | None]) -> str | None:
-    """Return the first option whose value is no single word that Slurm could take, or None."""
+    """Return the first option whose value is not a single word that Slurm accepts, or None."""
     for name, value in values.items():
         if value is not None and not re.fullmatch(r"[\w.,:%+@/=-]+", value):
             return name

@@ -22,15 +22,15 @@ from rustsim_hpc.state.schema import Schema
 
 
 def checkpoint_store(checkpoint: Any, current: DeviceSoaStore, *, alone: bool) -> DeviceSoaStore:
-    """Return a new store of a checkpoint's state, once all but its fingerprint's value is known to be right.
+    """Validate a checkpoint, except its fingerprint's value, and return its state as a new store.
 
     Args:
         checkpoint: what the caller wants restored.
-        current: the store that it is to replace.
-        alone: whether this rank holds the whole population; else it is to hold the same rows as now.
+        current: the store to replace.
+        alone: whether this rank holds the whole population; otherwise its row count must not change.
 
     Raises:
-        RestoreError: it is no checkpoint of the whole state, or of another schema, or ragged.
+        RestoreError: not a checkpoint of the whole state, another schema, or columns of unequal length.
     """
     if not isinstance(checkpoint, EngineCheckpoint):
         raise _refused(f"restore takes an EngineCheckpoint, got {type(checkpoint).__name__}")
@@ -59,10 +59,10 @@ def require_value(stated: ReplayFingerprint, actual: int) -> None:
 
 
 def new_store(state: DeviceSoaCheckpoint, current: DeviceSoaStore, *, alone: bool) -> DeviceSoaStore:
-    """Return a new store of a payload that takes a store's place, once it is whole and of the same schema.
+    """Return a new store of a payload, to replace ``current``; both must have the same schema.
 
     Raises:
-        RestoreError: it is not, or there is no memory for it.
+        RestoreError: the payload is invalid or of another schema, or memory cannot be allocated.
     """
     try:
         total_rows = None if alone else current.total_rows
@@ -100,16 +100,16 @@ def assemble_partitions(
     expected: Callable[[int], Sequence[PartitionAssignment]],
     first_row: int,
 ) -> DeviceSoaCheckpoint:
-    """Return the payload that partition checkpoints make together.
+    """Return the partition checkpoints joined into one payload.
 
     Args:
         partitions: in the order of their rows.
-        expected: the assignments that they must have, given the global row where the last of them ends.
-        first_row: global row where the first of them starts.
+        expected: returns the required assignments, given the global row where the last partition ends.
+        first_row: global row where the first partition starts.
 
     Raises:
-        PartitionCheckpointError: one of them does not follow the ones before it, does not prove itself, or
-            together they are not what the plan asks for.
+        PartitionCheckpointError: a partition does not start where the previous one ends, its fingerprint
+            does not match its state, or the assignments are not those of the plan.
     """
     if not partitions:
         raise PartitionCheckpointError("at least one partition checkpoint is required")
@@ -141,7 +141,7 @@ def _require_kind(partition: Any) -> None:
 
 
 def _misfit(partition: PartitionCheckpoint, first: PartitionCheckpoint, row: int) -> str:
-    """Return what is wrong with the partition that should start at global row ``row``, or ''."""
+    """Return the problem of the partition that should start at global row ``row``, or ''."""
     assignment, state = partition.assignment, partition.state
     if partition.step_index != first.step_index:
         return f"captured step {partition.step_index}, expected {first.step_index}"

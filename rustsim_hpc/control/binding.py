@@ -1,4 +1,4 @@
-"""Lists of phases bound to executors: the steppers of a plane, and the state that they are bound to."""
+"""Bind lists of phases to executors and to the state: the steppers of a control plane."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Bindings:
     Args:
         runtime: the state and its step index.
         config: guard, plan, workers.
-        proof: what is known of the state's fingerprint; told when the state is another one.
+        proof: the sums known of the state's fingerprint; notified when the state is replaced.
 
     Attributes:
-        model: the model whose phases the executor phases are, if they are a model's.
+        model: the model that the executor phases belong to, or None.
         compile_options: how its kernels are compiled, as `Work` takes it.
     """
 
@@ -54,7 +54,7 @@ class Bindings:
         return store is self._store and store.memory is self._memory and runtime.step_index == self._step
 
     def committed(self, step_index: int) -> None:
-        """Take note of a step that leads to ``step_index``."""
+        """Record that a step was committed; the step index is now ``step_index``."""
         self._step = step_index
 
     def _remember(self) -> None:
@@ -63,7 +63,7 @@ class Bindings:
         self._step = self.runtime.step_index
 
     def follow(self) -> bool:
-        """Notice a state that was changed behind the plane's back; return whether its columns are others."""
+        """Detect a state that was changed outside the plane; return whether its store was replaced."""
         if self.up_to_date():
             return False
         store = self.runtime.device_store()
@@ -77,8 +77,8 @@ class Bindings:
         return replaced
 
     def replace(self, store: DeviceSoaStore, step_index: int) -> None:
-        """Replace the state; everything bound to the old one is let go."""
-        self.runtime.device_store().memory.keeper = None  # of the old one nothing has to come back
+        """Replace the state; everything bound to the old one is released."""
+        self.runtime.device_store().memory.keeper = None  # the old values need not be fetched
         self.drop_all()
         self.runtime.restore_device_store(store, step_index)
         self._proof.replace(store)
@@ -89,9 +89,9 @@ class Bindings:
     def stepper(
         self, kind: StepKind, executor: Executor, phases: Sequence[Phase], phase_base: int
     ) -> Stepper:
-        """Return the stepper of a list of phases, bound to an executor and the state as it lies now.
+        """Return the stepper of a list of phases, bound to an executor and to the current state's memory.
 
-        The caller has called :meth:`follow`.
+        The caller must have called :meth:`follow`.
 
         Raises:
             InvalidConfig: not an executor; or a partition lies on two ranks.
@@ -112,7 +112,7 @@ class Bindings:
         except Exception as error:  # noqa: BLE001 (raised on all ranks)
             failure = error
         try:
-            agree(self.runtime.team, failure)  # a rank that cannot start must not be waited for
+            agree(self.runtime.team, failure)  # the others must not wait for a rank that cannot start
         except BaseException:
             if stepper is not None:
                 stepper.session.close()
@@ -123,7 +123,7 @@ class Bindings:
         return stepper
 
     def _share_state(self) -> None:
-        """Move the state to where worker processes can map it, once; what is bound to the old place goes."""
+        """Move the state into shared memory, once; what is bound to the old memory is released."""
         if self.runtime.device_store().memory.kind != "shared":
             self.drop_all()
             self.runtime.share_store()
@@ -168,7 +168,7 @@ class Bindings:
         return work
 
     def tasks(self) -> tuple[Task, ...]:
-        """Return this rank's partitions: a contiguous run of the plan's.
+        """Return this rank's partitions, which are contiguous in the plan.
 
         Raises:
             InvalidConfig: a partition lies on two ranks.
@@ -190,7 +190,7 @@ class Bindings:
         return tuple(mine)
 
     def drop(self, kind: StepKind) -> None:
-        """Unbind a list of phases; its executor lets go of threads and processes.
+        """Unbind a list of phases; its executor releases threads and processes.
 
         Raises:
             InvalidConfig: a step is being made.

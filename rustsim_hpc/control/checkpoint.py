@@ -1,4 +1,4 @@
-"""Checkpoints as values: when one is due, and what it holds. How they become files is storage's business."""
+"""Checkpoints as values: when one is due, and what it holds. Files are written by `storage`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rustsim_hpc.state.partition import PartitionAssignment
 class CheckpointPolicy:
     """When checkpoints are made automatically.
 
-    ``interval_steps`` is None where that never happens.
+    ``interval_steps``: steps between two of them; None for never.
     """
 
     interval_steps: int | None = None
@@ -25,11 +25,11 @@ class CheckpointPolicy:
 
     @classmethod
     def every_steps(cls, interval_steps: int) -> CheckpointPolicy:
-        """Make one whenever the step index is positive and divisible by ``interval_steps``."""
+        """Make a checkpoint whenever the step index is positive and divisible by ``interval_steps``."""
         return cls(interval_steps)
 
     def is_due(self, step_index: int) -> bool:
-        """Return whether one is due at a step index (the one after the step)."""
+        """Return whether a checkpoint is due at a step index (the one after the step)."""
         return self.interval_steps is not None and step_index > 0 and step_index % self.interval_steps == 0
 
 
@@ -38,12 +38,12 @@ class EngineCheckpoint:
     """The whole state of a control plane at one step (under a team: this rank's rows).
 
     Attributes:
-        sequence: 1 for the plane's first; goes on after a restore.
-        label: the caller's, or None.
+        sequence: 1 for the plane's first checkpoint; not reset by a restore.
+        label: given by the caller, or None.
         step_index: steps completed.
         fingerprint: of the whole state.
         resident_bytes: bytes of ``state``.
-        state: an independent copy; compares by bits.
+        state: an independent copy, compared bit by bit.
     """
 
     sequence: int

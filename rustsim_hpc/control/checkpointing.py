@@ -1,4 +1,4 @@
-"""Checkpoints of a plane: made, retained, and restored once they have proved themselves."""
+"""Make, retain and restore the checkpoints of a control plane; a restore verifies the fingerprint first."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Checkpointing:
         self._late_error: CheckpointWriteFailed | None = None
 
     def make(self, label: str | None = None) -> EngineCheckpoint:
-        """Copy this rank's rows, proved by the fingerprint of all, and retain the copy.
+        """Copy this rank's rows with the fingerprint of the whole population, and retain the copy.
 
         Raises:
-            CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
-            TornState: there is no whole state.
+            CheckpointWriteFailed: no memory for the copy on some rank; raised on all ranks.
+            TornState: the state is torn.
         """
         self._stepping.ready()
         if not (label is None or isinstance(label, str)):
@@ -61,30 +61,30 @@ class Checkpointing:
         return made
 
     def make_if_due(self) -> EngineCheckpoint | None:
-        """Make the automatic checkpoint of this step; a failure is kept for the next step's start."""
+        """Make the automatic checkpoint of this step; a failure is raised when the next step begins."""
         if not self._config.checkpoint_policy.is_due(self._runtime.step_index):
             return None
         try:
             return self.make()
         except CheckpointWriteFailed as error:
             self._late_error = error
-        except Exception as error:  # noqa: BLE001 (the step stands, whatever it was)
+        except Exception as error:  # noqa: BLE001 (the step is committed in any case)
             step = self._runtime.step_index
             self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
             self._late_error.__cause__ = error
         return None
 
     def raise_late(self) -> None:
-        """Raise what the last automatic checkpoint could not."""
+        """Raise the stored failure of the last automatic checkpoint, if any."""
         if self._late_error is not None:
             late, self._late_error = self._late_error, None
             raise late
 
     def restore(self, checkpoint: EngineCheckpoint) -> None:
-        """Replace the state by a checkpoint's, once it has proved itself.
+        """Replace the state by a checkpoint's, after verifying its fingerprint.
 
         Raises:
-            RestoreError: it does not prove itself, or is of another schema; nothing has changed.
+            RestoreError: the fingerprint or the schema does not match; nothing has changed.
             PlanError: its population does not fit the partition plan; nothing has changed.
         """
 
@@ -101,11 +101,11 @@ class Checkpointing:
         self._stepping.replace(store, stated.step_index)
 
     def of_partitions(self) -> list[PartitionCheckpoint]:
-        """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
+        """Return a copy of each of this rank's partitions, each with the fingerprint of its rows.
 
         Raises:
             PlanError: the plan does not fit the population.
-            TornState: there is no whole state.
+            TornState: the state is torn.
         """
         self._stepping.ready()
         self._runtime.sync_to_host()
@@ -119,7 +119,7 @@ class Checkpointing:
         return made
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
-        """Replace the state by assembled partition checkpoints, once all have proved themselves.
+        """Replace the state by assembled partition checkpoints, after verifying their fingerprints.
 
         Raises:
             PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
@@ -152,9 +152,9 @@ class Checkpointing:
         self._stepping.replace(store, step)
 
     def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
-        """Return ``make()``; if it fails on one rank, all of them raise.
+        """Return ``make()``; if it fails on one rank, all ranks raise.
 
-        ``checkpoint`` names what is being saved: then a lack of memory is a CheckpointWriteFailed.
+        If ``checkpoint`` (a name for messages) is given, a failure is raised as CheckpointWriteFailed.
         """
         failure: Exception | None = None
         made: list[T] = []

@@ -1,4 +1,4 @@
-"""How a control plane is to run: replay, checkpoints, partitions, workers, guard, fingerprint."""
+"""Configuration of a control plane: replay, checkpoints, partitions, workers, guard, fingerprint."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class ControlPlaneConfig:
     """Configuration of a control plane.
 
     Attributes:
-        replay_mode: record fingerprints, verify against some, or neither.
-        checkpoint_policy: when checkpoints are made without being asked for.
-        max_retained_checkpoints: how many stay in memory; the oldest goes first.
+        replay_mode: record fingerprints, verify against recorded ones, or neither.
+        checkpoint_policy: when checkpoints are made automatically.
+        max_retained_checkpoints: how many stay in memory; the oldest is dropped first.
         partition_plan: which rows form which partition.
         partition_workers: the workers that the plan's labels refer to.
         guard: what a failed step leaves.
@@ -69,10 +69,10 @@ def validate_config(config: ControlPlaneConfig, agent_count: int) -> None:
     """Check a configuration against a population.
 
     Raises:
-        InvalidConfig: fields of wrong types, numbers that cannot be right, duplicate worker labels, an
-            unknown scheme or guard.
+        InvalidConfig: fields of wrong types, numbers out of range, duplicate worker labels, an unknown
+            scheme or guard.
         PlanError: the plan does not fit the population.
-        MissingPartitionWorker: the plan names a worker that is not there.
+        MissingPartitionWorker: the plan names a worker that is not registered.
     """
     if not isinstance(config, ControlPlaneConfig):
         raise InvalidConfig(f"expected a ControlPlaneConfig, got {type(config).__name__}")

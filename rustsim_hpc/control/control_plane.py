@@ -1,6 +1,6 @@
 """The control plane around a columnar runtime: replay, checkpoints, metrics, partitions, typed failures.
 
-It runs on every rank of a team in the same way and knows the ranks only through the team.
+It runs identically on every rank and communicates with other ranks only through the team.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _INLINE = InlinePartitionExecutor()
 class EngineControlPlane:
     """Steps a :class:`~rustsim_hpc.control.runtime.ColumnarRuntime` completely or not at all.
 
-    Around the steps it has replay, checkpoints, partitions and metrics.
+    It adds replay, checkpoints, partitions and metrics.
 
     Args:
-        runtime: the engine; its phases are what :meth:`step` runs.
+        runtime: the engine; :meth:`step` runs its phases.
         config: how to run; the defaults if None.
 
     Raises:
-        EngineControlPlaneError: the configuration does not fit (``InvalidConfig``, ``PlanError``,
+        EngineControlPlaneError: the configuration is invalid (``InvalidConfig``, ``PlanError``,
             ``MissingPartitionWorker``).
     """
 
@@ -83,7 +83,7 @@ class EngineControlPlane:
         return self._runtime
 
     def runtime_mut(self) -> ColumnarRuntime:
-        """Return the wrapped runtime, to be changed: sums remembered of its state are forgotten."""
+        """Return the wrapped runtime for modification; remembered sums of its state are dropped."""
         self._runtime.take_back()
         self._proof.forget()
         return self._runtime
@@ -140,15 +140,15 @@ class EngineControlPlane:
         self._executor_phases.append(closure_phase(name, function))
 
     def add_model(self, model: BoundModel, *, checked: bool = False, tile_rows: int = 0) -> None:
-        """Make a bound model's phases the executor phases; its checks are made after every step.
+        """Make a bound model's phases the executor phases; its checks run after the steps where they are due.
 
         Args:
             model: the model; the runtime's store must have its columns.
-            checked: compile with bounds checks, and refuse NaN where it becomes an integer.
+            checked: compile with bounds checks, and reject the conversion of NaN to an integer.
             tile_rows: rows of a tile (a power of two of at least 4096), 0 to size it from the cache.
 
         Raises:
-            InvalidConfig: there are executor phases already, or the state has other columns than the model.
+            InvalidConfig: there are executor phases already, or the state's columns are not the model's.
         """
         self._bindings.drop(StepKind.EXECUTOR)
         if self._executor_phases:
@@ -160,7 +160,7 @@ class EngineControlPlane:
         self._bindings.compile_options = {"checked": checked, "tile_rows": tile_rows}
 
     def stepper(self, executor: Executor) -> Stepper:
-        """Return what steps the executor phases through an executor, bound to the state as it lies now."""
+        """Return the stepper of the executor phases, bound to an executor and the current state's memory."""
         self._stepping.ready()
         base = self._phase_base(StepKind.EXECUTOR)
         return self._bindings.stepper(StepKind.EXECUTOR, executor, self._executor_phases, base)
@@ -171,7 +171,7 @@ class EngineControlPlane:
         return self._proof.of_current(self._runtime.step_index)
 
     def known_fingerprint(self) -> ReplayFingerprint | None:
-        """Return the fingerprint of the current state if it takes no time, as after a step that was recorded.
+        """Return the fingerprint of the current state if no column must be read, as after a recorded step.
 
         None on every rank otherwise, and always under "fnv1a".
         """
@@ -179,15 +179,15 @@ class EngineControlPlane:
         return self._proof.known(self._runtime.step_index)
 
     def column_values(self) -> Mapping[str, int]:
-        """Return the digest of each column ("ids" for the ids) as last computed; nothing under "fnv1a"."""
+        """Return the digest of each column ("ids" for the ids) as last computed; empty under "fnv1a"."""
         return self._proof.column_values()
 
     def count_checkpoint(self) -> int:
-        """Count a checkpoint that goes to a file, and return its sequence number."""
+        """Count a checkpoint written to a file, and return its sequence number."""
         return self._meter.checkpoint_created()
 
     def forget_recorded(self) -> None:
-        """Drop the recorded fingerprints from memory, once they are in a log; verification goes on."""
+        """Drop the recorded fingerprints from memory, once they are in a log; verification continues."""
         self._replay.forget()
 
     @property
@@ -196,7 +196,7 @@ class EngineControlPlane:
         return self._stepping.values
 
     def observe(self, executor: Executor) -> None:
-        """Make the reductions of checks and outputs from the current state, into :attr:`values`.
+        """Compute the reductions of checks and outputs from the current state, into :attr:`values`.
 
         Raises:
             EngineControlPlaneError: a reduction or a worker failed; the same on every rank.
@@ -240,7 +240,7 @@ class EngineControlPlane:
     def step_partitions_with_executor(self, executor: Executor) -> PartitionedStep:
         """Run the executor phases on each partition through an executor.
 
-        An executor of this package works in place where the columns live; any other gets tasks whose
+        A resident executor (all of this package) works on the columns in place; any other gets tasks whose
         payloads are copies, and its results are checked against the request.
 
         Raises:
@@ -251,13 +251,12 @@ class EngineControlPlane:
         return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor)
 
     def step_fused(self, executor: Executor, steps: int) -> PartitionedStep:
-        """Make up to ``steps`` steps through an executor as one: on each tile of rows before the next tile.
+        """Make up to ``steps`` steps as one: all of them on each tile of rows before the next tile.
 
-        Made are as many as have nothing due between them (a fingerprint, a check, an observation, a
-        checkpoint) and as the model allows: row kernels alone, one step following another without a look at
-        the rest of the world. The bits are those of single steps. A failure undoes them all, so that a whole
-        step stands; the error names the first of them. :attr:`runtime` says how far it came; the result's
-        reports and times are sums over the steps.
+        The steps end at the first one after which something is due (a fingerprint, a check, an observation,
+        a checkpoint); a model with phases other than row kernels makes one step. Results are bit-identical to
+        single steps. A failure undoes all of the steps; the error names the first of them.
+        ``runtime.step_index`` tells how many were made; reports and times are sums over the steps.
 
         Raises:
             EngineControlPlaneError: as :meth:`step`.
@@ -295,38 +294,38 @@ class EngineControlPlane:
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def checkpoint(self, label: str | None = None) -> EngineCheckpoint:
-        """Copy the whole state (under a team: this rank's rows), proved by its fingerprint, and retain it.
+        """Copy the whole state (under a team: this rank's rows) with its fingerprint, and retain the copy.
 
-        The fingerprint is made before this returns; files of checkpoints are proved behind the steps.
+        The fingerprint is computed before this returns; checkpoint files are proved while steps continue.
 
         Raises:
-            CheckpointWriteFailed: there is no memory for the copy (on one rank, then on all of them).
-            TornState: there is no whole state.
+            CheckpointWriteFailed: no memory for the copy on some rank; raised on all ranks.
+            TornState: the state is torn.
         """
         return self._checkpoints.make(label)
 
     def restore(self, checkpoint: EngineCheckpoint) -> None:
-        """Replace the state by a checkpoint's, once it has proved itself; phases and counters stay.
+        """Replace the state by a checkpoint's, after verifying its fingerprint; phases and counters stay.
 
         Raises:
-            RestoreError: it does not prove itself, or is of another schema; nothing has changed.
+            RestoreError: the fingerprint or the schema does not match; nothing has changed.
             PlanError: its population does not fit the partition plan; nothing has changed.
         """
         self._checkpoints.restore(checkpoint)
 
     def partition_checkpoints(self) -> list[PartitionCheckpoint]:
-        """Return a copy of each of this rank's partitions, each with a fingerprint of its own.
+        """Return a copy of each of this rank's partitions, each with the fingerprint of its rows.
 
         Raises:
             PlanError: the plan does not fit the population.
-            TornState: there is no whole state.
+            TornState: the state is torn.
         """
         return self._checkpoints.of_partitions()
 
     def restore_partitions(self, partitions: Sequence[PartitionCheckpoint]) -> None:
-        """Replace the state by assembled partition checkpoints, once all have proved themselves.
+        """Replace the state by assembled partition checkpoints, after verifying their fingerprints.
 
-        Under a team each rank brings its own partitions.
+        Under a team each rank passes its own partitions.
 
         Raises:
             PartitionCheckpointError: they do not fit each other or the plan; nothing has changed.
@@ -368,7 +367,7 @@ class EngineControlPlane:
         *,
         captured: bool,
     ) -> None:
-        """Count a committed step (or several at once): each phase once a partition."""
+        """Count a committed step (or several made as one), each phase once per partition."""
         work = stepper.work
         rows = work.memory.rows
         names = work.program.model_phases
@@ -377,7 +376,7 @@ class EngineControlPlane:
             self._meter.fingerprint_captured()
 
     def _begin(self) -> None:
-        """Refuse a step where there cannot be one, and raise what the last automatic checkpoint could not."""
+        """Check that a step may be made, and raise the failure of the last automatic checkpoint, if any."""
         self._stepping.ready()
         self._checkpoints.raise_late()
 

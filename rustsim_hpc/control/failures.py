@@ -1,4 +1,4 @@
-"""Phase failures, as data from anywhere, become the one typed error that every rank raises."""
+"""Convert phase failures, which arrive as data, into the one typed error that every rank raises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rustsim_hpc.errors import (
 from rustsim_hpc.executors.work import PhaseFailure, PhaseTrace
 
 StepKind = PhaseKind
-"""The three ways to step are the three lists of phases."""
+"""The way to step: which of the three lists of phases runs."""
 
 
 def plane_error(kind: StepKind, failed: StepFailed, step: int, phase_base: int) -> RustsimError:

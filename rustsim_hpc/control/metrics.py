@@ -1,6 +1,6 @@
-"""Counters of a controlled runtime: snapshots that never change, and the meter that makes them.
+"""Counters of a controlled runtime: immutable snapshots, and the meter that makes them.
 
-Durations are whole microseconds, sizes bytes. A snapshot goes out as JSON or as Prometheus text.
+Durations are whole microseconds, sizes are bytes. A snapshot can be written as JSON or Prometheus text.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class EnginePhaseMetric:
     """Cumulative counters of one phase.
 
     Attributes:
-        phase_index: its place in the combined list: runtime, then partition, then executor phases.
+        phase_index: index in the combined list: runtime, then partition, then executor phases.
         name: its name.
         backend: where it runs.
-        executions: how often it ran, once a partition.
-        last_elapsed_us: duration of its newest execution, in microseconds.
-        total_elapsed_us: of all together.
+        executions: number of executions, one per step and partition.
+        last_elapsed_us: duration of the latest execution, in microseconds.
+        total_elapsed_us: duration of all executions.
     """
 
     phase_index: int
@@ -69,16 +69,16 @@ class EngineMetrics:
         current_step: the runtime's step index.
         agent_count: rows.
         phase_count: configured phases of all kinds.
-        resident_bytes: of ids and columns, approximately.
+        resident_bytes: bytes of ids and columns, approximately.
         steps_completed: committed steps of every kind.
-        last_step_us: duration of the newest step, in microseconds.
-        total_step_us: of all together.
-        checkpoints_created: how many.
-        replay_fingerprints: captured for a recorded or verified replay.
+        last_step_us: duration of the latest step, in microseconds.
+        total_step_us: duration of all steps.
+        checkpoints_created: number of checkpoints.
+        replay_fingerprints: fingerprints captured for a recorded or verified replay.
         partition_count: partitions of the plan.
         partition_steps_completed: committed partition steps.
-        partition_rows_processed: rows times phases of these.
-        phases: one entry a phase that ran, by phase index.
+        partition_rows_processed: rows times phases, summed over partition steps.
+        phases: one entry per phase that has run, by phase index.
     """
 
     current_step: int = 0
@@ -103,7 +103,7 @@ class EngineMetrics:
 
     @classmethod
     def from_dict(cls, counters: Mapping[str, Any]) -> Self:
-        """Make a snapshot from what `to_dict` gave; unknown keys are left out.
+        """Build a snapshot from the result of `to_dict`; unknown keys are ignored.
 
         Raises:
             TypeError, KeyError: a phase's entry lacks a counter.
@@ -122,7 +122,7 @@ class EngineMetrics:
     def to_prometheus(self, labels: Mapping[str, str] | None = None) -> str:
         """Return the counters in Prometheus' text exposition format, version 0.0.4, durations in seconds.
 
-        ``labels`` go on every sample, a run's name or a rank, say.
+        ``labels`` are added to every sample, for example a run's name or a rank.
         """
         lines: list[str] = []
         for kind, name, help_text, samples in _families(self):
@@ -166,7 +166,7 @@ def _families(metrics: EngineMetrics) -> Iterable[_Family]:
 
 
 def _seconds(microseconds: int) -> str:
-    # Exact: a float would lose microseconds in a run of years.
+    # Exact: a float would lose microseconds in a run that takes years.
     return f"{microseconds // 1_000_000}.{microseconds % 1_000_000:06d}"
 
 
@@ -179,7 +179,7 @@ def _labels(labels: Mapping[str, str]) -> str:
 
 
 class PhaseKind(IntEnum):
-    """The three lists of phases of a plane, in the order in which the combined list has them."""
+    """The three lists of phases of a plane, in the order of the combined list."""
 
     RUNTIME = 0
     PARTITION = 1
@@ -189,7 +189,7 @@ class PhaseKind(IntEnum):
 _PENDING = 256
 
 _Steps = tuple[PhaseKind, tuple[str, ...], ColumnarPhaseBackend, int, int, int, npt.NDArray[np.int64]]
-"""Steps as they were counted: kind, names, backend, rows, how many, microseconds, nanoseconds of phases."""
+"""Counted steps: kind, names, backend, rows, number of steps, microseconds, nanoseconds of phases."""
 
 
 class _KindTotals:
@@ -217,11 +217,11 @@ class _KindTotals:
 
 
 class Meter:
-    """Accumulates the counters of a plane; `snapshot` freezes them.
+    """Accumulates the counters of a plane; `snapshot` returns an immutable copy.
 
-    Phases are kept by their kind and position, so that a phase added later to an earlier list changes the
-    phase indices that snapshots report and mixes up no counters. Only committed steps are counted: nothing
-    here needs to be undone.
+    Counters are kept by kind and position: adding a phase to an earlier list changes the phase indices in
+    snapshots, but assigns no counter to another phase. Only committed steps are counted, so nothing has to
+    be undone.
     """
 
     def __init__(self) -> None:
@@ -242,8 +242,8 @@ class Meter:
         partition_count: int,
         phases: tuple[int, int, int],
     ) -> None:
-        """Set what is not cumulative; ``phases``: how many there are of each `PhaseKind`."""
-        # A tuple, not a snapshot: this runs once a step.
+        """Set the values that are not cumulative; ``phases``: the number of phases of each `PhaseKind`."""
+        # A tuple, not a snapshot, to keep frequent calls cheap.
         self._live = (current_step, agent_count, sum(phases), resident_bytes, partition_count)
         self._kinds = phases
 
@@ -258,23 +258,23 @@ class Meter:
         steps: int = 1,
         backend: ColumnarPhaseBackend = _CPU,
     ) -> None:
-        """Count a committed step (or several made at once) and its phases' executions, one a partition.
+        """Count a committed step (or several made as one) and its phases' executions, one per partition.
 
         Args:
             total_us: duration of the step in microseconds.
             kind: which list of phases ran; ``names`` are theirs.
             times: int64 (partitions, at least as many as phases): nanoseconds.
-            rows: of all partitions together.
-            steps: how many were made.
+            rows: number of rows over all partitions.
+            steps: number of steps made.
             backend: where the phases ran.
         """
-        # Added up a few hundred at a time: a step must not pay for arithmetic that nobody has asked for yet.
+        # Added up a few hundred at a time, so that a single step does not pay for the arithmetic.
         self._pending.append((kind, names, backend, rows, steps, total_us, times))
         if len(self._pending) >= _PENDING:
             self._settle()
 
     def _settle(self) -> None:
-        """Add up what is pending."""
+        """Add up the pending steps."""
         pending, self._pending = self._pending, []
         for (kind, names, _, rows, steps), group in groupby(pending, itemgetter(0, 1, 2, 3, 4)):
             alike = list(group)
@@ -288,13 +288,13 @@ class Meter:
             self._totals.setdefault(kind, _KindTotals()).add(alike)
 
     def checkpoint_created(self) -> int:
-        """Count one checkpoint, and return its sequence number; the first one is 1."""
+        """Count one checkpoint, and return its sequence number, from 1."""
         self._checkpoints += 1
         return self._checkpoints
 
     @property
     def checkpoints_created(self) -> int:
-        """How many checkpoints were counted."""
+        """Number of checkpoints counted."""
         return self._checkpoints
 
     def fingerprint_captured(self) -> None:
@@ -302,7 +302,7 @@ class Meter:
         self._fingerprints += 1
 
     def snapshot(self) -> EngineMetrics:
-        """Return the counters as they are now."""
+        """Return the current counters."""
         bases = (0, self._kinds[0], self._kinds[0] + self._kinds[1])
         self._settle()
         phases = [

@@ -1,6 +1,6 @@
-"""Where a run's time goes: phases, meetings of the ranks, proof, records, checkpoints; and the table of it.
+"""Profile of a run: time in phases, meetings of the ranks, proof, records and checkpoints, as a table.
 
-Nothing here reads a clock: a step brings what it has spent, and the job's loop says the rest.
+Nothing here reads a clock: times come from the step results and from the job's loop.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ SPANS = {
     "checkpoints": "checkpoints: pauses of the loop",
     "measuring": "digests apart, for this profile",
 }
-"""Parts of the step loop, one after the other, and what they are."""
+"""Consecutive parts of the step loop, each with its description."""
 _PROOF = ("proof", "log")
 _APART_EVERY = 8
-"""One step of so many is made without digests in the phases' loops, to tell what they cost."""
+"""One step in so many is made without digests in the phases' loops, to estimate their cost."""
 
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What the step loop of one rank went into, in seconds.
+    """The time of one rank's step loop by part, in seconds.
 
     Attributes:
-        rank, host: whose.
-        loop: of the whole loop.
-        compiling: of compilation and loading of kernels within it, which no span has.
-        spans: of each of :data:`SPANS`.
-        phases: of each phase, added up over partitions: more than the loop where there are workers.
-        tile_proof: of digests made beside the phases, while a tile was in cache; added up in the same way.
-        loop_proof: of digests made in the phases' own loops, and so within ``phases``: what steps without
-            them took less, times as many steps as had them.
-        loops_compared: how many steps without them that figure comes from.
-        rows: of the rank.
+        rank, host: the rank, and its host.
+        loop: the whole loop.
+        compiling: compilation and loading of kernels within the loop; in no span.
+        spans: each of :data:`SPANS`.
+        phases: each phase, summed over partitions; with workers the total can exceed the loop.
+        tile_proof: digests computed beside the phases, while a tile was in cache; summed likewise.
+        loop_proof: digests computed in the phases' own loops, hence part of ``phases``: the time that steps
+            without them save, times the number of steps with them.
+        loops_compared: number of steps without them that this estimate is based on.
+        rows: number of rows of the rank.
     """
 
     rank: int
@@ -70,16 +70,16 @@ class RankProfile:
 
     @property
     def proof(self) -> float:
-        """Seconds of the loop that went into proof: of digests by the executor, their share of its time."""
+        """Seconds of the loop spent on proof; digests count with their share of the executor's time."""
         share = (self.tile_proof + self.loop_proof) / self.busy if self.busy else 0.0
         return sum(self.spans[name] for name in _PROOF) + self.spans["executor"] * share
 
 
 class _LoopDigests:
-    """Finds out what digests cost that are made in a phase's own loop, where no clock can tell them.
+    """Estimates the cost of digests computed in a phase's own loop, which cannot be timed separately.
 
-    Some steps are made without; each is held against the mean of those with them before and after it, so
-    that neither a trend nor a step that was disturbed shows.
+    Some steps are made without them. Each is compared with the mean of the steps with them just before and
+    after it, which cancels a trend; the median of the differences ignores disturbed steps.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class _LoopDigests:
         self._more: list[float] = []
 
     def add(self, busy_ns: int, *, apart: bool) -> None:
-        """Add a proved step: nanoseconds in phases, and whether its digests were made apart from them."""
+        """Add a proved step: nanoseconds in phases, and whether its digests were computed separately."""
         if apart:
             self._without = None if self._before is None else (self._before, busy_ns)
             return
@@ -101,17 +101,17 @@ class _LoopDigests:
         self._before = busy_ns
 
     def seconds(self) -> tuple[float, int]:
-        """Return the seconds of all steps with digests, and how many without they were told from."""
+        """Return the estimated seconds over all steps with digests, and the number of comparisons."""
         each = statistics.median(self._more) if self._more else 0.0
         return max(0.0, each) * self._with / 1e9, len(self._more)
 
 
 class Profiler:
-    """Adds up what one rank's steps have spent.
+    """Adds up the times of one rank's steps.
 
     Args:
-        stepper: makes the steps; told to make some digests apart from its phases, if they cannot be told
-            from them otherwise.
+        stepper: makes the steps; told to compute some digests in a separate pass if they cannot be timed
+            otherwise.
         team: the ranks.
     """
 
@@ -123,17 +123,17 @@ class Profiler:
         self._times = np.zeros(0, np.int64)
         self._spans = dict.fromkeys(SPANS, 0)
         self._loop_digests = _LoopDigests()
-        here = not isinstance(stepper.session, Keeper)  # else columns are where no pass over them reaches
-        if all(team.allgather(here and _digests_in_loops(work))):  # the ranks make digests together
+        here = not isinstance(stepper.session, Keeper)  # a keeper's columns cannot be read in a pass here
+        if all(team.allgather(here and _digests_in_loops(work))):  # all ranks must do the same
             stepper.apart_every = _APART_EVERY
         self._stepper = stepper
 
     def add(
         self, step: PartitionedStep, compile_seconds: float, log_ns: int, outputs_ns: int, checkpoint_ns: int
     ) -> None:
-        """Add a step, and what the loop did after it, in nanoseconds.
+        """Add a step, and the times of what the loop did after it, in nanoseconds.
 
-        ``compile_seconds``: spent on compiling so far; what is new is not the step's.
+        ``compile_seconds``: compilation so far; the increase is subtracted from the step's times.
         """
         times = step.phases.total_ns()
         self._times = times if self._times.size == 0 else self._times + times
@@ -147,7 +147,7 @@ class Profiler:
         for name, value in spent.items():
             self._spans[name] += value
         compiling = int(1e9 * (compile_seconds - self._compile_seconds))
-        if compiling:  # in phases, or where a reduction or fingerprint was made for the first time
+        if compiling:  # in phases, or where a reduction or fingerprint was first computed
             self._compile_seconds = compile_seconds
             for name in ("executor", "ranks", "proof"):
                 taken = min(compiling, self._spans[name])
@@ -176,12 +176,12 @@ class Profiler:
 
 @dataclass(frozen=True)
 class RunProfile:
-    """The profile of a run: of its ranks, and the bytes that its phases move.
+    """The profile of a run: the ranks' profiles, and the bytes that its phases move.
 
     Attributes:
-        ranks: one entry a rank.
-        steps: of this process.
-        row_bytes: bytes of columns that a phase reads and writes a row and step; None where it does not say.
+        ranks: one entry per rank.
+        steps: steps made by this process.
+        row_bytes: by phase, bytes of columns read and written per row and step; None where unknown.
     """
 
     ranks: tuple[RankProfile, ...]
@@ -190,7 +190,7 @@ class RunProfile:
 
     @property
     def loop(self) -> float:
-        """Seconds of the loop, the mean over ranks (which end it together)."""
+        """Seconds of the loop, the mean over ranks (which all end it at the same step)."""
         return sum(rank.loop for rank in self.ranks) / len(self.ranks)
 
     @property
@@ -200,13 +200,13 @@ class RunProfile:
 
     @property
     def proof_share(self) -> float:
-        """Share of the ranks' loops, compilation apart, that went into proof."""
+        """Share of the ranks' loops, without compilation, that was spent on proof."""
         stepping = sum(rank.loop - rank.compiling for rank in self.ranks)
         return sum(rank.proof for rank in self.ranks) / stepping if stepping > 0 else 0.0
 
     @property
     def imbalance(self) -> float:
-        """How many times as long as the mean rank the slowest one was busy in phases."""
+        """Time in phases of the slowest rank, relative to the mean over ranks."""
         busy = [rank.busy for rank in self.ranks]
         return max(busy) * len(busy) / sum(busy) if sum(busy) else 1.0
 
@@ -215,7 +215,7 @@ class RunProfile:
         return sum(rank.spans[name] for rank in self.ranks) / len(self.ranks)
 
     def phase_rows(self) -> list[tuple[str, float, float | None]]:
-        """Return (phase, seconds, bytes a second), seconds added up over partitions and ranks."""
+        """Return (phase, seconds, bytes per second), seconds summed over partitions and ranks."""
         made = []
         for name in self.ranks[0].phases:
             seconds = sum(rank.phases.get(name, 0.0) for rank in self.ranks)
@@ -225,7 +225,7 @@ class RunProfile:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the profile in JSON's types."""
+        """Return the profile as JSON types."""
         return {
             "loop_seconds": self.loop,
             "compile_seconds": self.compiling,
@@ -279,7 +279,7 @@ class RunProfile:
 
 
 def _digests_in_loops(work: Work) -> bool:
-    """Return whether phases add up digests in their own loops."""
+    """Return whether any phase computes digests in its own loop."""
     from rustsim_hpc.kernels.simple import is_one_loop
 
     stages = [item for segment in work.program.segments for item in segment.items]
@@ -290,7 +290,7 @@ def _digests_in_loops(work: Work) -> bool:
 
 
 def row_bytes(program: Program) -> dict[str, int | None]:
-    """Return the bytes of columns that each phase reads and writes a row; of a column phase nobody knows."""
+    """Return the bytes of columns that each phase reads and writes per row; None for column phases."""
     widths = [np.dtype(column.dtype).itemsize for column in program.schema.columns]
     made: dict[str, int | None] = {}
     for segment in program.segments:

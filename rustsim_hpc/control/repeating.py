@@ -1,4 +1,4 @@
-"""Many steps: one after the other as they are asked for, or all at once and none of them lost."""
+"""Many steps: made lazily one by one, or all at once, where an error keeps the results so far."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def repeated(steps: int, make: Callable[[], T]) -> Iterator[T]:
-    """Return an iterator that makes each of so many steps when it is asked for it, and keeps none.
+    """Return an iterator that makes ``steps`` steps lazily and keeps no results.
 
     Raises:
         InvalidConfig: not a number of steps.
@@ -20,7 +20,7 @@ def repeated(steps: int, make: Callable[[], T]) -> Iterator[T]:
 
 
 def collected(steps: int, make: Callable[[], T]) -> list[T]:
-    """Make so many steps and return their results; an error carries those before it as ``results``.
+    """Make ``steps`` steps and return their results; an error carries the earlier ones as ``results``.
 
     Raises:
         InvalidConfig: not a number of steps.
@@ -28,7 +28,7 @@ def collected(steps: int, make: Callable[[], T]) -> list[T]:
     done: list[T] = []
     try:
         for step in repeated(steps, make):
-            done.append(step)  # noqa: PERF402 (what was done must survive the error)
+            done.append(step)  # noqa: PERF402 (the results so far must survive an error)
     except BaseException as error:
         error.results = tuple(done)  # type: ignore[attr-defined]
         raise

@@ -1,4 +1,4 @@
-"""What a step returns; phase reports are made from an array of nanoseconds when somebody reads them."""
+"""Results of a step; phase reports are created from an array of nanoseconds when they are read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rustsim_hpc.state.partition import PartitionPhaseReport
 
 
 class StepSpent(NamedTuple):
-    """What a step spent its time on, in nanoseconds of this rank: one after the other.
+    """The time of a step on this rank by consecutive part, in nanoseconds.
 
-    executor: the phases, as the rank waits for them. meeting: agreeing with the other ranks, reductions,
+    executor: waiting for the executor to run the phases. meeting: agreeing with the other ranks, reductions,
     derived values. checks: checks, and reductions for outputs. proof: the fingerprint and its verification.
     """
 
@@ -49,7 +49,7 @@ class PhaseReports(Sequence[PartitionPhaseReport]):
         self._times = times
 
     def total_ns(self) -> np.ndarray[Any, Any]:
-        """Return the nanoseconds of each phase, then of digests made in stages, over the partitions."""
+        """Return the nanoseconds of each phase, then of digests made in stages, summed over partitions."""
         total: np.ndarray[Any, Any] = self._times.sum(axis=0)
         return total
 
@@ -103,10 +103,10 @@ class PartitionedStep:
         step_index: index before the step (its fingerprint carries the one after).
         agent_count: rows of the whole population.
         phases: one report for each of this rank's partitions and each phase, partitions in order.
-        fingerprint: if replay is on.
-        checkpoint: if one was due.
+        fingerprint: the new state's, if replay is on and one was due; else None.
+        checkpoint: the automatic checkpoint, if one was due; else None.
         total_us: wall-clock time in microseconds.
-        spent: what it went into.
+        spent: the step's time by part.
     """
 
     step_index: int
@@ -127,7 +127,8 @@ class PartitionedStep:
         total_us: int,
         spent: StepSpent,
     ) -> None:
-        # All at once: one is made every step, and the frozen dataclass's own way takes thrice as long.
+        # In one update: an instance is made every step, and a frozen dataclass's own __init__ takes three
+        # times as long.
         self.__dict__.update(
             step_index=step_index,
             agent_count=agent_count,

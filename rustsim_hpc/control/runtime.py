@@ -43,7 +43,7 @@ class ColumnarPhaseTiming:
 
 @dataclass(frozen=True)
 class ColumnarStepTiming:
-    """One step of a runtime: its index (before the step), rows, phases, the whole time in microseconds."""
+    """Timing of one step: its index (before the step), rows, phases, total time in microseconds."""
 
     step_index: int
     agent_count: int
@@ -52,14 +52,14 @@ class ColumnarStepTiming:
 
 
 MAX_STEP_INDEX = 2**64 - 1
-"""Step indices are u64."""
+"""The largest step index (uint64)."""
 
 
 def closure_phase(name: str, fn: object) -> ColumnPhase:
-    """Return a callable as a phase that may change every column; a column phase keeps what it declares.
+    """Return a callable as a phase that may change every column; a column phase keeps its declarations.
 
     Raises:
-        InvalidConfig: it cannot be called with (context, columns, rows), or the name is not text.
+        InvalidConfig: neither a column phase nor a plain callable, or the name is not one line of text.
     """
     if not isinstance(name, str):
         raise InvalidConfig(f"the name of a phase must be text, got {name!r}")
@@ -97,10 +97,10 @@ class ColumnarRuntime:
     Args:
         store: the state.
         step_index: steps already made.
-        team: the ranks that hold the other rows; this process alone by default.
+        team: the ranks of the run; this process alone by default.
 
     Attributes:
-        in_step: held while a step is made, by whatever makes it; the state cannot be replaced meanwhile.
+        in_step: lock held while a step is made; the state cannot be replaced meanwhile.
 
     Raises:
         InvalidConfig: not a store, or not a step index.
@@ -171,15 +171,15 @@ class ColumnarRuntime:
         return self._store
 
     def sync_to_host(self) -> None:
-        """Make this process's copy current; nothing to do where the columns live here.
+        """Make this process's copy current; does nothing where the columns live in this process.
 
         Raises:
-            ExecutorError: rows are with a worker that is lost, and cannot be made again.
+            ExecutorError: rows are held by a lost worker and cannot be recomputed.
         """
         self._store.memory.refresh()
 
     def take_back(self) -> None:
-        """Let nobody else keep the state, which is to be changed; in the middle of a step it stays."""
+        """Fetch the state from its keeper, if any, before it is modified; does nothing during a step."""
         if not self.in_step.locked():
             self._store.memory.take_back()
 
@@ -196,17 +196,17 @@ class ColumnarRuntime:
         """Replace state and step index; phases stay.
 
         Raises:
-            InvalidConfig: not a store, or not a step index, or a step is being made; nothing has changed.
+            InvalidConfig: not a store or a step index, or a step is being made; nothing has changed.
         """
         self.refuse_in_step()
         self._store, self._step_index = _checked(store, step_index)
         self._drop_stepper()
 
     def share_store(self) -> None:
-        """Move the state, once, into memory that worker processes can map.
+        """Move the state into memory that worker processes can map; does nothing if it is there already.
 
         Raises:
-            ColumnMemoryError: the memory cannot be had; nothing has changed.
+            ColumnMemoryError: the memory cannot be allocated; nothing has changed.
         """
         if self._store.memory.kind != "shared":
             self._drop_stepper()
@@ -215,7 +215,7 @@ class ColumnarRuntime:
     # -- stepping ------------------------------------------------------------------------------------
 
     def step(self) -> ColumnarStepTiming:
-        """Run all phases once over all rows; completely, or not at all.
+        """Run all phases once over all rows, completely or not at all.
 
         Raises:
             ColumnarRuntimeError: a phase failed; nothing has changed.
@@ -241,10 +241,10 @@ class ColumnarRuntime:
             raise _in_a_step()
 
     def begin_steps(self, steps: int) -> None:
-        """Take :attr:`in_step` for so many steps; the caller releases it after them.
+        """Acquire :attr:`in_step` for ``steps`` steps; the caller releases it after them.
 
         Raises:
-            InvalidConfig: a step is being made already, or there are not so many step indices left.
+            InvalidConfig: a step is being made already, or fewer than ``steps`` step indices are left.
         """
         if not self.in_step.acquire(blocking=False):
             raise _in_a_step()
@@ -253,7 +253,7 @@ class ColumnarRuntime:
             raise InvalidConfig(f"there is no step after step index {MAX_STEP_INDEX}")
 
     def stepper(self, *, two_sided: bool) -> Stepper:
-        """Return what steps the runtime phases, bound to the state as it lies now."""
+        """Return the stepper of the runtime phases, bound to the current state's memory."""
         if self._stepper is None or self._two_sided != two_sided:
             self._drop_stepper()
             self._stepper, self._two_sided = self._bind(two_sided), two_sided
@@ -298,7 +298,7 @@ def _in_a_step() -> InvalidConfig:
 
 
 def runtime_error(failed: StepFailed, step: int) -> ColumnarRuntimeError:
-    """Return the error of a step whose runtime phases failed, the first in front and the others attached."""
+    """Return the error of a step whose runtime phases failed: the first failure, the others attached."""
     first, *others = [_one_error(failure, step) for failure in failed.failures]
     return first.add_facts(others=tuple(others))
 
@@ -306,7 +306,7 @@ def runtime_error(failed: StepFailed, step: int) -> ColumnarRuntimeError:
 def _one_error(failure: PhaseFailure, step: int) -> ColumnarRuntimeError:
     message = failure.message
     if failure.kind == "worker" and failure.trace:
-        # Not an Exception (SystemExit, say). There are no partition workers here that could have died of it.
+        # Not an Exception, for example SystemExit. No partition worker can have died here.
         message = failure.trace.strip().splitlines()[-1]
     error = ColumnarRuntimeError(
         failure.phase_index or 0, failure.phase, message, step=step, rank=failure.rank, host=failure.host

@@ -1,6 +1,6 @@
-"""One step of a program on one rank, in concert with the team: run segments, meet, agree; no commit.
+"""One step of a program on one rank, together with the team: run segments, meet, agree; no commit.
 
-The new state stands on the columns' other side until the caller commits it, so a failure has nothing to undo.
+The new state is in the columns' other side until the caller commits it, so a failure has nothing to undo.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class StepReport:
-    """What a step found out, the same on every rank except ``times``.
+    """The results of a step, the same on every rank, and this rank's times.
 
     Attributes:
         values: results of reductions and derived values.
         digests: uint64 (columns,): digests of the written columns over the whole population, or None.
         times: int64 (partitions of this rank, phases + 1): nanoseconds, the last of digests made in stages.
-        executor_ns, meeting_ns, checks_ns, proof_ns: nanoseconds that the rank waited for its executor, and
-            spent on meeting the others and what follows from it, on checks and on proof.
+        executor_ns, meeting_ns, checks_ns, proof_ns: nanoseconds spent waiting for the executor, on meetings
+            (reductions and derived values included), on checks and on proof.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -50,14 +50,14 @@ class Stepper:
 
     Args:
         work: the program and this rank's state.
-        session: what runs this rank's partitions.
+        session: runs this rank's partitions.
         team: the ranks.
 
     Attributes:
-        meeting: where the ranks meet; a vote put there rides along, so that the ranks agree on stopping, say,
-            without a collective of its own.
-        apart_every: in one of so many steps digests are made in a pass of their own; 0: in none.
-        apart: whether those of the last step that had any were.
+        meeting: where the ranks meet; its vote travels in the same collective, so that agreeing on stopping,
+            for example, takes no additional one.
+        apart_every: one in so many proved steps computes its digests in a separate pass; 0: none.
+        apart: whether the last step with digests computed them in a separate pass.
     """
 
     def __init__(self, work: Work, session: ResidentSession, team: Team) -> None:
@@ -70,9 +70,9 @@ class Stepper:
         self._proved = 0
 
     def choose_apart(self, repeat: int) -> bool:
-        """Decide whether the next step's digests are made in a pass of their own.
+        """Decide whether the next step's digests are computed in a separate pass.
 
-        Never those of several steps made together: no phase's loop makes them.
+        Never for several steps made as one, whose digests are not computed in a phase's loop.
         """
         self._proved += 1
         self.apart = repeat == 1 and self.apart_every > 0 and self._proved % self.apart_every == 0
@@ -90,7 +90,7 @@ class Stepper:
 
         Raises:
             StepFailed: a phase failed somewhere; the same on every rank.
-            ColumnarRuntimeError: a reduction's result or a derived value could not be made.
+            ColumnarRuntimeError: a reduction's result or a derived value could not be computed.
         """
         self.work.memory.take_back(self.session)
         frame = Frame(step_index, want_digest, repeat)
@@ -113,16 +113,16 @@ class Stepper:
         return StepReport(frame.values, digests, board.times.copy(), executor_ns, meeting_ns)
 
     def observe(self, step_index: int, values: dict[str, Any], *, committed: bool) -> None:
-        """Make the reductions of checks and outputs from the new state, into ``values``.
+        """Compute the reductions of checks and outputs from the new state, into ``values``.
 
-        ``committed`` says that the state to look at is the current one (the first observation of a run).
+        ``committed``: observe the committed state instead (the first observation of a run).
         """
         segment = self.work.program.observe
         if segment is None:
             return
         memory = self.work.memory
         memory.take_back(self.session)
-        if committed:  # the observing segment reads the final sides: make the current state stand there
+        if committed:  # the observing segment reads the final sides, so swap the current state to them
             memory.swap(self.work.program.swapped)
         try:
             frame = Frame(step_index, values=values)
@@ -133,7 +133,7 @@ class Stepper:
                 memory.swap(self.work.program.swapped)
 
     def _derive(self, segment: Segment, frame: Frame, *, agree: bool) -> None:
-        """Compute a segment's derived values; a failure on one rank becomes everybody's."""
+        """Compute a segment's derived values; a failure on one rank is raised on all ranks."""
         failure: Exception | None = None
         try:
             for index, derive in segment.derives:

@@ -52,11 +52,11 @@ class Stepping:
         self._torn: str | None = None
 
     def ready(self, *, to_restore: bool = False) -> None:
-        """Check that the plane may be used now, and notice a state that was changed behind its back.
+        """Check that the plane may be used now, and detect a state that was changed outside the plane.
 
         Raises:
-            InvalidConfig: it is in the middle of a step (a phase calls it, or another thread).
-            TornState: a step failed half way under the torn guard, and this is not to restore.
+            InvalidConfig: a step is being made (called from a phase, or from another thread).
+            TornState: a step failed half way under the torn guard, and ``to_restore`` is false.
         """
         self.runtime.refuse_in_step()
         if self._torn is not None and not to_restore:
@@ -65,7 +65,7 @@ class Stepping:
             self.values = {}
 
     def replace(self, store: DeviceSoaStore, step_index: int) -> None:
-        """Replace the state by one that is whole, as after a restore."""
+        """Replace the state by a complete one, as after a restore."""
         self.bindings.replace(store, step_index)
         self.replay.restored(step_index)
         self.values = {}
@@ -82,15 +82,15 @@ class Stepping:
 
             advance    every phase, on every partition of every rank, beside the current state
             observe    reductions of checks and outputs, of the new state
-            check      the model's promises
+            check      the model's checks
             prove      the fingerprint of the new state, verified against the expected one
             commit     swap the columns that were written, count the step, record the fingerprint
 
-        Whatever fails before the last line has changed nothing (under the torn guard: the state is torn, and
-        only a restore is accepted).
+        A failure before the commit has changed nothing (under the torn guard: the state is torn, and only a
+        restore is accepted).
 
         Raises:
-            EngineControlPlaneError: what failed; the same on every rank.
+            EngineControlPlaneError: a part of the step failed; the same on every rank.
         """
         self.runtime.begin_steps(repeat)  # not a context manager: one costs a tenth of an empty step
         try:
@@ -121,7 +121,7 @@ class Stepping:
                 fingerprint, sums = None, self.proof.sums_without(stepper.work.program.written)
             if not self.bindings.up_to_date():
                 raise InvalidConfig("a phase replaced the state of the runtime that runs it")
-        except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised typed)
+        except BaseException as error:  # noqa: BLE001 (any error is raised typed)
             typed = self._typed(kind, error, before, phase_base)
             if not self.config.guard.two_sided:
                 self._torn = f"step {before} failed half way: {message_of(typed)}"
@@ -136,7 +136,7 @@ class Stepping:
         return report, fingerprint
 
     def steps_between(self, most: int) -> int:
-        """Return how many steps, from one to ``most``, lead to the next state that somebody wants to see."""
+        """Return the number of steps, 1 to ``most``, to the next state to be proved, checked or observed."""
         before, model = self.runtime.step_index, self.bindings.model
         for count in range(1, most):
             step = before + count
@@ -145,7 +145,7 @@ class Stepping:
         return max(1, most)
 
     def _observe_and_check(self, model: BoundModel, stepper: Stepper, report: StepReport, step: int) -> None:
-        """Make the due observations, and raise CheckFailed on all ranks if a due check fails on one."""
+        """Make the observations that are due; raise CheckFailed on all ranks if a due check fails on one."""
         if model.observes_at(step):
             stepper.observe(step, report.values, committed=False)
         due = [check for check in model.checks if step % check.every == 0]
@@ -158,7 +158,7 @@ class Stepping:
                 holds, why = bool(check.fn(context)), "it is false"
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # noqa: BLE001 (a check is somebody else's code)
+            except BaseException as error:  # noqa: BLE001 (a check is user code)
                 holds, why = False, message_of(error)
             if not holds:
                 failure = CheckFailed(check.name, f"{why} after step {step - 1}", step=step - 1)
@@ -182,7 +182,7 @@ class Stepping:
         return error.add_facts(step=step) if isinstance(error, RustsimError) else error
 
     def _with_workers(self, error: RustsimError) -> RustsimError:
-        """Tell failures of partitions, as many as there are, which worker ran them."""
+        """Add to each failure of a partition the label of its worker."""
         workers = {one.partition_id: one.worker for one in self.config.partition_plan.assignments}
         for failure in (error, *error.others):
             if isinstance(failure, RustsimError) and isinstance(failure.partition, PartitionId):

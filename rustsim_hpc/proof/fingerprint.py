@@ -1,9 +1,9 @@
 """The fingerprint of a state: one 64-bit value after a step, by FNV-1a (a chain) or by the digest (a sum).
 
-`fnv1a` hashes the whole state byte after byte, so its value needs the rows in order. `digest` is a sum over
+`fnv1a` hashes the whole state byte by byte, so its value needs the rows in order. `digest` is a sum over
 rows mod 2^64, one for each column and one for the ids: partitions and ranks add up their own rows in any
-order. Both are defined, with test vectors and with what they can miss, in docs/fingerprints.md. Numba is
-loaded when the first one is computed.
+order. docs/fingerprints.md defines both, with test vectors and the differences that each can miss. Numba is
+loaded when the first fingerprint is computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _KEY_TAG = int.from_bytes(b"digest:K", "big")
 _MULTIPLIER_TAG = int.from_bytes(b"digest:M", "big")
-# From here on hashing in pieces, which is faster, is worth the second that loading or compiling it takes.
+# From this size on, hashing in parallel pieces is worth the second that loading or compiling it takes.
 _PARALLEL_BYTES = 1 << 20
 _IDS_AT_ONCE = 1 << 17
 _PLAIN = frozenset(np.dtype(name) for name in DTYPES)
@@ -56,10 +56,10 @@ def check_scheme(scheme: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayFingerprint:
-    """The value of a state after a step: step_index, value (64 bits, unsigned), and the scheme that made it.
+    """The fingerprint of a state after a step: step_index, value (64 bits, unsigned), and scheme.
 
-    Fingerprints of one scheme are equal if step and value are. Comparing two schemes raises `SchemeMismatch`:
-    it says nothing about the states.
+    Fingerprints of one scheme are equal if step and value are. Comparing two schemes raises `SchemeMismatch`,
+    because it would say nothing about the states.
     """
 
     step_index: int
@@ -84,10 +84,10 @@ class ReplayFingerprint:
         return hex64(self.value)
 
     def require_scheme(self, scheme: str) -> None:
-        """Do nothing if this fingerprint is of `scheme`.
+        """Check that this fingerprint is of `scheme`.
 
         Raises:
-            SchemeMismatch: it is of another one.
+            SchemeMismatch: it is of another scheme.
         """
         if self.scheme != scheme:
             raise SchemeMismatch(
@@ -111,10 +111,10 @@ def hex64(value: int) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateView:
-    """What a fingerprint looks at: rows [row_offset, row_stop) of a state of `rows` rows. Nothing is copied.
+    """A view, without copies, of rows [row_offset, row_stop) of a state of `rows` rows.
 
     ids: uint64 (local_rows,), or None for the default ids, where row i has id i. columns: 1-D arrays
-    (local_rows,), in schema order. local_rows is needed only where neither says it.
+    (local_rows,), in schema order. local_rows is needed only if there are neither ids nor columns.
     """
 
     step_index: int
@@ -136,7 +136,7 @@ class StateView:
 
 
 class FingerprintedState(Protocol):
-    """A store or checkpoint that holds all rows: what `fingerprint_checkpoint` reads of it."""
+    """A store or checkpoint that holds all rows, as read by `fingerprint_checkpoint`."""
 
     @property
     def agent_count(self) -> int:
@@ -162,10 +162,11 @@ def fingerprint_checkpoint(
 
     Raises:
         InvalidConfig: the scheme is unknown.
-        ValueError: the step index does not fit 64 bits; TypeError where it is no whole number.
+        ValueError: the step index does not fit 64 bits.
+        TypeError: the step index is not a whole number.
     """
     step_index = _unsigned("step_index", step_index)
-    # Default ids of a partition's checkpoint start at its row_offset, its fingerprint's rows at 0.
+    # The rows of a partition's fingerprint start at 0, but its default ids at its row_offset.
     default = bool(getattr(state, "default_ids", False)) and getattr(state, "row_offset", 0) == 0
     view = StateView(
         step_index=step_index,
@@ -213,7 +214,7 @@ def fnv1a_bytes(state: int, data: bytes | AnyArray) -> int:
 
 
 def fnv1a_default_ids(state: int, start: int, stop: int) -> int:
-    """Return the FNV-1a state after the ids in [start, stop), eight bytes each, without an array of all."""
+    """Return the FNV-1a state after the ids in [start, stop), eight bytes each, a block at a time."""
     for first in range(start, stop, _IDS_AT_ONCE):
         state = fnv1a_bytes(state, np.arange(first, min(stop, first + _IDS_AT_ONCE), dtype=np.uint64))
     return state
@@ -234,11 +235,11 @@ def fnv1a_names(state: int, names: Sequence[str]) -> int:
     return fnv1a_bytes(state, b"".join(name.encode() + b"\xff" for name in names))
 
 
-# The digest: sums mod 2^64, so that any cut of the rows adds up to the same.
+# The digest: sums mod 2^64, so the result does not depend on how the rows are partitioned.
 
 
 def digest_column(column: AnyArray, row_offset: int, key_index: int) -> int:
-    """Return the digest's sum over a run of rows of one column.
+    """Return the digest's sum over contiguous rows of one column.
 
     column: 1-D, any column dtype. row_offset: global row of column[0]. key_index: 0 for the ids, i + 1 for
     column i.
@@ -250,7 +251,7 @@ def digest_column(column: AnyArray, row_offset: int, key_index: int) -> int:
 
 
 def _is_plain(column: AnyArray) -> bool:
-    """Return whether a column's bytes can be read as they lie in memory."""
+    """Return whether a column can be read without conversion: 1-D, contiguous, aligned, a column dtype."""
     flags = column.flags
     return column.ndim == 1 and column.dtype in _PLAIN and flags.c_contiguous and flags.aligned
 
@@ -258,7 +259,7 @@ def _is_plain(column: AnyArray) -> bool:
 @lru_cache(maxsize=512)
 def _digest_of(key_index: int, itemsize: int) -> tuple[Callable[..., int], NDArray[np.uint32], int]:
     """Return the compiled digest of a column, its keys and their address."""
-    with CLOCK.counting():  # loading Numba takes longer than many a proof
+    with CLOCK.counting():  # loading Numba can take longer than the proof
         from rustsim_hpc.kernels.digest_call import digest_function
 
         keys = digest_keys(key_index, itemsize)
@@ -288,7 +289,7 @@ def digest_value(
     column_values: Sequence[int],
     ids_value: int,
 ) -> int:
-    """Return the state's value: FNV-1a over a record of the columns' names, dtypes and sums over all rows."""
+    """Return the digest of a state: FNV-1a over a record of its columns' names, dtypes and sums."""
     record = _as_u64(DIGEST_VERSION, step_index, rows, len(names), ids_value)
     labels = _record_labels(tuple(names), tuple(dtypes))
     parts = (label + _PACK_U64(value) for label, value in zip(labels, column_values, strict=True))
@@ -297,7 +298,7 @@ def digest_value(
 
 @lru_cache(maxsize=64)
 def _record_labels(names: tuple[str, ...], dtypes: tuple[Any, ...]) -> tuple[bytes, ...]:
-    # Remembered because NumPy takes longer to name a dtype than the hash of the record takes.
+    # Cached because NumPy takes longer to name a dtype than the record takes to hash.
     return tuple(
         name.encode() + b"\xff" + np.dtype(dtype).name.encode() + b"\xff"
         for name, dtype in zip(names, dtypes, strict=True)
@@ -328,7 +329,7 @@ def block_multiplier(block: int, key_index: int, word: int) -> int:
 
 def _key_stream(seed: int) -> NDArray[np.uint32]:
     """Return the first 4096 distinct non-zero high halves of splitmix64's outputs from `seed`."""
-    # 64 spare candidates: of 4,096 draws from 2^32 a repeat is rare, and 64 are out of the question.
+    # 64 spare candidates: among 4,096 draws from 2^32 a repeat is rare, and 64 repeats are negligible.
     z = np.uint64(seed) + np.arange(1, BLOCK + 65, dtype=np.uint64) * np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,8 @@
 """Record and verify: the stream of fingerprints of a plane, and the stream that it is checked against.
 
-Pure values and decisions; `replay_log` keeps a stream in a file. The order in a step: `is_due`; compute the
-fingerprint of the state that is about to be committed; `check` it, which changes nothing, so that a step that
-does not verify can be undone; `accept` it with the step's commit.
+No I/O here; `replay_log` reads streams from files. The order in a step: `is_due`; compute the fingerprint of
+the state that is about to be committed; `check` it, which changes nothing, so that a step that does not
+verify can be undone; `accept` it with the step's commit.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NO_COLUMNS: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayEntry(ReplayFingerprint):
-    """A fingerprint with the digest's value of each column, "ids" first; none where they are not known.
+    """A fingerprint with the digest's value of each column, "ids" first; empty if they are not known.
 
-    Compares as a fingerprint: the columns only say where two values come from.
+    Compared like a fingerprint: the columns are not part of equality.
     """
 
     columns: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # The zero-argument form of super() does not find the class that slots=True makes anew.
+        # Zero-argument super() fails here, because slots=True creates a new class.
         ReplayFingerprint.__post_init__(self)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
@@ -43,14 +43,14 @@ class ReplayEntry(ReplayFingerprint):
 
 
 def columns_of(fingerprint: ReplayFingerprint) -> Mapping[str, int]:
-    """Return the values per column of an entry; of a bare fingerprint, none."""
+    """Return the values per column of an entry; empty for a plain fingerprint."""
     return fingerprint.columns if isinstance(fingerprint, ReplayEntry) else _NO_COLUMNS
 
 
 def differing_columns(expected: Mapping[str, int], actual: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the names whose values differ, in the order of `expected`; () where either knows no columns.
+    """Return the names whose values differ, in the order of `expected`; () if either is empty.
 
-    A column that only one of them has differs.
+    A column that only one of them has counts as different.
     """
     if not expected or not actual:
         return ()
@@ -62,8 +62,8 @@ def differing_columns(expected: Mapping[str, int], actual: Mapping[str, int]) ->
 class ReplayMode:
     """What a plane does with fingerprints: `off()`, `record()` or `verify(entries)`.
 
-    kind: which of them. expected: the stream to verify against, in step order. interval: fingerprints are
-    taken after steps whose absolute index is divisible by it.
+    kind: "off", "record" or "verify". expected: the stream to verify against, in step order. interval:
+    fingerprints are taken at step indices divisible by it.
     """
 
     kind: Literal["off", "record", "verify"] = "off"
@@ -104,7 +104,7 @@ class ReplayMode:
         return self.kind != "off" and step_index % self.interval == 0
 
     def require_scheme(self, scheme: str) -> None:
-        """Do nothing if all expected fingerprints are of `scheme`.
+        """Check that all expected fingerprints are of `scheme`.
 
         Raises:
             SchemeMismatch: one is not.
@@ -119,13 +119,13 @@ class VerifyCursor:
     __slots__ = ("_position", "expected")
 
     def __init__(self, expected: tuple[ReplayFingerprint, ...], step_index: int) -> None:
-        """Start at the first entry after `step_index`, the state's present step."""
+        """Start at the first entry after `step_index`, the state's current step."""
         self.expected = expected
         self.seek(step_index)
 
     @property
     def position(self) -> int:
-        """Index of the entry that comes next."""
+        """Index of the next entry."""
         return self._position
 
     def seek(self, step_index: int) -> None:
@@ -138,12 +138,12 @@ class VerifyCursor:
         self._position += 1
 
     def check(self, actual: ReplayFingerprint, columns: Mapping[str, int] = _NO_COLUMNS) -> None:
-        """Compare a fingerprint with the entry that comes next; nothing moves.
+        """Compare a fingerprint with the next entry, without moving the cursor.
 
         columns: the digest's values per column, for naming those that differ; not needed for a `ReplayEntry`.
 
         Raises:
-            ReplayExhausted: there is no such entry.
+            ReplayExhausted: there is no next entry.
             ReplayStepMismatch: it is of another step.
             SchemeMismatch: it is of another scheme.
             ReplayDivergence: it has another value; names the columns if both streams know them.
@@ -160,7 +160,7 @@ class VerifyCursor:
 
 
 class ReplayRecorder:
-    """A plane's replay: what was recorded so far and, when verifying, its place in the expected stream."""
+    """A plane's replay: the recorded fingerprints and, when verifying, the cursor in the expected stream."""
 
     def __init__(self, mode: ReplayMode, scheme: str, step_index: int) -> None:
         """Begin at a state's step.
@@ -188,7 +188,7 @@ class ReplayRecorder:
         return self.mode.is_due(step_index)
 
     def check(self, fingerprint: ReplayFingerprint, columns: Mapping[str, int] = _NO_COLUMNS) -> None:
-        """Verify a fingerprint that is not committed yet; changes nothing, and does nothing unless verifying.
+        """Verify a fingerprint before its commit; changes nothing. Does nothing unless verifying.
 
         Raises:
             EngineControlPlaneError: it does not verify, see `VerifyCursor.check`.
@@ -204,11 +204,11 @@ class ReplayRecorder:
             self._cursor.advance()
 
     def forget(self) -> None:
-        """Drop what was recorded, which somebody keeps elsewhere; the place in the expected stream stays."""
+        """Drop the recorded fingerprints, which are kept elsewhere; the cursor does not move."""
         self._entries = []
 
     def restored(self, step_index: int) -> None:
-        """Follow a restore that the caller asked for: drop what is after its step, verify from there on."""
+        """Adapt to a restore: drop the entries after `step_index`, and verify from there on."""
         self._entries = [entry for entry in self._entries if entry.step_index <= step_index]
         if self._cursor is not None:
             self._cursor.seek(step_index)

@@ -1,4 +1,4 @@
-"""The recorded stream as a file, `replay.jsonl`: what its lines are, reading it, and comparing two.
+"""The recorded stream as a file, `replay.jsonl`: its format, reading it, and comparing two.
 
 ::
 
@@ -9,9 +9,9 @@
     {"step": 2, …
 
 The header is one line, and each entry is one. An entry's `columns` are the digest's values per column
-(docs/fingerprints.md); `fnv1a` has none. A torn last line is what a kill leaves, and is not read. Any other
-line that is not exactly this is an error that names it; an entry of the digest proves itself, since its value
-follows from its columns. `replay_writer` writes logs.
+(docs/fingerprints.md); `fnv1a` has none. An incomplete last line, left by a killed process, is ignored. Any
+other line that does not have this format is an error that names the line. An entry of the digest with columns
+is verified, since its value follows from them. `replay_writer` writes logs.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _HEX64 = re.compile(r"0x[0-9a-f]{16}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayHeader:
-    """What a stream was recorded from.
+    """The run that a stream was recorded from.
 
-    scheme: of its fingerprints. job, model: identities, equal for the same job and the same model source.
-    agents: rows of the whole state. seed: of the run. interval: steps from one entry to the next. params: the
-    model's, resolved. columns: (name, dtype name) in schema order. notes: what limits the promise that other
-    runs have the same stream, such as a column phase that looks at a whole partition.
+    scheme: of the fingerprints. job, model: identities, equal for the same job and the same model source.
+    agents: rows of the whole state. seed: of the run. interval: steps between entries. params: the model's
+    resolved parameters. columns: (name, dtype name) in schema order. notes: reasons why other runs may have
+    another stream, such as a column phase that reads a whole partition.
 
     Raises:
-        ReplayLogError: a column is called "ids", which in a log means the rows' ids.
+        ReplayLogError: a column is named "ids", which in a log means the rows' ids.
     """
 
     scheme: str
@@ -105,10 +105,10 @@ class ReplayLog:
 
 @dataclass(frozen=True)
 class LogDifference:
-    """Where two logs first differ.
+    """The first difference of two logs.
 
-    step_index: after which step. expected, actual: the values; None where a log has no entry for the step.
-    columns: names of the values that differ ("ids" for the ids); () where the logs do not say.
+    step_index: index after the step. expected, actual: the values; None if a log has no entry for the step.
+    columns: names of the values that differ ("ids" for the ids); () if a log has no values per column.
     """
 
     step_index: int
@@ -123,10 +123,10 @@ class LogDifference:
 
 
 def read_replay_log(path: Path) -> ReplayLog:
-    """Read a log, also while it is being written; a torn last line is left out.
+    """Read a log, also while it is being written; an incomplete last line is ignored.
 
     Raises:
-        ReplayLogError: it cannot be read, or a whole line is not what it has to be; names the line.
+        ReplayLogError: it cannot be read, or a complete line is invalid; names the line.
     """
     try:
         lines = whole_lines(path)
@@ -137,7 +137,7 @@ def read_replay_log(path: Path) -> ReplayLog:
 
 
 def compare_logs(expected: ReplayLog, actual: ReplayLog) -> LogDifference | None:
-    """Return where two logs first differ, or None if they agree wherever both intervals have an entry.
+    """Return the first difference of two logs at steps that both intervals include, or None.
 
     Raises:
         SchemeMismatch: they are of different schemes.
@@ -161,7 +161,7 @@ def compare_logs(expected: ReplayLog, actual: ReplayLog) -> LogDifference | None
 
 
 def header_differences(expected: ReplayHeader, actual: ReplayHeader) -> tuple[str, ...]:
-    """Return one line for each thing in which two runs differ before their first step: the likely causes."""
+    """Return one line for each difference of two headers, the likely causes of a divergence."""
     found = [
         f"{name}: {getattr(expected, name)} against {getattr(actual, name)}"
         for name in ("scheme", "job", "model", "agents", "seed", "interval")
@@ -181,7 +181,7 @@ def header_differences(expected: ReplayHeader, actual: ReplayHeader) -> tuple[st
 
 
 def _parsed(path: Path, number: int, line: bytes | None, parse: Any) -> Any:
-    """Return `parse` of a line's JSON object; ValueError and its like become an error that names the line."""
+    """Return `parse` of a line's JSON object; a parse error becomes an error that names the line."""
     try:
         if line is None:
             raise ValueError("there is no complete header")
@@ -264,7 +264,7 @@ def _require_proof(entry: ReplayEntry, header: ReplayHeader) -> None:
 
 def _fact(facts: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
     value = facts.get(name, default)
-    if type(value) is not kind:  # bool is an int, and no number here
+    if type(value) is not kind:  # bool is a subclass of int, but not a number here
         raise ValueError(f"{name} is missing" if value is None else f"{name} is not of type {kind.__name__}")
     return value
 

@@ -1,4 +1,4 @@
-"""The writer of replay logs: appends entries, and cuts a log back for a restore or a resumed run."""
+"""The writer of replay logs: appends entries, and truncates a log for a restore or a resumed run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _NO_COLUMNS: Mapping[str, int] = {}
 
 
 class ReplayLogWriter:
-    """Appends the entries of one run to its log; one process has one."""
+    """Appends the entries of a run to its log; one process of a run has a writer."""
 
     def __init__(
         self, path: Path, header: ReplayHeader, *, resume_step: int | None = None, sync: bool = False
     ) -> None:
-        """Begin a log, or go on with the one that is there, cut back to `resume_step`.
+        """Create a log, or continue an existing one, truncated after `resume_step`.
 
-        sync: make each entry durable at once (slow), and not only when `sync` is called.
+        sync: make each entry durable at once (slow), not only when `sync` is called.
 
         Raises:
-            ReplayLogError: the log to go on with cannot be read, or is of another run; it is not touched.
+            ReplayLogError: the existing log cannot be read, or is of another run; it is unchanged.
             OutputError: the file cannot be written, or lacks entries from before `resume_step`.
         """
         self.path = path
@@ -35,7 +35,7 @@ class ReplayLogWriter:
         self._sync_each = sync
         self._last_step = -1
         self._file: AppendFile | None = None
-        # Formatted by hand: json.dumps of an entry would be a good part of a short step.
+        # Formatted without json.dumps, which would be a considerable part of a short step.
         self._keys = [(name, json.dumps(name, ensure_ascii=False)) for name in header.value_names]
         if resume_step is not None and path.exists():
             found = read_replay_log(path)
@@ -56,7 +56,7 @@ class ReplayLogWriter:
 
         Raises:
             ReplayLogError: the entry is of another scheme, out of order, or of other columns.
-            OutputError: it cannot be written; the log is as before.
+            OutputError: it cannot be written; the log is unchanged.
         """
         if self._file is None:
             raise OutputError(f"replay log {self.path} is closed", step=fingerprint.step_index)
@@ -70,11 +70,11 @@ class ReplayLogWriter:
         self._last_step = fingerprint.step_index
 
     def truncate_after(self, step_index: int) -> None:
-        """Drop the entries after a step, and whatever is torn, atomically: for a restore to that step.
+        """Drop the entries after a step, and an incomplete last line, atomically.
 
         Raises:
             ReplayLogError: the log cannot be read.
-            OutputError: it cannot be written; it is as before.
+            OutputError: it cannot be written; the log is unchanged.
         """
         kept = [e.step_index for e in read_replay_log(self.path).entries if e.step_index <= step_index]
         self.close()
@@ -86,7 +86,7 @@ class ReplayLogWriter:
         self._last_step = kept[-1] if kept else -1
 
     def sync(self) -> None:
-        """Make all entries durable: before a checkpoint is published, so that no log is behind it.
+        """Make all entries durable; called before a checkpoint is published, so that no log is behind it.
 
         Raises:
             OutputError: the disk fails.
@@ -127,7 +127,7 @@ class ReplayLogWriter:
         return f'{{"step": {step}, "value": "{fingerprint.value:#018x}"{tail}'.encode()
 
     def _require_no_gap(self, steps: list[int], resume_step: int) -> None:
-        """Refuse to go on with a stream that lacks steps: no checkpoint is ahead of its log."""
+        """Raise OutputError if entries up to `resume_step` are missing: no checkpoint is ahead of its log."""
         kept = [step for step in steps if step <= resume_step]
         due = range(kept[0], resume_step + 1, self.header.interval) if kept else range(0)
         if len(kept) < len(due):

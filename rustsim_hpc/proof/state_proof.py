@@ -1,4 +1,4 @@
-"""The fingerprint of a whole population from one rank's share of it, committed or not yet committed."""
+"""The fingerprint of the whole population, computed by all ranks from their rows, before or after commit."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Array = np.ndarray[Any, Any]
 class StateProof:
     """Fingerprints of one store under one scheme.
 
-    Under "digest" it remembers each column's sum over the whole population, so that a step has to add up only
-    the columns that it wrote, which its stages do while they are in cache.
+    Under "digest" it caches each column's sum over the whole population, so that a step adds up only the
+    columns that it wrote, which its stages do while the tiles are in cache.
 
     Args:
         store: this rank's state.
@@ -46,30 +46,30 @@ class StateProof:
         self._sums: list[int | None] = [None] * (1 + store.num_columns)
 
     def replace(self, store: DeviceSoaStore) -> None:
-        """Look at another store from now on."""
+        """Use another store from now on."""
         self._store = store
         self._dtypes = store.schema.dtypes
         self.forget()
 
     def sums_without(self, written: Sequence[int]) -> list[int | None]:
-        """Return the remembered sums except columns that a step wrote without adding them up."""
+        """Return the cached sums, with None for ``written``, columns that a step wrote without a sum."""
         if self._sums.count(None) == len(self._sums):
             return self._sums
         return [None if k and k - 1 in written else value for k, value in enumerate(self._sums)]
 
     def forget(self) -> None:
-        """Forget all sums: the state was replaced."""
+        """Drop all cached sums, as after the state was replaced."""
         self._sums = [None] * (1 + self._store.num_columns)
 
     def of_current(self, step_index: int, *, afresh: bool = False) -> ReplayFingerprint:
-        """Return the fingerprint of the current state (collective); ``afresh`` trusts no remembered sum."""
+        """Return the fingerprint of the current state (collective); ``afresh`` ignores cached sums."""
         if afresh:
             self.forget()
         sides = [0] * self._store.num_columns
         return self._fingerprint(step_index, sides, self._sums)
 
     def known(self, step_index: int) -> ReplayFingerprint | None:
-        """Return the fingerprint of the current state if nothing has to be read for it; not under "fnv1a"."""
+        """Return the fingerprint of the current state if all its sums are cached; None under "fnv1a"."""
         if self.scheme != "digest" or None in self._sums:
             return None
         return self.of_current(step_index)
@@ -77,11 +77,11 @@ class StateProof:
     def of_next(
         self, step_index: int, sides: Sequence[int], written: Sequence[int], digests: Array | None
     ) -> tuple[ReplayFingerprint, list[int | None]]:
-        """Return the fingerprint of a state that is not committed yet, and the sums to keep if it is.
+        """Return the fingerprint of a state that is not committed yet, and the sums to keep on commit.
 
         Args:
             step_index: index after the step.
-            sides: for each column the side that holds it.
+            sides: for each column, the side that holds it: 0 for the current one, 1 for the other.
             written: columns that the step wrote.
             digests: uint64 (columns,): their sums over the whole population, under "digest".
         """
@@ -91,15 +91,15 @@ class StateProof:
         return self._fingerprint(step_index, sides, sums, made=True), sums
 
     def keep(self, sums: list[int | None]) -> None:
-        """Remember the sums of the state that was just committed."""
+        """Cache the sums of the state that was just committed."""
         self._sums = sums
 
     def column_values(self) -> dict[str, int]:
-        """Return the known sums of the current state by name ("ids" for the ids)."""
+        """Return the cached sums of the current state by name ("ids" for the ids)."""
         return self.named(self._sums)
 
     def named(self, sums: list[int | None]) -> dict[str, int]:
-        """Return sums by name, those that are known; none of them under another scheme than the digest."""
+        """Return the known sums by name; empty unless the scheme is the digest."""
         if self.scheme != "digest":
             return {}
         names = ("ids", *self._store.column_names)
@@ -108,7 +108,7 @@ class StateProof:
     def _fingerprint(
         self, step_index: int, sides: Sequence[int], sums: list[int | None], *, made: bool = False
     ) -> ReplayFingerprint:
-        """Return a fingerprint of what stands on ``sides``; ``made``: it is not committed yet."""
+        """Return the fingerprint of the columns on ``sides``; ``made``: they are not committed yet."""
         if self.scheme == "digest":
             value = self._digest(step_index, sides, sums)
         else:
@@ -149,7 +149,7 @@ class StateProof:
         failures: list[RustsimError] = []
 
         def carry_on(column: int, state: int) -> int:
-            # What a step has made is hashed where it is: at a keeper, if there is one.
+            # Uncommitted columns are hashed where they are held: by the keeper, if there is one.
             keeper = store.memory.keeper if made else None
             try:
                 if keeper is not None:

@@ -1,4 +1,4 @@
-"""What the ranks of a team have to agree on: that nobody failed, and that all run the same thing."""
+"""Agreement of the ranks of a team: that no rank failed, and that all have the same job and code."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 def agree(team: Team, error: Exception | None) -> None:
-    """Tell all ranks whether one of them failed, and if so raise one and the same error on all.
+    """Raise the same error on all ranks if one of them failed. Collective.
 
-    The error of the first rank that has one is raised, with rank and host filled in and those of other
-    ranks in its `others`; what is not a `RustsimError` travels as a `TeamError` with its text. One small
-    allreduce when all is well.
+    The error of the first failed rank is raised, with rank and host filled in and the errors of other ranks
+    in its `others`; one that is not a `RustsimError` is sent as a `TeamError` with its text. Without a
+    failure it is one small allreduce.
 
     Raises:
         RustsimError: the first failure in rank order.
@@ -45,16 +45,16 @@ def agree(team: Team, error: Exception | None) -> None:
 
 
 def on_all(team: Team, make: Callable[[], T]) -> T:
-    """Return `make()`, which every rank calls; if it raises on one rank, the same error is raised on all.
+    """Return `make()`, called on every rank; if it raises on one rank, the same error is raised on all.
 
     Raises:
-        RustsimError: what `make` raised on the first rank where it did.
+        RustsimError: the error of the first rank on which `make` raised.
     """
     failure: Exception | None = None
     made: list[T] = []
     try:
         made.append(make())
-    except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks have to hear of it)
+    except Exception as error:  # noqa: BLE001 (any error must reach the other ranks)
         failure = error
     agree(team, failure)
     return made[0]
@@ -67,9 +67,9 @@ def _portable(error: Exception) -> RustsimError:
         wrapped.__cause__ = error
         return wrapped
     try:
-        # Both ways: what arrives but cannot be read would leave the other ranks without an answer.
+        # A round trip: an error that cannot be unpickled would leave the other ranks without an answer.
         pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
-    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be reported)
+    except Exception:  # noqa: BLE001 (an error that cannot be pickled must still be reported)
         return TeamError(message=text)
     return error
 
@@ -78,7 +78,7 @@ def agree_hash(team: Team, name: str, digest: str) -> None:
     """Check that all ranks have the same `digest` of `name` ("job file", "model source", "package version").
 
     Raises:
-        LauncherError: they differ: the same error on all ranks, naming those that are not as rank 0.
+        LauncherError: they differ; raised on all ranks, naming the ranks that differ from rank 0.
     """
     expected = team.bcast(digest)
     if not team.sum_int64(np.array([digest != expected], np.int64))[0]:

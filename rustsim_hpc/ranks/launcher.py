@@ -1,6 +1,6 @@
-"""Which launcher started this process, as its environment tells: mpirun, srun, or none.
+"""The launcher that started this process, found from its environment: mpirun, srun, or none.
 
-Decided from the environment alone: asking MPI would initialise it.
+Only the environment is read: asking MPI would initialise it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
     "why_not_shared",
 ]
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where MPI has its own memory and its shared windows)
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (MPI's shared memory and windows are there)
 START_SECONDS = 600.0
-"""What the start of MPI may take: a rank that never comes is waited for without an end otherwise."""
+"""Time limit for the start of MPI, which would wait forever for a rank that never starts."""
 
 _BYTES_A_RANK = 1 << 20
-"""What MPI takes there for a rank before the first message: MPICH 5 was seen to need a little more."""
+"""What MPI allocates there per rank before the first message; MPICH 5 was seen to need a little more."""
 
 _INSTALL_HINT = (
     'on a laptop: pip install "rustsim-hpc[mpi]" (brings MPICH, its mpirun then lies beside python); '
@@ -48,15 +48,15 @@ _MPIRUN_HINT = (
     "use the mpirun of the MPI that mpi4py loads; with srun, --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
 )
 
-# Slurm numbers a batch script, an interactive shell and its other helpers as steps from here up.
+# Slurm uses step numbers from here up for batch scripts, interactive shells and other special steps.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """The program that started this process: its name, how many ranks it started, which one this is.
+    """The program that started this process: its name, the number of ranks, and this rank.
 
-    variable: the environment variable that `size` comes from.
+    variable: the environment variable that `size` was read from.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Launcher:
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launcher | None:
-    """Return the launcher that `environ` tells of, None if this process was started on its own.
+    """Return the launcher found in `environ`, or None if the process was started without one.
 
     A batch script or an interactive shell of Slurm is not a rank: only a real `srun` step counts, and an
-    mpirun inside of one counts before it.
+    mpirun inside of one takes precedence.
 
     Raises:
-        LauncherError: a variable of a launcher holds no sensible number.
+        LauncherError: a variable of a launcher is not a number.
     """
     for name, size, rank in (
         ("mpirun (PMI)", "PMI_SIZE", "PMI_RANK"),
@@ -89,13 +89,13 @@ def detect_launcher(environ: Mapping[str, str]) -> Launcher | None:
 
 
 def check_shared_memory(environ: Mapping[str, str]) -> None:
-    """Check before MPI starts that /dev/shm has room, on the first rank of a machine for all of its ranks.
+    """Check before MPI starts that /dev/shm has enough space.
 
-    Where it has not, MPI ends the job with a bus error, which nothing can catch. The other ranks may see
-    what some have taken already; each asks for its own share only.
+    Without it, MPI ends the job with a bus error, which cannot be caught. The first rank of a machine checks
+    for all of its ranks. The others check for their own share only, since some may have allocated theirs.
 
     Raises:
-        LauncherError: it has not. Its `rank` is set for the first rank of a machine.
+        LauncherError: there is too little. Its `rank` is set only on the first rank of a machine.
     """
     for rank, size in (
         ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -116,13 +116,13 @@ def check_shared_memory(environ: Mapping[str, str]) -> None:
 
 
 def why_not_shared(array: NDArray[Any] | None) -> str | None:
-    """Return why an array cannot be shared by the ranks of this machine, None if it can."""
+    """Return why an array cannot be shared by the ranks of this machine, or None if it can."""
     if array is None:
         return "the first rank of each machine must bring the array that is shared on it"
     if array.dtype.hasobject:
         return f"an array of dtype {array.dtype} cannot be shared between processes"
     if SHARED_MEMORY.is_dir():
-        # A full /dev/shm shows as a bus error on the first write, which nothing can catch.
+        # With a full /dev/shm the first write is a bus error, which cannot be caught.
         room = os.statvfs(SHARED_MEMORY)
         if array.nbytes > room.f_bavail * room.f_frsize:
             return f"{SHARED_MEMORY} has no room for a shared table of {array.nbytes} bytes"
@@ -130,7 +130,7 @@ def why_not_shared(array: NDArray[Any] | None) -> str | None:
 
 
 def crossed(launcher: Launcher, found: str) -> LauncherError:
-    """Return the error of a launcher and an MPI library that do not belong together."""
+    """Return the error of a launcher and an MPI library of different MPI implementations."""
     text = f" ({launcher.variable}), but {found}: launcher and library belong to different MPIs"
     return _refused(launcher, text, _MPIRUN_HINT)
 
@@ -147,7 +147,7 @@ def _refused(launcher: Launcher, text: str, hint: str) -> LauncherError:
 
 @contextmanager
 def must_end(what: str, seconds: float = START_SECONDS) -> Iterator[None]:
-    """End this process with a line and exit code 3 if the block, which nothing interrupts, takes longer."""
+    """Write a line and exit with code 3 if the block, which cannot be interrupted, takes longer."""
 
     def give_up() -> None:
         sys.stderr.write(f"Error: {what} has not ended in {seconds:g} s on {socket.gethostname()}\n")

@@ -1,13 +1,13 @@
-"""How the ranks of a job leave it together, with one exit code, when one of them cannot go on.
+"""End all ranks of a job together, with one exit code, when one of them cannot go on.
 
-A rank that gets stuck, or meets what the others know nothing of, cannot tell them by MPI: they wait in a
-collective. So it leaves a mark in a file; the watchdogs of the others look there, mark themselves, and when
-all have, all leave. A launcher that saw one rank go first would kill the others, and end with their code.
+A rank that is stuck or fails alone cannot tell the others by MPI: they wait in a collective. It therefore
+writes a mark to a file. The watchdogs of the other ranks poll the file and mark their ranks; once all are
+marked, all exit. If one rank exited first, the launcher would kill the others and return their exit code.
 
-The file has a byte for each rank, its exit code, and a second one that says that this rank has seen all the
-others' first: one that is stopped after its own would be waited for by the launcher for ever, once the others
-have left in good order. The file lies in this machine's temporary folder, and from the moment that there is
-one in the run's folder too, where ranks of other machines see it.
+The file has two bytes for each rank. The first is its exit code. It writes the second after it has seen the
+first of all ranks: a rank that is stopped after writing its first would keep the launcher waiting forever if
+the others had exited in good order. The file is in this machine's temporary folder and, as soon as there is
+a run folder, also there, where ranks on other machines see it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NoReturn
 from rustsim_hpc.files import TEMPORARY_SUFFIX
 
 GRACE = 6.0
-"""Seconds that a rank which has to leave waits for the others to have heard of it."""
+"""Seconds that a rank which has to exit waits for the marks of the others."""
 
 _LATER = 1.0
 _PAUSE = 0.02
@@ -33,12 +33,12 @@ _FIRST, _SECOND = 0, 1
 
 
 class Leaving:
-    """One rank's part in leaving together.
+    """One rank's part in ending all ranks together.
 
     Args:
-        rank, size: of the ranks.
-        key: what tells this job's marks from those of others; the same on all ranks.
-        grace: as `GRACE`.
+        rank, size: this rank and the number of ranks.
+        key: identifies this job's marks; the same on all ranks.
+        grace: seconds to wait, see `GRACE`.
     """
 
     def __init__(self, rank: int, size: int, key: str, grace: float = GRACE) -> None:
@@ -48,18 +48,18 @@ class Leaving:
         self._descriptors: list[int] = []
 
     def move(self, folder: Path) -> None:
-        """Use a folder that all ranks see, too."""
+        """Also use a folder that all ranks can see."""
         self._places.append(folder / self._name)
 
     def heard(self) -> int | None:
-        """Return the exit code of a rank that wants to leave, None if there is none."""
+        """Return the exit code of the first rank that has marked itself, or None if there is none."""
         return next((code for code in self._marks() if code), None)
 
     def together(self, code: int) -> bool:
-        """Mark this rank, twice; return whether all are marked within the time of grace.
+        """Mark this rank, twice; return whether all ranks are marked within the grace period.
 
-        What it returns False for, others have to be ended by the launcher. The caller then leaves the
-        process at once in any case, by way of `goodbye` where all are marked.
+        If False, the launcher has to end the other ranks. The caller must exit at once in either case, after
+        `goodbye` if True.
         """
         self._mark(code)
         stage = _FIRST
@@ -69,7 +69,7 @@ class Leaving:
             self._mark_again(code)
             everybody = self._wait_for_all(stage)
         if not everybody and self._first_marked(stage) == self._rank:
-            # The last of those that leave is the one that makes the launcher kill the rest.
+            # The last rank to exit is the one that makes the launcher kill the rest.
             time.sleep(_LATER)
         elif not everybody:
             goodbye()
@@ -79,7 +79,7 @@ class Leaving:
         return everybody
 
     def leave(self, code: int) -> NoReturn:
-        """Leave the process with an exit code, together with all other ranks where they hear of it."""
+        """Exit with a code, together with all other ranks if they mark themselves in time."""
         if self.together(code):
             goodbye()
         os._exit(code)
@@ -88,12 +88,12 @@ class Leaving:
         for place in self._places:
             with suppress(OSError):
                 descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                # Left open: another rank may take the name away before this one has seen everybody.
+                # Kept open: another rank may remove the name before this one has seen all marks.
                 os.pwrite(descriptor, bytes([code]), self._rank)
                 self._descriptors.append(descriptor)
 
     def _mark_again(self, code: int) -> None:
-        # By the descriptors only: a name that is gone must not come back.
+        # Only through the open descriptors: a file that was removed must not be created again.
         for descriptor in self._descriptors:
             with suppress(OSError):
                 os.pwrite(descriptor, bytes([code]), _SECOND * self._size + self._rank)
@@ -108,7 +108,7 @@ class Leaving:
         return next((rank for rank, code in enumerate(self._marks(stage)) if code), self._rank)
 
     def _marks(self, stage: int = _FIRST) -> list[int]:
-        """Return each rank's exit code, 0 of those that have not marked themselves in a stage."""
+        """Return each rank's exit code, 0 for ranks without a mark of this stage."""
         marks, start = [0] * self._size, stage * self._size
         for text in [*map(self._at, self._descriptors), *map(_content, self._places)]:
             for rank, code in enumerate(text[start : start + self._size]):
@@ -134,11 +134,11 @@ def last_words(message: str) -> None:
 
 
 def goodbye(environ: Mapping[str, str] | None = None) -> None:
-    """Tell MPICH's mpirun that this rank ends in good order, as MPI_Finalize would in its last words.
+    """Tell MPICH's mpirun that this rank ends in good order, as MPI_Finalize does at its end.
 
-    It kills all ranks as soon as one is gone without that, and adds up their codes to 9. Only the main thread
-    may call MPI, and it is stuck; but these are two lines of PMI-1 on a pipe that nobody else uses now.
-    Slurm, which speaks another version there, does not set ``MPI_LOCALRANKID``.
+    Otherwise mpirun kills all ranks as soon as one exits, and combines their codes to 9. Only the main thread
+    may call MPI, and it is stuck; but this is one PMI-1 request and its reply, on a pipe that is not in use.
+    Slurm uses another version of PMI on ``PMI_FD``, and does not set ``MPI_LOCALRANKID``.
     """
     environ = os.environ if environ is None else environ
     with suppress(KeyError, ValueError, OSError):

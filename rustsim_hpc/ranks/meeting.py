@@ -1,6 +1,7 @@
-"""Where the ranks meet at the end of a segment: agree that all went well, add up reductions and digests.
+"""The meeting of the ranks at the end of a segment: agree on success, add up reductions and digests.
 
-One small collective, of integers only, so that no order matters. A rank without rows joins with empty states.
+One small collective, of integers only, so the order does not matter. A rank without rows takes part with
+empty states.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Meeting:
 
     Args:
         work: the program and this rank's state.
-        board: what this rank's partitions report.
+        board: where this rank's partitions report.
         team: the ranks.
 
     Attributes:
-        vote: returns the number that this rank brings to a meeting, when it is held; None for 0. ``votes`` is
-            the sum over ranks at the last one.
+        vote: called at each meeting for this rank's number; None for 0.
+        votes: the sum of these numbers over ranks at the last meeting.
     """
 
     def __init__(self, work: Work, board: Board, team: Team) -> None:
@@ -65,7 +66,8 @@ class Meeting:
         """Agree on success and finish the segment's reductions into ``frame.values``.
 
         Returns:
-            The columns' digests over the whole population, uint64 (columns,), if asked for.
+            The columns' digests over the whole population, uint64 (columns,), or None without
+            ``with_digests``.
 
         Raises:
             StepFailed: a phase failed on some rank; the same on every rank.
@@ -97,7 +99,7 @@ class Meeting:
         return total[place:].view(np.uint64) if with_digests else None
 
     def _agree(self, failures: list[PhaseFailure]) -> None:
-        """Say how many have failed, and the vote; nothing else."""
+        """Exchange only the number of failures and the vote."""
         said = self._said
         said[0], said[1] = len(failures), self._vote()
         self._team.sum_int64(self._numbers)
@@ -123,24 +125,24 @@ class Meeting:
     # -- dtypes of reduced values, known once a stage is compiled somewhere --------------------------
 
     def _codes(self, slots: tuple[int, ...]) -> Array:
-        """Return (code, 1) for each slot whose dtype is new, (0, 0) if this rank has no partition."""
+        """Return (code, 1) for each slot whose dtype is not known yet, (0, 0) without partitions."""
         new = [slot for slot in slots if slot not in self._dtypes]
         here = 1 if self._work.tasks else 0
         pairs = [(int(self._board.codes[0, slot]), 1) if here else (0, 0) for slot in new]
         return np.array(pairs, np.int64).reshape(-1)
 
     def _learn(self, slots: tuple[int, ...], totals: Array) -> int:
-        """Take the new slots' dtypes from the summed pairs; return how many numbers were read."""
+        """Set the new slots' dtypes from the summed pairs; return how many numbers were read."""
         new = [slot for slot in slots if slot not in self._dtypes]
         for k, slot in enumerate(new):
-            # Every rank that has partitions compiled the same source, so all brought the same code.
+            # Every rank that has partitions compiled the same source, so all sent the same code.
             self._dtypes[slot] = DTYPES[int(totals[2 * k]) // int(totals[2 * k + 1])]
         return 2 * len(new)
 
     # -- states --------------------------------------------------------------------------------------
 
     def _rank_state(self, slot: int) -> Array:
-        """Return one state for those of this rank's partitions (of full width until the dtype is known)."""
+        """Return the merged state of this rank's partitions, of full width until the dtype is known."""
         reduction, bins = self._work.program.reductions[slot], self._work.bins[slot]
         dtype = self._dtypes.get(slot)
         if not self._work.tasks:
@@ -171,7 +173,7 @@ class Meeting:
             frame.values[reduction.name] = value
 
     def _raise(self, failures: list[PhaseFailure]) -> None:
-        # In the plan's order, which is the ranks' too; ids may be numbered in any other way.
+        # In the order of the plan, which is also that of the ranks; partition ids may have another order.
         places = {task.assignment.partition_id: place for place, task in enumerate(self._work.tasks)}
         failures = sorted(failures, key=lambda failure: places.get(failure.partition, len(places)))
         mine = [replace(f, rank=self._team.rank, host=f.host or socket.gethostname()) for f in failures]

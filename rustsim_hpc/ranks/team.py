@@ -1,9 +1,9 @@
-"""The ranks of one run, and the few collectives that a control plane needs of them.
+"""The ranks of a run, and the few collectives that a control plane needs.
 
 `SoloTeam` is one process and imports no MPI. `MpiTeam` is MPI through mpi4py, which only this module
-imports, and only under a launcher. Every method of a team but `abort` is collective: all ranks call it, in
-one order. What goes wrong on one rank between two collectives is told to all by `agree`, so that nobody
-waits for a rank that left.
+imports, and only under a launcher. Every method of a team except `abort` and `mpi_info` is collective: all
+ranks call it, in the same order. A failure of one rank between two collectives is shared by `agree`, so that
+no rank waits for one that has left.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _NOT_OPEN_MPI = ("MPICH", "MVAPICH", "Intel")
 class Team(Protocol):
     """The ranks of a run: `rank` of `size` in all, `node_rank` of `node_size` on this machine, `host`.
 
-    waiting: whether this rank is in a collective at this moment, for a watchdog to see.
-    broken: whether a collective has failed here, so that the other ranks may be gone, or wait for ever.
-    leaving: how the ranks leave together when one cannot go on; None where they are no processes.
+    waiting: whether this rank is in a collective now; read by the watchdog.
+    broken: whether a collective has failed here, so that other ranks may have ended, or wait forever.
+    leaving: ends all ranks together when one cannot go on; None for a single rank.
     """
 
     rank: int
@@ -62,10 +62,10 @@ class Team(Protocol):
 
     @property
     def native(self) -> Any:
-        """The mpi4py communicator for a library that takes one (parallel HDF5), None without MPI."""
+        """The mpi4py communicator, for libraries that need one (parallel HDF5); None without MPI."""
 
     def mpi_info(self, hints: Mapping[str, str]) -> Any:
-        """Return hints as an mpi4py Info, for a library that takes `native`; None without MPI."""
+        """Return hints as an mpi4py Info, for libraries that need `native`; None without MPI."""
 
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add up `array` (int64, contiguous) over ranks element by element mod 2^64, in place; return it."""
@@ -92,29 +92,29 @@ class Team(Protocol):
         """Pass rank 0's `value` (uint64) along the ranks, each applying `fn`; return the last result on all.
 
         Raises:
-            TeamError: `fn` raised on another rank. Where it raised, that error comes out, when all have
-            heard.
+            TeamError: `fn` raised on another rank. On that rank its own error is raised, after all ranks
+            have been told.
         """
 
     def node_shared_array(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        """Return a read-only array that exists once a machine, filled from `array` of its node_rank 0.
+        """Return a read-only array that exists once per machine, filled from `array` of its node_rank 0.
 
-        The other ranks' `array` is not looked at. It lives until the process ends.
+        `array` of other ranks is ignored. The memory is kept until the process ends.
 
         Raises:
-            TeamError: it has no fixed-size dtype, or a machine has no room for it; on all ranks.
+            TeamError: `array` is missing or holds objects, or a machine has no room for it; on all ranks.
         """
 
     def abort(self, code: int, message: str) -> NoReturn:
-        """Write one line to standard error and end all ranks with exit status `code`. One rank may do so.
+        """Write one line to standard error and end all ranks with exit status `code`; not collective.
 
-        The launcher ends with `code` too where the others hear of it (a watchdog listens on each); else at
-        times with that of the ranks that it had to kill.
+        The launcher returns `code` too if the other ranks notice in time (their watchdogs poll for it);
+        otherwise possibly the status of the ranks that it had to kill.
         """
 
 
 class SoloTeam:
-    """One process that is the whole run."""
+    """A team of one process, without MPI."""
 
     rank = 0
     size = 1
@@ -132,7 +132,7 @@ class SoloTeam:
         """Return None."""
 
     def sum_int64(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `array` as it is."""
+        """Return `array` unchanged."""
         return array
 
     def gather(self, value: T) -> list[T] | None:
@@ -178,9 +178,8 @@ class SoloTeam:
 class MpiTeam:
     """The ranks of an MPI communicator.
 
-    It is duplicated, so that a model's own messages cannot meet the engine's. The process should leave
-    together with the others: MPI's finalisation at exit waits for them. A rank that has to leave alone
-    calls `abort`.
+    It is duplicated, so that a model's own messages cannot mix with the engine's. All processes should exit
+    together: MPI's finalisation at exit waits for all of them. A rank that has to exit alone calls `abort`.
     """
 
     def __init__(self, communicator: Any) -> None:
@@ -220,7 +219,7 @@ class MpiTeam:
         """Add up `array` over ranks mod 2^64, in place; return it."""
         self.waiting = True
         try:
-            # Unsigned: there overflow is defined. Count and type are said, which saves mpi4py asking the
+            # Unsigned, where overflow is defined. Passing count and type spares mpi4py from inspecting the
             # array.
             self._allreduce(self._in_place, (array, array.size, self._sum_type))
         except self._failure as error:
@@ -280,7 +279,7 @@ class MpiTeam:
         return int(link[0])
 
     def node_shared_array(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        """Return a read-only array that exists once a machine, filled by its rank with node_rank 0."""
+        """Return a read-only array that exists once per machine, filled by its rank with node_rank 0."""
         refusal = why_not_shared(array) if self.node_rank == 0 else None
         agree(self, None if refusal is None else TeamError(message=refusal))
         shape, dtype = self._collect(self._node.bcast, None if array is None else (array.shape, array.dtype))
@@ -326,10 +325,11 @@ class MpiTeam:
 def open_team(environ: Mapping[str, str] | None = None) -> Team:
     """Return the team of this process: `MpiTeam` under a launcher, else `SoloTeam`, without any MPI.
 
-    environ: in place of `os.environ`. A single task of srun needs no MPI and is a `SoloTeam`.
+    environ: replaces `os.environ`. A single task of srun needs no MPI and is a `SoloTeam`.
 
     Raises:
-        LauncherError: there is no mpi4py or no MPI library, or MPI and the launcher count different ranks.
+        LauncherError: no mpi4py or MPI library, launcher and MPI do not belong together or differ in the
+            number of ranks, or /dev/shm is too small.
     """
     environ = os.environ if environ is None else environ
     launcher = detect_launcher(environ)
@@ -338,17 +338,17 @@ def open_team(environ: Mapping[str, str] | None = None) -> Team:
     mpi = _import_mpi(launcher)
     library = _library(mpi)
     if "Open MPI" in launcher.name and library.startswith(_NOT_OPEN_MPI):
-        # Asked to start, this one would end the process.
+        # Initialising this library would end the process.
         raise crossed(launcher, f"the MPI library here is {library}")
     if not mpi.Is_initialized():
         try:
             check_shared_memory(environ)
         except LauncherError as error:
             if error.rank:
-                # Rank 0, which speaks, may be on another machine and know nothing of it.
+                # Rank 0, which reports errors, may be on another machine, where the check passes.
                 last_words(f"{error} (on {error.host})")
             raise
-        # One thread calls MPI: the locks of a higher level cost a tenth of every collective.
+        # Only one thread calls MPI; the locks of a higher thread level cost a tenth of every collective.
         with must_end(f"the start of MPI ({launcher.size} ranks)"):
             mpi.Init_thread(mpi.THREAD_FUNNELED)
     world = mpi.COMM_WORLD
@@ -380,7 +380,7 @@ def _library(mpi: Any) -> str:
 
 
 def end_mpi(seconds: float) -> None:
-    """End MPI where it was started: its ranks wait for each other in that, but not for ever."""
+    """Finalise MPI if it was started; exit if the other ranks do not join within `seconds`."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         with must_end("the end of MPI", seconds):

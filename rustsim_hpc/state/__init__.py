@@ -1,1 +1,1 @@
-"""Columns and rows: what a state is, where it lies, how it is cut."""
+"""Columns and rows: the state, its memory, and its division into partitions."""

@@ -1,4 +1,4 @@
-"""Where the bytes of columns come from: private memory of this process, or memory that others can map."""
+"""Memory behind columns: private memory of this process, or shared memory that other processes can map."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Kind = Literal["heap", "shared"]
 
-_MAP_FIXED, _MADV_COLLAPSE = 0x10, 25  # of Linux; Python has no names for them
+_MAP_FIXED, _MADV_COLLAPSE = 0x10, 25  # Linux constants that Python does not define
 _PAGE = 4096
 _HUGE = 2 * 1024 * 1024
 _SMALL = 1024 * 1024
-# Streams whose addresses agree modulo 4096 wait for each other (the CPU compares the low 12 bits of loads and
-# stores); eight such streams took 1.5 times as long. 832 is 13 cache lines, and 13 is odd: the first 64
+# Streams whose addresses agree modulo 4096 stall each other (4K aliasing: the CPU compares the low 12 bits of
+# loads and stores); eight of them took 1.5 times as long. 832 is 13 cache lines, and 13 is odd: the first 64
 # buffers all start at different lines of their page.
 _STAGGER = 832
 
@@ -36,7 +36,7 @@ def _round_up(value: int, unit: int) -> int:
 
 
 class Buffers:
-    """The sizes of all buffers: column i on side s is number s * columns + i, the ids come last."""
+    """The sizes of all buffers: side s of column i is buffer s * columns + i, the ids come last."""
 
     def __init__(self, schema: Schema, rows: int, with_ids: bool) -> None:
         self.columns = len(schema)
@@ -46,11 +46,11 @@ class Buffers:
         self.with_ids = with_ids
 
     def side(self, number: int) -> int:
-        """Return the side on which a buffer lies (ids: side 0)."""
+        """Return the side that a buffer belongs to (ids: side 0)."""
         return 1 if self.columns <= number < 2 * self.columns else 0
 
     def shortage(self, number: int, kind: Kind, error: Exception) -> ColumnMemoryError:
-        """Return the error for a buffer that cannot be had."""
+        """Return the error for a buffer that cannot be allocated."""
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         side = " (second buffer)" if self.side(number) else ""
         return ColumnMemoryError(
@@ -60,19 +60,19 @@ class Buffers:
 
 
 class Backing(Protocol):
-    """Where the bytes come from."""
+    """A source of buffers."""
 
     parity: Array
 
     def buffer(self, number: int) -> Array:
-        """Return a buffer's bytes, allocated now; the same ones at each call."""
+        """Return a buffer's bytes, allocated at the first call; the same memory at each call."""
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
 
 
 class Heap:
-    """Private memory of this process, each buffer allocated by itself."""
+    """Private memory of this process, each buffer allocated separately."""
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
@@ -97,21 +97,21 @@ class Heap:
         raw = np.frombuffer(area, np.uint8)
         start = -raw.ctypes.data % _HUGE
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Only where the buffer lies: a huge page over the spare tail would be memory for nothing.
+            # Only for the buffer: a huge page over the unused tail would waste memory.
             with contextlib.suppress(OSError):
                 area.madvise(mmap.MADV_HUGEPAGE, start, _round_up(stagger + size, mmap.PAGESIZE))
         return raw[start + stagger : start + stagger + size]
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._made.clear()
 
 
 class Shared:
-    """One anonymous file a side, mapped whole; nothing has a name, so nothing can be left behind.
+    """One anonymous file per side, mapped whole; without names, no files can be left behind.
 
-    Side 0 begins with a page that holds the parities and ends with the ids. A buffer's pages are claimed
-    before it is first touched: a machine that is out of memory then answers with an error, not with SIGBUS.
+    Side 0 begins with a page that holds the parities and ends with the ids. A buffer's pages are reserved
+    before its first use, so that a lack of memory is an error and not a SIGBUS.
     """
 
     def __init__(self, buffers: Buffers, fds: tuple[int, int] | None, writable: bool) -> None:
@@ -121,7 +121,7 @@ class Shared:
         self._heading = _round_up(max(buffers.columns, 1), mmap.PAGESIZE)
         self._offsets, self._totals = self._arrange()
         self.fds = self._create() if fds is None else fds
-        # A store that is dropped without being closed must not keep its files, which are the memory itself.
+        # A store that is dropped without being closed must release its files, which are the memory itself.
         self._close_fds = weakref.finalize(self, _close_files, self.fds)
         self._maps: dict[int, mmap.mmap] = {}
         self._begins: dict[int, int] = {}
@@ -143,16 +143,16 @@ class Shared:
         return self._bytes[side]
 
     def _map(self, side: int) -> tuple[mmap.mmap, int]:
-        """Map a side; return the map and where in it the file begins: at a multiple of a huge page.
+        """Map a side; return the map, and the offset in it where the file begins.
 
-        Only there a huge page of the file is one here.
+        The file is mapped at a multiple of the huge page size: only then can its huge pages be used.
         """
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if self._writable else 0)
         fd, total = self.fds[side], self._totals[side]
         if total < _HUGE or sys.platform != "linux":
             return mmap.mmap(fd, total, mmap.MAP_SHARED, protection), 0
-        # Room of this process, and the file put over a part of it: Python's own mmap takes no address. What
-        # is put there goes with the room.
+        # Reserve address space, then map the file over a part of it (MAP_FIXED): Python's mmap takes no
+        # address. Unmapping the reservation unmaps the file as well.
         kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         room = mmap.mmap(-1, total + _HUGE, kind, protection)
         address = np.frombuffer(room, np.uint8).ctypes.data
@@ -167,14 +167,14 @@ class Shared:
         return room, first
 
     def _make_huge(self, side: int, offset: int, size: int) -> None:
-        """Put the pages behind a buffer together to huge ones, where the kernel does so.
+        """Collapse the pages of a buffer into huge pages, where the kernel can.
 
-        It does not by itself for shared memory, and steps took 1.15 times as long with small ones.
+        For shared memory it does not do so by itself; with small pages, steps took 1.15 times as long.
         """
         start, stop = _round_up(offset, _HUGE), (offset + size) // _HUGE * _HUGE
         if start < stop and sys.platform == "linux":
             self._side(side)
-            with contextlib.suppress(OSError):  # a kernel before 6.1, or no huge page to be had
+            with contextlib.suppress(OSError):  # a kernel before 6.1, or no huge page is free
                 self._maps[side].madvise(_MADV_COLLAPSE, self._begins[side] + start, stop - start)
 
     def _shortage(self, side: int, error: Exception) -> ColumnMemoryError:
@@ -205,7 +205,7 @@ class Shared:
         return fds[0], fds[1]
 
     def buffer(self, number: int) -> Array:
-        """Return a buffer's bytes, mapped and claimed at the first call."""
+        """Return a buffer's bytes, mapped and reserved at the first call."""
         offset, size = self._offsets[number], self._buffers.sizes[number]
         side = self._buffers.side(number)
         if number not in self._claimed and self._writable and size:
@@ -218,18 +218,18 @@ class Shared:
         return self._side(side)[offset : offset + size]
 
     def close(self) -> None:
-        """Let go of the memory, and of the files where nobody else holds them."""
+        """Release the memory, and the files unless another process has them open."""
         self._bytes.clear()
         self.parity = np.zeros(0, np.uint8)
         for area in self._maps.values():
-            # Refused while views live; the mapping then goes when the last of them does.
+            # Fails while views exist; the mapping is then released with the last view.
             with contextlib.suppress(BufferError):
                 area.close()
         self._close_fds()
 
 
 def staggered_empty(size: int, number: int) -> Array:
-    """Return `size` bytes of private memory, uint8, placed in its page as the buffer of that number is."""
+    """Return `size` bytes of private memory, uint8, with the same offset in a page as buffer `number`."""
     raw = np.empty(size + _PAGE, np.uint8)
     start = (number * _STAGGER - raw.ctypes.data) % _PAGE
     return raw[start : start + size]
@@ -242,7 +242,7 @@ def _close_files(fds: tuple[int, ...]) -> None:
 
 
 def anonymous_file() -> int:
-    """Return a descriptor of a new, empty file in memory that has no name."""
+    """Return a descriptor of a new, empty, unnamed file in memory."""
     if hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):
             return os.memfd_create("rustsim-columns")
@@ -254,6 +254,6 @@ def anonymous_file() -> int:
 
 
 def claim(fd: int, offset: int, size: int) -> None:
-    """Make sure that there is memory behind a range of an anonymous file; raises OSError if there is not."""
+    """Reserve memory for a range of an anonymous file; raises OSError if there is not enough."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, offset, size)

@@ -1,4 +1,4 @@
-"""The state: the live store of a rank's columns, and the copy of it that a checkpoint holds."""
+"""The state: the store of a rank's current columns, and the copy of it that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 def same_bits(one: Array, other: Array) -> bool:
-    """Return whether two 1-D arrays have one dtype, one length and the same raw bits."""
+    """Return whether two 1-D arrays have the same dtype, length and raw bits."""
     if one is other:
         return True
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -30,16 +30,16 @@ def same_bits(one: Array, other: Array) -> bool:
 
 
 def _id_range(start: int, rows: int) -> Array:
-    # An arange of uint64 refuses bounds above 2**63, a sum does not.
+    # np.arange with dtype uint64 rejects bounds above 2**63; the sum does not.
     return np.arange(rows, dtype=np.uint64) + np.uint64(start)
 
 
 class _Ids:
-    """The `ids` of a checkpoint: the stored ones, or default ones made when asked for."""
+    """Descriptor of a checkpoint's `ids`: the stored ones, or default ones made at each access."""
 
     def __get__(self, checkpoint: DeviceSoaCheckpoint | None, owner: type | None = None) -> Array:
         if checkpoint is None:
-            # So that the dataclass sees a field without a default.
+            # So that dataclass() sees a field without a default.
             raise AttributeError("ids belong to a checkpoint")
         stored: Array | None = checkpoint.__dict__.get("ids")
         return _id_range(checkpoint.row_offset, checkpoint.rows) if stored is None else stored
@@ -52,21 +52,20 @@ class _Ids:
 class DeviceSoaCheckpoint:
     """The values of a range of rows at one moment.
 
-    It may be built by hand, from lists too (their dtypes are the schema's, or else NumPy's). Arrays are kept
-    as given, not copied, and not checked before `DeviceSoaStore.from_checkpoint`. Two checkpoints are equal
-    when names, schemas, dtypes, ids and all values agree bit by bit: a NaN equals the same NaN, -0.0 is not
-    0.0.
+    Columns may also be lists, converted to the schema's dtypes (without a schema, NumPy chooses). Arrays are
+    neither copied nor checked before `DeviceSoaStore.from_checkpoint`. Two checkpoints are equal if names,
+    schemas, dtypes, ids and all values agree bit by bit: a NaN equals the same NaN, -0.0 is not 0.0.
 
     Args:
         ids: uint64 (rows,); None for the default ids row_offset, row_offset + 1, ..., which take no memory.
         columns: 1-D arrays (rows,), in column order.
         column_names: their names.
-        schema: their schema; None for one of the names and dtypes alone.
+        schema: their schema; None to build one from the names and dtypes.
         row_offset: global row of the first row.
-        rows: number of rows, needed where there are neither ids nor columns to tell it.
+        rows: number of rows, required if there are neither ids nor columns.
 
     Raises:
-        DeviceSoaRestoreError: a list that cannot become an array, or columns that cannot have a schema.
+        DeviceSoaRestoreError: a list that cannot be converted, or columns that no schema can describe.
     """
 
     columns: tuple[Array, ...]
@@ -110,7 +109,7 @@ class DeviceSoaCheckpoint:
 
     @property
     def default_ids(self) -> bool:
-        """Whether ids are the default ones, and not stored."""
+        """Whether the ids are the default ones, which are not stored."""
         return "ids" not in self.__dict__
 
     @property
@@ -136,7 +135,7 @@ class DeviceSoaCheckpoint:
         """Return a copy of rows [start, stop).
 
         Raises:
-            PartitionCheckpointError: not a range of these rows.
+            PartitionCheckpointError: the range is not within the checkpoint's rows.
         """
         if not 0 <= start <= stop <= self.rows:
             raise PartitionCheckpointError(f"invalid checkpoint slice {start}..{stop} for {self.rows} rows")
@@ -174,12 +173,12 @@ class DeviceSoaCheckpoint:
 
 
 class DeviceSoaStore:
-    """The live columns of one rank, over a `ColumnMemory`.
+    """The current columns of one rank, in a `ColumnMemory`.
 
     Args:
-        memory: where the columns and the stored ids, if any, are.
+        memory: holds the columns, and the ids if they are stored.
         row_offset: global row of local row 0; default ids start there.
-        total_rows: rows of the whole population, all ranks together; by default it ends with this store.
+        total_rows: rows of the whole population; by default row_offset plus the rows of this store.
     """
 
     def __init__(self, memory: ColumnMemory, *, row_offset: int = 0, total_rows: int | None = None) -> None:
@@ -206,14 +205,14 @@ class DeviceSoaStore:
         Args:
             ids: uint64 (rows,) or integers that fit; None for row_offset, row_offset + 1, ...
             columns: name to 1-D array (rows,) of a dtype in `DTYPES`; the order is kept.
-            schema: units and meanings; names and dtypes must be the columns'.
+            schema: adds units and meanings; its names and dtypes must match the columns.
             kind: where the memory comes from, see `ColumnMemory`.
             row_offset: global row of row 0.
             total_rows: rows of the whole population.
 
         Raises:
-            InvalidConfig: anything that cannot be a store.
-            ColumnMemoryError: the memory cannot be had.
+            InvalidConfig: invalid ids, columns or schema, or rows outside the population.
+            ColumnMemoryError: the memory cannot be allocated.
         """
         try:
             named = dict(columns or {})
@@ -242,8 +241,8 @@ class DeviceSoaStore:
         """Build a store of copies of a checkpoint's columns.
 
         Raises:
-            DeviceSoaRestoreError: names, schema, dtypes, lengths or ids do not fit each other.
-            ColumnMemoryError: the memory cannot be had.
+            DeviceSoaRestoreError: names, schema, dtypes, lengths or ids are inconsistent.
+            ColumnMemoryError: the memory cannot be allocated.
         """
         if not isinstance(checkpoint, DeviceSoaCheckpoint):
             raise DeviceSoaRestoreError(f"expected a DeviceSoaCheckpoint, got {type(checkpoint).__name__}")
@@ -287,7 +286,7 @@ class DeviceSoaStore:
 
     @property
     def default_ids(self) -> bool:
-        """Whether ids are row_offset, row_offset + 1, ... and not stored."""
+        """Whether the ids are row_offset, row_offset + 1, ..., which are not stored."""
         return not self.memory.with_ids
 
     @property
@@ -300,7 +299,7 @@ class DeviceSoaStore:
 
     @property
     def columns(self) -> tuple[Array, ...]:
-        """The live columns, 1-D arrays (rows,); good until the next step swaps them."""
+        """The current columns, 1-D arrays (rows,); valid until the next step swaps them."""
         return tuple(self.memory.current(index) for index in range(self.num_columns))
 
     @property
@@ -309,11 +308,11 @@ class DeviceSoaStore:
         return self.memory.rows * (self.schema.row_bytes + (8 if self.memory.with_ids else 0))
 
     def column(self, index: int) -> Array:
-        """Return one live column by position."""
+        """Return one current column by position."""
         return self.memory.current(range(self.num_columns)[index])
 
     def checkpoint(self, start: int = 0, stop: int | None = None) -> DeviceSoaCheckpoint:
-        """Return an independent copy of this rank's rows [start, stop), all of them by default."""
+        """Return an independent copy of this rank's local rows [start, stop), all by default."""
         stored, rows = self.memory.ids, slice(start, self.memory.rows if stop is None else stop)
         return DeviceSoaCheckpoint(
             None if stored is None else stored[rows].copy(),
@@ -325,10 +324,10 @@ class DeviceSoaStore:
         )
 
     def move_to(self, kind: Kind) -> None:
-        """Move the columns to memory of another kind; arrays taken from here before are no longer the state.
+        """Move the columns to memory of another kind; arrays returned earlier no longer show the state.
 
         Raises:
-            ColumnMemoryError: the memory cannot be had; nothing has changed.
+            ColumnMemoryError: the memory cannot be allocated; nothing has changed.
         """
         old = self.memory
         if old.kind != kind:
@@ -336,7 +335,7 @@ class DeviceSoaStore:
             old.close()
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self.memory.close()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which CUDA devices this process sees, what they are, and why there are none."""
+"""The CUDA devices visible to this process, their properties, and why there are none."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rustsim_hpc.errors import DeviceError, message_of
 HOW_TO_INSTALL: Final = 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
 _DRIVER: Final = "libcuda.so.1"
 _MODULE_VERSION: Final = Path("/sys/module/nvidia/version")
-"""Where the kernel says which NVIDIA driver it has loaded."""
+"""The version of the loaded NVIDIA kernel module."""
 
 
 @lru_cache(maxsize=1)
 def _found() -> tuple[tuple[str, ...], str]:
-    """Return what tells the devices apart that CUDA shows to this process, and why there is none."""
+    """Return the UUIDs of the visible CUDA devices, and why there are none ("" if there are)."""
     if importlib.util.find_spec("cupy") is None:
         return (), HOW_TO_INSTALL
     try:
-        ctypes.CDLL(_DRIVER)  # at once, where loading CuPy takes a second
+        ctypes.CDLL(_DRIVER)  # immediate, while importing CuPy takes a second
     except OSError:
         return (), f"CUDA finds no device: there is no NVIDIA driver here ({_DRIVER})"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -34,16 +34,16 @@ def _found() -> tuple[tuple[str, ...], str]:
 
         runtime = cupy.cuda.runtime
         found = [runtime.getDeviceProperties(k)["uuid"] for k in range(runtime.getDeviceCount())]
-    except Exception as error:  # noqa: BLE001 (whatever CuPy or the driver says, there is no device then)
+    except Exception as error:  # noqa: BLE001 (after any error of CuPy or the driver there is no device)
         return (), f"CUDA finds no device{hidden}: {_one_line(error)}"
-    # A part of a device (MIG) is the only one that its process sees, and may have the UUID of the whole.
+    # A MIG instance is the only device that its process sees, and may report the UUID of the whole GPU.
     part = f" {visible}" if visible is not None and visible.startswith("MIG-") else ""
     names = tuple(bytes(uuid).hex() + part for uuid in found)
     return names, "" if found else f"CUDA finds no device{hidden}"
 
 
 def _one_line(error: Exception) -> str:
-    """Return what an exception says, in one line: of CuPy's page on a failed import what went wrong first."""
+    """Return an exception's message in one line: for CuPy's long text on a failed import, the first cause."""
     lines = [line.strip() for line in message_of(error).splitlines() if line.strip(" =")]
     if "Original error:" in lines[:-1]:
         return f"CuPy cannot be loaded: {lines[lines.index('Original error:') + 1]}"
@@ -51,15 +51,15 @@ def _one_line(error: Exception) -> str:
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Return what tells the devices apart that this process may use, by their numbers: their UUIDs.
+    """Return the UUIDs of the devices that this process may use, indexed by ordinal.
 
-    CUDA_VISIBLE_DEVICES, and what Slurm lets a task see, is already taken into account.
+    Restrictions by CUDA_VISIBLE_DEVICES or Slurm are already applied.
     """
     return _found()[0]
 
 
 def why_no_device(ordinal: int = 0) -> str:
-    """Return in one line why there is no device of this number, or "" if there is one."""
+    """Return in one line why there is no device of this ordinal, or "" if there is one."""
     found, problem = _found()
     if problem or ordinal < len(found):
         return problem
@@ -67,14 +67,14 @@ def why_no_device(ordinal: int = 0) -> str:
 
 
 def device_facts(ordinal: int) -> dict[str, Any]:
-    """Return what a run's record says of a device that is there, in JSON's types.
+    """Return the properties of a device for a run's record, as JSON types.
 
-    ``ordinal`` (among the devices that this process sees), ``name``, ``compute_capability``, ``uuid``,
-    ``pci_bus_id``, ``memory_bytes``, ``driver`` (NVIDIA's), ``cuda_driver`` and ``cuda_runtime`` (the
-    versions of CUDA that the driver serves and that CuPy has), ``cupy``.
+    ``ordinal`` (among the visible devices), ``name``, ``compute_capability``, ``uuid``, ``pci_bus_id``,
+    ``memory_bytes``, ``driver`` (NVIDIA's version), ``cuda_driver`` and ``cuda_runtime`` (the CUDA versions
+    of the driver and of CuPy's runtime), ``cupy``.
 
     Raises:
-        DeviceError: the driver does not tell.
+        DeviceError: the device cannot be queried.
     """
     import cupy
 

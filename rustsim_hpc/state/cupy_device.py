@@ -1,4 +1,4 @@
-"""The device that CuPy gives (see :class:`rustsim_hpc.state.device.Device`)."""
+"""A CUDA device through CuPy (see :class:`rustsim_hpc.state.device.Device`)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rustsim_hpc.state.schema import Schema
 Array = np.ndarray[Any, Any]
 
 _PINNED_BYTES: Final = 16 * 2**20
-"""Of each of two buffers."""
+"""The size of each of two staging buffers."""
 _SMALL_BYTES: Final = 2**15
 _SMALL_PIECES: Final = 64
-"""Small uploads have pieces of their own, so many that no stage waits for one of them."""
+"""Small uploads have separate staging buffers, enough that no stage waits for one."""
 _NO_MEMORY: Final = 2
 """cudaErrorMemoryAllocation."""
 _FOREIGN_PTX: Final = {
@@ -30,7 +30,7 @@ _FOREIGN_PTX: Final = {
     "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 }
-"""What a driver says of code from a compiler that it does not know."""
+"""Driver errors that mean the PTX is from a compiler that it does not support."""
 _HOW_TO_COMPILE: Final = (
     "CuPy compiles CUDA C with NVRTC and CUDA's headers: pip install nvidia-cuda-nvrtc-cu12 "
     "nvidia-cuda-runtime-cu12, or load a CUDA toolkit"
@@ -64,7 +64,7 @@ class CupyDevice:
 
         self._cupy: Any = cupy
         self.ordinal = ordinal
-        self.name = "unnamed"  # until it has said it
+        self.name = "unnamed"  # until queried
         self._device = cupy.cuda.Device(ordinal)
         with self._guard():
             facts = cupy.cuda.runtime.getDeviceProperties(ordinal)
@@ -80,15 +80,15 @@ class CupyDevice:
         return _Guard(self)
 
     def free_bytes(self) -> int:
-        """Return how much memory could be had now."""
+        """Return how many bytes of memory are free."""
         with self._guard():
             free, _ = self._cupy.cuda.runtime.memGetInfo()
             return int(free)
 
     def allocate(self, nbytes: int) -> _CupyBuffer:
-        """Return memory (see :class:`Device`), from no pool: what is asked for is what is taken.
+        """Allocate memory (see :class:`Device`) without a pool, so that exactly this much is taken.
 
-        What CuPy keeps for phases over arrays, and nobody uses now, is given back before that is refused.
+        If it fails, unused blocks of CuPy's pool, which array phases allocate from, are freed for a retry.
         """
         cuda = self._cupy.cuda
         try:
@@ -111,12 +111,12 @@ class CupyDevice:
         return (cuda.memory.OutOfMemoryError, cuda.runtime.CUDARuntimeError, MemoryError)
 
     def release(self, buffer: Any) -> None:
-        """Give memory back; CUDA waits for what uses it."""
+        """Free memory; CUDA waits for the work that uses it."""
         with self._guard():
             buffer.memory = None
 
     def upload(self, buffer: Any, data: Array) -> None:
-        """Copy from the host through pinned memory: one piece is filled while another one is on its way."""
+        """Copy from the host through pinned memory: one piece is filled while another is transferred."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyHostToDevice
         stream = self._streams[COMPUTE]
         ring = self._small if data.nbytes <= _SMALL_BYTES else self._large[COMPUTE]
@@ -128,7 +128,7 @@ class CupyDevice:
                 ring.busy[number] = stream.record()
 
     def download(self, buffer: Any, out: Array, stream: int = TRANSFER) -> None:
-        """Copy to the host through pinned memory: one piece is emptied while another one is on its way."""
+        """Copy to the host through pinned memory: one piece is emptied while another is transferred."""
         copy, kind = self._cupy.cuda.runtime.memcpyAsync, self._cupy.cuda.runtime.memcpyDeviceToHost
         queue, ring = self._streams[stream], self._large[stream]
         with self._guard():
@@ -176,7 +176,7 @@ class CupyDevice:
     def views(
         self, schema: Schema, parts: Sequence[tuple[Any, Any]], rows: int, writable: Sequence[bool]
     ) -> Iterator[CupyColumns]:
-        """Return columns as CuPy arrays; what the block does is queued on the stream of launches."""
+        """Return columns as CuPy arrays; work of the block is queued on the stream of launches."""
         cupy = self._cupy
         with self._guard(), self._streams[COMPUTE]:
             arrays = [
@@ -186,7 +186,7 @@ class CupyDevice:
             yield CupyColumns(schema, arrays, writable)
 
     def load(self, image: bytes, name: str) -> Any:
-        """Load PTX, which the driver compiles for the device; partitions with the same kernel share it."""
+        """Load PTX, which the driver compiles for the device; cached by code and name."""
         if (image, name) in self._loaded:
             return self._loaded[image, name]
         cuda = self._cupy.cuda
@@ -207,7 +207,7 @@ class CupyDevice:
         """Return a RawKernel, compiled by NVRTC for this device.
 
         Raises:
-            KernelError: it does not compile, or there is no NVRTC.
+            KernelError: it does not compile, or NVRTC is missing.
         """
         with self._guard():
             kernel = self._cupy.RawKernel(code, name, options=() if fma else ("--fmad=false",))
@@ -231,7 +231,7 @@ class CupyDevice:
     def capture(self, queue: Callable[[], None]) -> Any:
         """Record a CUDA graph on the stream of launches.
 
-        In CuPy's mode, the relaxed one: a thread that brings a checkpoint here may wait meanwhile.
+        CuPy captures in relaxed mode, so a thread that downloads a checkpoint may wait meanwhile.
         """
         stream = self._streams[COMPUTE]
         with self._guard():
@@ -239,7 +239,7 @@ class CupyDevice:
             try:
                 queue()
             except BaseException:
-                with suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # what began it matters more
+                with suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # report the original error
                     stream.end_capture()
                 raise
             return stream.end_capture()
@@ -279,7 +279,7 @@ class CupyDevice:
 class _Ring:
     """Pieces of pinned memory, used in turn.
 
-    busy: for each piece the event behind the last copy that uses it.
+    busy: for each piece, the event after the last copy that uses it.
     """
 
     def __init__(self, cupy: Any, pieces: int, nbytes: int) -> None:
@@ -288,12 +288,12 @@ class _Ring:
         self.busy: list[Any] = [None] * pieces
 
     def cut(self, data: Array) -> list[tuple[int, Array]]:
-        """Return parts of data, each with its offset, that fit into a piece."""
+        """Split data into parts that fit into a piece, each with its offset in bytes."""
         flat = data.reshape(-1).view(np.uint8)
         return [(at, flat[at : at + self._nbytes]) for at in range(0, flat.size, self._nbytes)]
 
     def next(self) -> tuple[int, Array]:
-        """Return the next piece and its number, when nothing that is queued uses it any more."""
+        """Return the number of the next piece and the piece, after waiting for queued work that uses it."""
         self._last = (self._last + 1) % len(self.busy)
         return self._last, self._free(self._last)
 
@@ -309,7 +309,7 @@ class _Ring:
         return piece
 
     def empty(self, part: Array, number: int) -> None:
-        """Take from a piece what was copied to it."""
+        """Copy a piece to ``part``, after waiting for the transfer to it."""
         part[...] = self._free(number)[: part.size]
 
 
@@ -346,7 +346,7 @@ class CupyColumns(Sequence[Any]):
 
 
 class _Guard:
-    """Makes a device the current one, and what CUDA raises a DeviceError."""
+    """Makes a device current, and converts CUDA's exceptions to DeviceError."""
 
     def __init__(self, owner: CupyDevice) -> None:
         self._owner = owner
@@ -364,7 +364,7 @@ class _Guard:
         failed = owner._device_errors()  # noqa: SLF001
         try:
             owner._device.__exit__(kind, error, trace)  # noqa: SLF001
-        except failed as later:  # of a device that has failed for good, nothing can be asked any more
+        except failed as later:  # after a permanent failure of the device every call fails
             raise self._typed(error or later) from (error or later)
         if isinstance(error, failed):
             raise self._typed(error) from error
@@ -378,10 +378,10 @@ def _is_of_memory(error: BaseException) -> bool:
 
 
 def _of_nvrtc(kernel: str, error: Exception) -> KernelError:
-    """Return the error of CUDA C that is not compiled: NVRTC's first complaint, or that it cannot be used."""
+    """Return the error of a failed compilation of CUDA C: NVRTC's first error, or why it cannot be used."""
     lines = [" ".join(line.split()) for line in message_of(error).splitlines() if line.strip()]
     complaints = [line for line in lines if ": error:" in line]
-    # It names a file of its own: what matters is the line.
+    # The file name is NVRTC's own; only the line number is useful.
     said = re.sub(r"^\S*\((\d+)\): ", r"line \1: ", (complaints or lines)[0])
     hint = None if complaints else _HOW_TO_COMPILE
     return KernelError(f"the CUDA C of kernel {kernel} cannot be compiled: {said}", hint=hint)

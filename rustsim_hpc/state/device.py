@@ -1,9 +1,9 @@
-"""What the CUDA executor asks of a device; :mod:`rustsim_hpc.state.cupy_device` gives it.
+"""The device interface of the CUDA executor, implemented by :mod:`rustsim_hpc.state.cupy_device`.
 
-A device has its own address space: a :class:`Buffer` is not an array, and its bytes come and go by `upload`
-and `download` alone, or, a few of them and without a wait, by `give` and `take` through pinned memory. Work
-is queued on one of three streams, each in order; between two there is no order but what `order` asks for;
-nothing is known to have happened before `wait` or `synchronise`.
+A device has its own address space: a :class:`Buffer` is not an array. Its bytes are transferred by `upload`
+and `download`, or, for small transfers that must not block, by `give` and `take` through pinned memory. Work
+is queued on one of three streams and runs in order within a stream; only `order` orders work of two streams.
+Work is known to be complete only after `wait` or `synchronise`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMPUTE: Final = 0
 TRANSFER: Final = 1
 """The stream of downloads."""
 ASIDE: Final = 2
-"""The stream of downloads that go on beside the steps. A thread of its own may use it."""
+"""The stream of downloads that run concurrently with steps; another thread may use it."""
 
 
 class Buffer(Protocol):
@@ -33,14 +33,14 @@ class Buffer(Protocol):
 
     @property
     def address(self) -> int:
-        """Where it lies, in the device's address space."""
+        """The address in the device's address space."""
         ...
 
 
 class Device(Protocol):
     """One device.
 
-    Every method may raise DeviceError: the driver refused, or something that was queued before has failed.
+    Every method may raise DeviceError: the driver refused, or work queued earlier has failed.
     """
 
     ordinal: int
@@ -49,56 +49,56 @@ class Device(Protocol):
     resident_threads: int
 
     def free_bytes(self) -> int:
-        """Return how much memory could be had now."""
+        """Return how many bytes of memory are free."""
         ...
 
     def allocate(self, nbytes: int) -> Buffer:
-        """Return memory, its content undefined.
+        """Allocate memory, uninitialised.
 
         Raises:
-            DeviceMemoryError: there is not so much.
+            DeviceMemoryError: not enough memory is free.
         """
         ...
 
     def release(self, buffer: Buffer) -> None:
-        """Give memory back, after what is queued has used it."""
+        """Free memory, after the queued work that uses it."""
         ...
 
     def upload(self, buffer: Buffer, data: Array) -> None:
-        """Queue a copy from the host (contiguous); the data may change as soon as this returns.
+        """Queue a copy from the host (contiguous); the data may be changed as soon as this returns.
 
-        Large ones wait for the copies before them: no room of the host is needed for all of them.
+        Large copies wait for earlier ones, to bound the host memory that they are staged in.
         """
         ...
 
     def pinned(self, words: int) -> Array:
-        """Return memory of the host, int64 (words,), that `give` and `take` may use."""
+        """Return pinned host memory, int64 (words,), for `give` and `take`."""
         ...
 
     def give(self, data: Array, buffer: Buffer) -> None:
-        """Queue a copy to the device of pinned memory, as it is when the queue comes to it; never waits."""
+        """Queue a copy from pinned memory, which is read when the copy runs; never waits."""
         ...
 
     def take(self, buffer: Buffer, out: Array) -> None:
-        """Queue a copy to pinned memory, behind what was launched before; never waits."""
+        """Queue a copy to pinned memory, after all earlier launches; never waits."""
         ...
 
     def download(self, buffer: Buffer, out: Array, stream: int = TRANSFER) -> None:
-        """Queue a copy to the host (contiguous, writable); it is there after `synchronise`."""
+        """Queue a copy to the host (contiguous, writable); complete after `synchronise`."""
         ...
 
     def copy(self, source: Buffer, target: Buffer) -> None:
-        """Queue a copy of the whole of one buffer to another."""
+        """Queue a copy of a whole buffer to another."""
         ...
 
     def array(self, data: Array) -> Any:
-        """Return a copy of an array as a device phase can use it."""
+        """Return a copy of an array on the device, for device phases."""
         ...
 
     def views(
         self, schema: Schema, parts: Sequence[tuple[Buffer, Any]], rows: int, writable: Sequence[bool]
     ) -> AbstractContextManager[Any]:
-        """Return columns for a device phase (by position and name), which works on them within the block."""
+        """Return a context of columns, by position and name, that a device phase uses within the block."""
         ...
 
     def load(self, image: bytes, name: str) -> Any:
@@ -106,7 +106,7 @@ class Device(Protocol):
         ...
 
     def raw_kernel(self, code: str, name: str, *, fma: bool) -> Any:
-        """Return a kernel of CUDA C, to be called with grid, block and arguments among `views`."""
+        """Compile CUDA C; return the kernel, to be called with grid, block and arguments within `views`."""
         ...
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
@@ -114,32 +114,32 @@ class Device(Protocol):
         ...
 
     def capture(self, queue: Callable[[], None]) -> Any:
-        """Return a graph of what ``queue`` queues by `give`, `take`, `copy` and `launch`; nothing is queued.
+        """Record the `give`, `take`, `copy` and `launch` calls of ``queue`` as a graph, without running them.
 
-        What it queues keeps its arguments; pinned memory and buffers are looked at when the graph runs.
+        Arguments are fixed when recorded; pinned memory and buffers are read when the graph runs.
         """
         ...
 
     def replay(self, graph: Any) -> None:
-        """Queue all that a graph was made of."""
+        """Queue all work of a graph."""
         ...
 
     def order(self, first: int, then: int) -> None:
-        """Let what is queued on stream `then` from now on wait for what is queued on `first` so far."""
+        """Make later work on stream `then` wait for the work queued on `first` so far."""
         ...
 
     def mark(self) -> Any:
-        """Return a mark behind all that is queued on the stream of launches so far."""
+        """Return a mark after all work queued on the stream of launches so far."""
         ...
 
     def wait(self, mark: Any) -> None:
-        """Wait until everything before a mark has happened."""
+        """Wait until all work before a mark is complete."""
         ...
 
     def nanoseconds(self, first: Any, then: Any) -> int:
-        """Return how long the device took from one mark to a later one; both have been waited for."""
+        """Return the device time between two marks, both of which have been waited for."""
         ...
 
     def synchronise(self, *streams: int) -> None:
-        """Wait until everything queued on these streams has happened; without any: on the first two."""
+        """Wait until all work queued on these streams is complete; by default, on the first two."""
         ...

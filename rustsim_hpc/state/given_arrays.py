@@ -1,4 +1,4 @@
-"""Columns and ids as somebody gives them, lists too: made into arrays, and checked against a schema."""
+"""Columns and ids from users, arrays or lists: convert them, and check them against a schema."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Array = np.ndarray[Any, Any]
 
 
 def as_array(column: Any, dtype: np.dtype[Any] | None) -> Array:
-    """Return an array as it is, and a list as an array of `dtype` if that loses no kind of value.
+    """Return an array unchanged, and a list as an array of `dtype` if the conversion is safe.
 
     Raises:
-        ValueError: it does.
+        ValueError: values of the list's dtype cannot be cast to `dtype` (float to int, for example).
     """
     if isinstance(column, np.ndarray):
         return column
@@ -29,7 +29,7 @@ def as_array(column: Any, dtype: np.dtype[Any] | None) -> Array:
         and (array.dtype.kind, dtype.kind) != ("i", "u")
     ):
         raise ValueError(f"values of {array.dtype} cannot become a column of {dtype}")
-    # From the list again: NumPy then checks that each integer fits.
+    # Converted from the list, not the array, so that NumPy checks that each integer fits.
     return np.asarray(column, dtype)
 
 
@@ -37,7 +37,7 @@ def as_ids(ids: Any) -> Array:
     """Return ids as uint64 (n,).
 
     Raises:
-        ValueError: they are not a row of integers of 64 bits.
+        ValueError: not a 1-D sequence of integers in [0, 2**64).
     """
     if not isinstance(ids, np.ndarray):
         ids = list(ids)
@@ -59,7 +59,7 @@ def as_ids(ids: Any) -> Array:
 
 
 def misfit(labels: Sequence[str], arrays: Sequence[Array], schema: Schema, rows: int) -> str:
-    """Return what is wrong with columns for a schema and a number of rows, or ""."""
+    """Return why columns do not fit a schema and a number of rows, or ""."""
     for label, array, dtype in zip(labels, arrays, schema.dtypes, strict=True):
         if array.ndim != 1:
             return f"{label} has {array.ndim} dimensions, expected 1"

@@ -1,7 +1,7 @@
-"""Where columns live: heap or shared memory, two buffers a column, and their swap.
+"""The memory of columns: heap or shared, two buffers per column, and their swap.
 
-A step that can be undone writes a column's other buffer and swaps on commit, so a column has two sides.
-Side 1 is allocated when it is first asked for: a run under the torn guard never pays for it.
+Under the rollback guard a step writes a column's other buffer and swaps on commit, so a column has two sides.
+Side 1 is allocated at its first use: a run under the torn guard never allocates it.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class MemoryLayout:
 
 @runtime_checkable
 class Keeper(Protocol):
-    """Who holds a memory's current values while they are elsewhere: workers on other machines, say."""
+    """Holds a memory's current values while they are elsewhere, for example on workers of other machines."""
 
     def refresh(self) -> None:
-        """Write the current values into the memory's current sides; they stay with the keeper as well."""
+        """Write the current values into the memory's current sides; the keeper retains them as well."""
 
     def fnv1a(self, state: int, column: int, *, other: bool) -> int:
-        """Carry a FNV-1a chain on over a column where it is: its current side, or the other one."""
+        """Continue an FNV-1a chain over a column where it is held: its current side, or the other one."""
 
 
 @runtime_checkable
 class CopyingKeeper(Keeper, Protocol):
-    """A keeper that can copy the current values while steps go on."""
+    """A keeper that can copy the current values while steps continue."""
 
     def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
         """See :meth:`ColumnMemory.copy_aside`."""
 
 
 def _nothing() -> None:
-    """Wait for what is done."""
+    """Do nothing: the copy is complete."""
 
 
 def _closed() -> ColumnMemoryError:
@@ -68,10 +68,10 @@ def _closed() -> ColumnMemoryError:
 class ColumnMemory:
     """The buffers of a population's columns, and which side of each is the current one.
 
-    All arrays are 1-D of `rows` items, 64-byte aligned, and keep their address until `close`. What a side
-    holds before it is first written is undefined. Views that outlive `close` keep their part of the memory
-    alive but are no longer anybody's state. While there is a `keeper`, the current values are with it: they
-    are fetched when they are read here, and cannot be written.
+    All arrays are 1-D of `rows` items, 64-byte aligned, and keep their address until `close`. The content of
+    a side is undefined before it is first written. Views that outlive `close` keep their memory alive, but no
+    longer show a state. While there is a `keeper`, it holds the current values: they are fetched when they
+    are read here, and cannot be written.
 
     Args:
         schema: the columns.
@@ -80,7 +80,7 @@ class ColumnMemory:
         with_ids: whether ids are stored (uint64); default ids need no memory.
 
     Raises:
-        ColumnMemoryError: the memory cannot be had; says how many bytes were asked for.
+        ColumnMemoryError: the memory cannot be allocated; the message gives the bytes requested.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ColumnMemory:
         self._backing: Backing | None = (
             Heap(self._buffers) if kind == "heap" else Shared(self._buffers, _mapped, writable=_writable)
         )
-        # Item by item several times as fast as the array.
+        # A memoryview: access by item is several times as fast as with the array.
         self._parity: memoryview | None = self._backing.parity.data
         try:
             for number in (*range(len(schema)), *([2 * len(schema)] if with_ids else [])):
@@ -117,16 +117,16 @@ class ColumnMemory:
     def attach(cls, layout: MemoryLayout) -> ColumnMemory:
         """Map the memory of a parent process that passed `layout.fds` on, for reading and writing.
 
-        The memory takes the descriptors over and closes them with itself.
+        The descriptors then belong to the memory, which closes them in `close`.
         """
         return cls(layout.schema, layout.rows, "shared", with_ids=layout.with_ids, _mapped=layout.fds)
 
     @classmethod
     def attach_path(cls, layout: MemoryLayout) -> ColumnMemory:
-        """Map the memory of another process of this node and user, read-only.
+        """Map the memory of another process of the same node and user, read-only.
 
         Raises:
-            ColumnMemoryError: the process is gone, or may not be looked into.
+            ColumnMemoryError: the process has ended, or its descriptors may not be opened.
         """
         fds: list[int] = []
         try:
@@ -175,23 +175,23 @@ class ColumnMemory:
 
     @property
     def parity(self) -> Array:
-        """Which side of each column is current: uint8 (columns,), shared by all who mapped the memory."""
+        """Which side of each column is current: uint8 (columns,), shared by all processes that map it."""
         return self._open().parity
 
     def sides(self) -> bytes:
-        """Return which side of each column is current, as a key of what depends on it."""
+        """Return which side of each column is current, as a cache key."""
         return b"" if self._parity is None else self._parity.tobytes()
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the buffers that this process has asked for so far."""
+        """Bytes of the buffers that this process has allocated or mapped so far."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def array(self, column: int, side: int) -> Array:
-        """Return one side of a column, allocated now if it is asked for the first time.
+        """Return one side of a column, allocated at the first call.
 
         Raises:
-            ColumnMemoryError: the memory cannot be had.
+            ColumnMemoryError: the memory cannot be allocated.
         """
         columns = len(self.schema)
         if not (0 <= column < columns and side in (0, 1)):
@@ -199,7 +199,7 @@ class ColumnMemory:
         return self._array(side * columns + column)
 
     def current(self, column: int) -> Array:
-        """Return the side of a column that holds the state; read-only while that is with a keeper."""
+        """Return the side of a column that holds the state; a read-only view while there is a keeper."""
         if self.keeper is not None:
             self.keeper.refresh()
             view = self.array(column, int(self.parity[column])).view()
@@ -212,23 +212,23 @@ class ColumnMemory:
         return self.array(column, 1 - int(self.parity[column]))
 
     def places(self) -> tuple[Array, ...]:
-        """Return where the current values of all columns belong; with a keeper they may not be there."""
+        """Return the current side of every column, without fetching values from a keeper."""
         return tuple(self.array(column, int(side)) for column, side in enumerate(self.parity))
 
     def refresh(self) -> None:
-        """See to it that the current values are in their places."""
+        """Fetch the current values from the keeper, if any, into the current sides."""
         if self.keeper is not None:
             self.keeper.refresh()
 
     def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
-        """Copy the current values of all columns, as steps may change them as soon as this returns.
+        """Copy the current values of all columns; steps may change them as soon as this returns.
 
         Args:
             out: for each column an array of its dtype, all rows.
 
         Returns:
-            What waits until the copy is in ``out``; any thread may call it. Only a keeper leaves something to
-            wait for.
+            A function that waits until the copy is in ``out``, callable from any thread. Without a keeper the
+            copy is complete already.
         """
         keeper = self.keeper
         if isinstance(keeper, CopyingKeeper):
@@ -238,7 +238,7 @@ class ColumnMemory:
         return _nothing
 
     def take_back(self, user: object = None) -> None:
-        """Make the state this memory's own again, unless ``user`` is who keeps it."""
+        """Fetch the state from the keeper and remove the keeper, unless it is ``user``."""
         if self.keeper is not None and self.keeper is not user:
             self.keeper.refresh()
             self.keeper = None
@@ -252,7 +252,7 @@ class ColumnMemory:
             parity[column] ^= 1
 
     def close(self) -> None:
-        """Let go of the memory; a second call does nothing."""
+        """Release the memory; a second call does nothing."""
         backing, self._backing = self._backing, None
         self._parity = None
         self._arrays.clear()

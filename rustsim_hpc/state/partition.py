@@ -1,4 +1,4 @@
-"""Plans: which rows make a partition, and which worker runs it on which backend."""
+"""Partition plans: which rows form a partition, and which worker runs it on which backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rustsim_hpc.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    # In the root a variant's name means the attribute; annotations reach the class through the module.
+    # In the base class a variant's name is the ClassVar; annotations reach the class through the module.
     import rustsim_hpc.state.partition as here  # noqa: PLW0406
 
 _U32_MAX = 2**32 - 1
@@ -81,7 +81,7 @@ class PartitionAssignment:
         return self.rows
 
     def __bool__(self) -> bool:
-        # Without this an assignment of no rows would be false.
+        # Otherwise __len__ would make an assignment of no rows false.
         return True
 
     def is_empty(self) -> bool:
@@ -109,7 +109,7 @@ class PartitionPlan:
 
     @classmethod
     def single_process(cls) -> PartitionPlan:
-        """Build the plan of one partition that owns all rows, however many there are."""
+        """Build the plan of one partition that owns all rows, for any population."""
         return cls()
 
     @classmethod
@@ -120,13 +120,13 @@ class PartitionPlan:
 
     @classmethod
     def row_ranges(cls, agent_count: int, partition_count: int) -> PartitionPlan:
-        """Cut rows evenly; the first `agent_count % partition_count` ranges are one row longer.
+        """Divide rows evenly; the first `agent_count % partition_count` ranges are one row longer.
 
-        Fewer rows than partitions give one partition a row, no rows give one empty partition.
+        With fewer rows than partitions, each row becomes one partition; no rows give one empty partition.
 
         Raises:
             InvalidPartitionCount: `partition_count` is zero or less.
-            InvalidConfig: no whole numbers, negative rows, or more ranges than a PartitionId can number.
+            InvalidConfig: not whole numbers, negative rows, or more ranges than a PartitionId can number.
         """
         rows, parts = (
             whole_number("agent_count", agent_count),
@@ -136,7 +136,7 @@ class PartitionPlan:
             raise InvalidPartitionCount
         if rows == 0:
             return cls.static([PartitionAssignment(PartitionId(0), 0, 0)])
-        # Ranges beyond the last row are empty and left out: no more are visited than there are rows.
+        # Ranges beyond the last row would be empty and are left out.
         used = min(parts, rows)
         if used > _U32_MAX + 1:
             raise InvalidConfig(f"{used} partitions are more than a partition id can number")
@@ -152,7 +152,7 @@ class PartitionPlan:
 
         Raises:
             WorkerCountMismatch: there are more or fewer labels than assignments.
-            InvalidConfig: a label is no text.
+            InvalidConfig: a label is not text.
         """
         if not isinstance(workers, Iterable):
             raise InvalidConfig(f"workers must be labels, got {workers!r}")
@@ -178,7 +178,7 @@ class PartitionPlan:
         """Check that the plan covers `agent_count` rows exactly, in order and without empty ranges.
 
         Raises:
-            PartitionPlanError: the variant that says what does not fit.
+            PartitionPlanError: the variant for the first mismatch found.
         """
         if self.mode is PartitionMode.SingleProcess:
             if self.assignments:
@@ -200,7 +200,7 @@ class PartitionPlan:
             raise CoverageMismatch(covered, agent_count)
 
     def materialized_assignments(self, agent_count: int) -> tuple[PartitionAssignment, ...]:
-        """Return the assignments, that of a single-process plan made for `agent_count` rows."""
+        """Return the assignments; for a single-process plan, one of all `agent_count` rows."""
         if self.mode is PartitionMode.SingleProcess:
             return (PartitionAssignment(PartitionId(0), 0, agent_count),)
         return self.assignments
@@ -226,7 +226,7 @@ class PartitionExecutionBackend:
 
     @staticmethod
     def external(endpoint: str) -> here.External:
-        """Return a worker elsewhere, by its endpoint."""
+        """Return an external worker, by its endpoint."""
         return External(endpoint)
 
 
@@ -249,7 +249,7 @@ class CudaDevice(PartitionExecutionBackend):
 
 @dataclass(frozen=True)
 class External(PartitionExecutionBackend):
-    """Run through an endpoint that somebody else serves."""
+    """Run on an external worker, reached through an endpoint."""
 
     endpoint: str
 
@@ -300,7 +300,7 @@ class PartitionWorker:
 
 @dataclass(frozen=True)
 class PartitionExecutionContext:
-    """What a phase knows about the partition that it runs on.
+    """What is passed to a phase about the partition that it runs on.
 
     Attributes:
         row_start, row_end: the partition's global rows, [row_start, row_end).
@@ -361,7 +361,7 @@ def validate_workers(plan: PartitionPlan, workers: Sequence[PartitionWorker]) ->
     """Check that labels are unique and that every label of a plan is registered.
 
     Raises:
-        InvalidConfig: two workers have one label.
+        InvalidConfig: two workers have the same label.
         MissingPartitionWorker: a partition names a label that no worker has.
     """
     labels: set[str] = set()

@@ -1,4 +1,4 @@
-"""What a column phase gets as ``columns``: a partition's columns by position and name, written in place."""
+"""The ``columns`` argument of a column phase: a partition's columns by position and name, in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class PhaseColumns(Sequence[Array]):
     """One partition's columns: 1-D arrays in column order, also indexed by name.
 
     ``columns["x"] += 1`` works in place, ``columns["x"] = array`` copies in place after a check of dtype and
-    length; columns that the phase did not declare are read-only. Nothing here outlives the phase: `seal`.
+    length. Columns that the phase did not declare as written are read-only; after the phase, `seal` makes all
+    of them read-only.
     """
 
     __slots__ = ("_schema", "_views", "_writable")
@@ -72,7 +73,7 @@ class PhaseColumns(Sequence[Array]):
         return range(len(self._views))[key]
 
     def verify_unchanged_shape(self, rows: int) -> None:
-        """Raise ValueError if the phase gave one of its views another dtype or shape."""
+        """Raise ValueError if the phase changed the dtype or shape of a view."""
         for column, view in zip(self._schema.columns, self._views, strict=True):
             if view.dtype != np.dtype(column.dtype) or view.shape != (rows,):
                 raise ValueError(
@@ -81,13 +82,13 @@ class PhaseColumns(Sequence[Array]):
                 )
 
     def seal(self) -> None:
-        """Make the views read-only: a phase that kept one cannot write with it when it is not its turn."""
+        """Make the views read-only, so that a phase cannot write through one that it kept."""
         for view in self._views:
             view.flags.writeable = False
 
 
 def _read_only(array: Array) -> Array:
-    """Return a view that cannot be made writable again: it would be the state itself that is written."""
+    """Return a read-only view whose ``writeable`` flag cannot be set again, to protect the state."""
     if not array.size:
         array = array.view()
         array.flags.writeable = False

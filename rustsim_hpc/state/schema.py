@@ -1,4 +1,4 @@
-"""What a column is: its name, dtype, unit and meaning."""
+"""The schema of a state: each column's name, dtype, unit and meaning."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DTYPES = (
 
 
 def dtype_name(dtype: Any) -> str:
-    """Return the name of a column dtype, whatever way NumPy lets one write it.
+    """Return the name of a column dtype, given in any form that NumPy accepts.
 
     Raises:
-        ModelError: not one of `DTYPES`, or not in the machine's own byte order.
+        ModelError: not one of `DTYPES`, or not in native byte order.
     """
     try:
         parsed: np.dtype[Any] = np.dtype(dtype)
@@ -51,13 +51,13 @@ class Column:
 
     Attributes:
         name: text that UTF-8 can encode; in a model a Python identifier, since kernels bind by it.
-        dtype: one of `DTYPES` (anything NumPy takes for one of them is accepted and kept by name).
+        dtype: one of `DTYPES` (any form that NumPy accepts is converted to the name).
         unit: unit of the values, "1" for none.
         doc: meaning.
         codes: names of the values of a column of codes, e.g. {0: "S", 1: "I"}.
 
     Raises:
-        ModelError: a field that cannot be right.
+        ModelError: an invalid field.
     """
 
     name: str
@@ -95,10 +95,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Schema:
-    """The columns of a state, in their order.
+    """The columns of a state, in order.
 
     Raises:
-        ModelError: two columns of one name.
+        ModelError: two columns have the same name, or an item is not a Column.
     """
 
     columns: tuple[Column, ...]
@@ -116,7 +116,7 @@ class Schema:
 
     @classmethod
     def plain(cls, names: Iterable[str], dtypes: Iterable[Any]) -> Schema:
-        """Build a schema of names and dtypes alone (unit "1", no meaning)."""
+        """Build a schema from names and dtypes only (unit "1", no meaning)."""
         return cls(tuple(Column(name, dtype) for name, dtype in zip(names, dtypes, strict=True)))
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class Schema:
         """Return the position of a column.
 
         Raises:
-            ModelError: there is none of that name.
+            ModelError: no column has that name.
         """
         for position, column in enumerate(self.columns):
             if column.name == name:

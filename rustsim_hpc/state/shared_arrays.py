@@ -1,4 +1,4 @@
-"""Arrays in one anonymous mapping, which a process shares with those it starts; nothing has a name."""
+"""Arrays in one anonymous shared mapping, which a process passes to its child processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ArraysLayout:
     """What another process needs to map the arrays; picklable.
 
     Attributes:
-        arrays: (dtype, shape) of each.
+        arrays: (dtype, shape) of each array.
         fd: descriptor of the anonymous file, for ``subprocess.Popen(pass_fds=...)``.
     """
 
@@ -33,14 +33,14 @@ class ArraysLayout:
 
 
 class SharedArrays:
-    """Arrays of zeros, one after the other at the start of cache lines, in a mapping of their own.
+    """Zero-initialised arrays in one shared mapping, each aligned to a cache line.
 
     Attributes:
-        layout: how another process finds them.
+        layout: what another process needs to map them.
         arrays: the arrays; they keep the mapping alive after :meth:`close`.
 
     Raises:
-        ColumnMemoryError: the memory cannot be had.
+        ColumnMemoryError: the memory cannot be allocated or mapped.
     """
 
     def __init__(self, shapes: Iterable[tuple[str, tuple[int, ...]]], *, _fd: int | None = None) -> None:
@@ -63,11 +63,11 @@ class SharedArrays:
 
     @classmethod
     def attach(cls, layout: ArraysLayout) -> Self:
-        """Map the arrays of a parent process that passed ``layout.fd`` on; the descriptor is taken over."""
+        """Map the arrays of a parent process that passed ``layout.fd`` on, and own the descriptor."""
         return cls(layout.arrays, _fd=layout.fd)
 
     def close(self) -> None:
-        """Let go of the file; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         self._close()
 
 
