@@ -1,8 +1,8 @@
-"""Two faces of an executor: the public task boundary, and the resident one that works in place.
+"""The two interfaces of an executor: public tasks, and the resident interface that works in place.
 
-The public face is the protocol :class:`PartitionExecutor`: self-contained tasks whose payloads are copies, as
-executors that ship state need it. Executors of ours that run where the rows live also have the resident face,
-:class:`ResidentExecutor`; a control plane uses it where there is one, and then nothing is copied.
+The public interface is the protocol :class:`PartitionExecutor`: self-contained tasks whose payloads are
+copies, for executors that ship state. The executors of this package that run where the rows are also
+implement :class:`ResidentExecutor`; a control plane prefers it, because nothing is copied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rustsim_hpc.state.schema import Schema
 PhaseFunction = Callable[[PartitionExecutionContext, PhaseColumns, int], None]
 
 OBSERVE = -1
-"""Segment index of the reductions that checks and outputs make from the new state."""
+"""Segment index of the reductions of checks and outputs over the new state."""
 
 
 class PartitionExecutablePhase:
@@ -39,9 +39,9 @@ class PartitionExecutablePhase:
     Args:
         name: its name.
         function: what it does.
-        schema: what the columns are called, where `run` is given bare arrays.
-        stream_key: Philox key of ``context.random``; None where there are no random numbers.
-        ids: uint64 (rows,), the ids of the partition's rows; None for the default ones.
+        schema: names of the columns, used if `run` is given bare arrays.
+        stream_key: Philox key of ``context.random``; None without random numbers.
+        ids: uint64 (rows,), the ids of the partition's rows; None for default ids.
     """
 
     def __init__(
@@ -65,22 +65,22 @@ class PartitionExecutablePhase:
 
     @property
     def function(self) -> PhaseFunction:
-        """What it does; an executor that cannot send it compares it with what a worker has."""
+        """The phase's function; an executor that cannot send it compares it with the worker's."""
         return self._function
 
     @property
     def stream_key(self) -> int | None:
-        """Philox key of its random numbers, None where there are none."""
+        """Philox key of its random numbers, None if there are none."""
         return self._stream_key
 
     def run(self, context: PartitionExecutionContext, columns: Any, rows: int) -> None:
-        """Run the phase in place on one partition's columns; whatever it raises is its failure.
+        """Run the phase in place on one partition's columns.
 
-        ``columns`` may be the arrays of a checkpoint; the phase finds them by name all the same.
+        ``columns`` may be the bare arrays of a checkpoint; the phase still finds them by name.
 
         Raises:
-            BaseException: what the phase raises, marked with where, for an executor that lets it pass
-                (`where_it_failed`); ValueError where the phase changed a column's dtype or length.
+            BaseException: what the phase raises, with partition and phase attached for executors that do not
+                catch it (`where_it_failed`); ValueError if the phase changed a column's dtype or length.
         """
         if self._schema is not None and not isinstance(columns, PhaseColumns):
             columns = PhaseColumns(self._schema, columns, [array.flags.writeable for array in columns])
@@ -100,7 +100,7 @@ _WHERE = "_rustsim_where"
 
 
 def where_it_failed(error: BaseException) -> tuple[PartitionId, str] | None:
-    """Return the partition and phase that an exception left `PartitionExecutablePhase.run` from, if any."""
+    """Return the partition and phase whose `PartitionExecutablePhase.run` raised an exception, if any."""
     found: tuple[PartitionId, str] | None = vars(error).get(_WHERE)
     return found
 
@@ -157,7 +157,7 @@ class PartitionTaskResult:
         checkpoint: PartitionCheckpoint,
         phases: Sequence[PartitionPhaseReport],
     ) -> PartitionTaskResult:
-        """Build a result, its step index, fingerprint and resident bytes brought up to date."""
+        """Build a result with updated step index, fingerprint and resident bytes."""
         step = context.step_index + 1
         state = checkpoint.state
         fresh = replace(
@@ -171,7 +171,7 @@ class PartitionTaskResult:
 
 @runtime_checkable
 class PartitionExecutor(Protocol):
-    """What runs partition tasks: one result for each task, in the same order."""
+    """Runs partition tasks: one result for each task, in the same order."""
 
     def execute(self, tasks: Sequence[PartitionTask]) -> Sequence[PartitionTaskResult]:
         """Run all tasks.
@@ -217,7 +217,7 @@ class ResidentExecutor(Protocol):
 
 
 Executor = PartitionExecutor | ResidentExecutor
-"""What a plane steps its partitions with."""
+"""What a control plane steps its partitions with."""
 
 
 def require_local(work: Work, executor: str) -> None:
@@ -230,7 +230,7 @@ def require_local(work: Work, executor: str) -> None:
 def refused_backend(
     partition: PartitionId, backend: PartitionExecutionBackend, executor: str
 ) -> Worker | None:
-    """Return the error of an executor that serves the local CPU alone, None if that is asked for."""
+    """Return the error of an executor that serves only the local CPU, or None for that backend."""
     if isinstance(backend, PartitionExecutionBackend.LocalCpu):
         return None
     return Worker(
@@ -241,7 +241,7 @@ def refused_backend(
 
 
 def describe(backend: PartitionExecutionBackend) -> str:
-    """Return a backend in words."""
+    """Return a description of a backend."""
     if isinstance(backend, PartitionExecutionBackend.CudaDevice):
         return f"CUDA device {backend.device_ordinal}"
     if isinstance(backend, PartitionExecutionBackend.External):
@@ -278,8 +278,8 @@ def execute_partition_task(task: PartitionTask) -> PartitionTaskResult:
     """Run one task's phases on a copy of its payload.
 
     Raises:
-        PartitionExecutorError: ``Phase`` with the text of what a phase raised, ``Worker`` where it was not
-            an ``Exception``, or where no phase was running.
+        PartitionExecutorError: ``Phase`` with the text of what a phase raised, ``Worker`` if that was not
+            an ``Exception``, or if no phase was running.
     """
     context, checkpoint, base, phases = task.into_parts()
     try:
@@ -309,7 +309,7 @@ def _run_phases(
             columns.verify_unchanged_shape(rows)
         except Exception as error:
             raise Phase(context.partition_id, phase.name(), message_of(error)) from error
-        except BaseException as error:  # SystemExit and the like: a worker would have died of it
+        except BaseException as error:  # such as SystemExit: it would have ended a worker
             raise Worker(context.partition_id, PANICKED, phase=phase.name()) from error
         reports.append(
             PartitionPhaseReport(

@@ -1,7 +1,7 @@
 """Partitions on CUDA devices: columns stay in device memory, a stage of row kernels is one launch.
 
-A partition whose worker is a CUDA device runs there and nowhere else; partitions of the local CPU in the same
-plan run in the calling thread. The rank's own memory is a mirror, brought up to date where somebody looks.
+A partition whose worker is a CUDA device runs only there; partitions of the local CPU in the same plan run in
+the calling thread. The rank's host memory is a mirror that is updated on demand.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ CudaDevice = PartitionExecutionBackend.CudaDevice
 
 
 class CudaSession:
-    """A rank's partitions, on devices and on this CPU.
+    """A rank's partitions, on devices and on the local CPU.
 
-    While devices hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`).
+    While devices hold the state, this session is its :class:`~rustsim_hpc.state.memory.Keeper`.
 
     Attributes:
         board: what partitions report.
         runs: the partitions' runs, in order.
 
     Raises:
-        ExecutorError: a device has not the memory; nothing is held then.
+        ExecutorError: a device has not enough memory; all memory is released.
     """
 
     def __init__(self, work: Work, devices: dict[int, Device], *, fma: bool, graphs: bool) -> None:
@@ -74,7 +74,7 @@ class CudaSession:
             self.runs.append(run)
 
     def _require_room(self, devices: dict[int, Device]) -> None:
-        """Raise ExecutorError where a device has not the memory that all of its partitions take together."""
+        """Raise ExecutorError if the partitions of a device together need more memory than it has free."""
         for ordinal, device in devices.items():
             mine = [task for task in self.work.tasks if task.backend == CudaDevice(ordinal)]
             asked, free = sum(needed_bytes(self.work, task) for task in mine), device.free_bytes()
@@ -88,7 +88,7 @@ class CudaSession:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that columns, ids and what stages need take on devices."""
+        """Bytes of device memory held by columns, ids and stages."""
         return sum(run.columns.held_bytes for run in self._on_devices)
 
     @property
@@ -100,8 +100,7 @@ class CudaSession:
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition.
 
-        All of it is queued on all devices before anything is waited for, and partitions of this CPU run
-        meanwhile.
+        The segment is queued on all devices before the first wait; partitions of the CPU run meanwhile.
         """
         program, memory = self.work.program, self.work.memory
         items = program.observe if segment == OBSERVE else program.segments[segment]
@@ -119,7 +118,7 @@ class CudaSession:
 
     def _run_here(self, run: PartitionRun, items: Segment, frame: Frame) -> PhaseFailure | None:
         memory = self.work.memory
-        memory.keeper = None  # a partition of the CPU works on the rows here, which are nobody else's
+        memory.keeper = None  # a CPU partition works on its rows in host memory, which no device holds
         try:
             return run.run(items, frame)
         finally:
@@ -128,7 +127,7 @@ class CudaSession:
     # -- who keeps the state -------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Bring this process's current columns up to date: those that have changed on a device since.
+        """Download the current columns that are newer on a device than in host memory.
 
         Raises:
             ExecutorError: a device has failed.
@@ -139,7 +138,7 @@ class CudaSession:
         self._fetch([(column, 0) for column in columns])
 
     def fnv1a(self, state: int, column: int, *, other: bool) -> int:
-        """Carry a FNV-1a chain on over a column: fetched, because the chain goes byte by byte.
+        """Continue an FNV-1a chain over a column, which is downloaded because the chain is sequential.
 
         Raises:
             ExecutorError: a device has failed.
@@ -150,9 +149,9 @@ class CudaSession:
         return fnv1a_bytes(state, memory.array(column, side))
 
     def copy_aside(self, out: Sequence[Array]) -> Callable[[], None]:
-        """Copy the current values within the devices; return what brings them here, beside the steps.
+        """Copy the current values within the devices; return a function that downloads them beside the steps.
 
-        Where a device has no room for that, its values are brought here at once, and a warning says so.
+        If a device has no room for the copies, its values are downloaded at once, with a warning.
 
         Raises:
             ExecutorError: a device has failed.
@@ -200,9 +199,9 @@ class CudaSession:
             self._asked(run, partial(run.columns.fetch, places))
 
     def close(self) -> None:
-        """Bring the state here and give the devices' memory back; calling it again does nothing.
+        """Download the state and release the devices' memory; calling it again does nothing.
 
-        A state that cannot be brought here is lost: who asks for it is told so, and a restore replaces it.
+        A state that cannot be downloaded is lost: later requests for it raise, and a restore replaces it.
         """
         memory = self.work.memory
         try:
@@ -228,9 +227,9 @@ class CudaPartitionExecutor:
     """Runs partitions on CUDA devices, and those of the local CPU in the calling thread.
 
     Args:
-        open_device: makes the device of a number; CuPy's by default.
-        fma: let kernels fuse products and sums: faster, and not the CPU's bits.
-        graphs: make what is queued in the same way each step CUDA graphs: fewer calls of the driver.
+        open_device: returns the device of an ordinal; CuPy's by default.
+        fma: let kernels use fused multiply-add: faster, but the bits differ from the CPU's.
+        graphs: record what is queued identically in each step as CUDA graphs: fewer driver calls.
     """
 
     name = "cuda"
@@ -246,8 +245,8 @@ class CudaPartitionExecutor:
         """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`).
 
         Raises:
-            ExecutorError: a partition is on neither a device nor this CPU, there is no such device, it has
-                not the memory, or a phase cannot run on one.
+            ExecutorError: a partition is on neither a device nor the local CPU, there is no such device, it
+                has not enough memory, or a phase cannot run on a device.
         """
         used: dict[int, Device] = {}
         for task in work.tasks:

@@ -1,8 +1,8 @@
-"""One partition's columns on a CUDA device, and which of their copies, there and here, are good.
+"""One partition's columns on a CUDA device, and which copies, on device and host, are current.
 
-A column has two sides, here and there; a step writes one of them there. What was written there is behind
-here until somebody asks for it, and only that is fetched; what was changed here is behind there until a
-kernel reads it.
+A column has two sides, both on the host and on the device; a step writes one of them on the device. The host
+copy is then stale until it is asked for, and only stale copies are downloaded; what changes on the host is
+stale on the device until a kernel reads it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rustsim_hpc.state.memory import ColumnMemory
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]
-"""A column and one of its two buffers, by the buffer's own number: which is current, parity says."""
+"""A column and the number of one of its two buffers; the column's parity says which one is current."""
 
 
 class CopyAside:
-    """Copies on a device that are on their way here, brought by who first waits for them.
+    """Copies on a device that the first caller to wait for them downloads.
 
     Args:
         device: where they are.
-        parts: each copy, and the array that it goes to.
+        parts: each copy, and the array that it is downloaded to.
     """
 
     def __init__(self, device: Device, parts: list[tuple[Buffer, Array]]) -> None:
@@ -38,10 +38,10 @@ class CopyAside:
         self._error: RustsimError | None = None
 
     def finish(self) -> None:
-        """Wait until they are here. Any thread may call this, and again.
+        """Wait until they are downloaded. Any thread may call this, more than once.
 
         Raises:
-            DeviceError: the device has failed; so it is told to everyone who waits.
+            DeviceError: the device has failed; every caller gets this error.
         """
         with self._lock:
             parts, self._parts = self._parts, []
@@ -56,13 +56,13 @@ class CopyAside:
                 raise self._error
 
     def settle(self) -> None:
-        """Wait until nothing of it is under way, however it ends."""
+        """Wait until no download is in progress; ignore failures."""
         with suppress(RustsimError):
             self.finish()
 
 
 def needed_bytes(work: Work, task: Task) -> int:
-    """Return the bytes that a partition's columns (and explicit ids) take on a device."""
+    """Return the bytes of device memory that a partition's columns (and explicit ids) need."""
     rows, program = task.stop - task.start, work.program
     sizes = [dtype.itemsize for dtype in work.memory.schema.dtypes]
     total = sum(sizes) + sum(sizes[column] for column in program.swapped)
@@ -70,7 +70,7 @@ def needed_bytes(work: Work, task: Task) -> int:
 
 
 class DeviceColumns:
-    """The buffers of one partition.
+    """The device buffers of one partition.
 
     Args:
         device: where they are.
@@ -80,7 +80,7 @@ class DeviceColumns:
         moved: bytes uploaded and downloaded so far.
 
     Raises:
-        DeviceMemoryError: the device has not enough memory; nothing is held then.
+        DeviceMemoryError: the device has not enough memory; all buffers are released.
     """
 
     def __init__(self, device: Device, work: Work, task: Task) -> None:
@@ -110,30 +110,30 @@ class DeviceColumns:
             raise
 
     def hold(self, nbytes: int) -> Buffer:
-        """Return device memory that goes with these columns."""
+        """Allocate device memory that is released with these columns."""
         self._held.append(self.device.allocate(nbytes))
         return self._held[-1]
 
     def let_go(self, buffer: Buffer) -> None:
-        """Give memory back that was held."""
+        """Release memory allocated by `hold`."""
         self._held.remove(buffer)
         self.device.release(buffer)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of device memory that go with these columns."""
+        """Bytes of device memory allocated by `hold`."""
         return sum(buffer.nbytes for buffer in self._held)
 
     def place(self, column: int, side: int) -> Place:
-        """Return the buffer that is a column's current side (0) or its other one (1) now."""
+        """Return the place of a column's current side (0) or other side (1)."""
         return column, int(self._memory.parity[column]) ^ side
 
     def of(self, column: int, side: int) -> Buffer:
-        """Return the buffer of a side; its content may be anything."""
+        """Return the buffer of a side; its content is not necessarily current."""
         return self._buffers[self.place(column, side)]
 
     def bring(self, column: int, side: int) -> None:
-        """See to it that a side's values are on the device."""
+        """Upload a side's values unless the device has them."""
         place = self.place(column, side)
         if place not in self._good_there:
             data = self._here(place)
@@ -142,18 +142,18 @@ class DeviceColumns:
             self._good_there.add(place)
 
     def wrote(self, column: int, side: int) -> None:
-        """Note that something on the device writes a side."""
+        """Record that the device writes a side: its host copy becomes stale."""
         place = self.place(column, side)
         self._good_there.add(place)
         self._behind_here.add(place)
 
     def forget(self) -> None:
-        """What is here is the state, and what is on the device is not."""
+        """Invalidate all device copies: the host has the state."""
         self._good_there.clear()
         self._behind_here.clear()
 
     def fetch(self, places: Iterable[Place]) -> None:
-        """Bring buffers here up to date, those that are behind.
+        """Download the places whose host copy is stale.
 
         Raises:
             DeviceError: the device has failed.
@@ -170,19 +170,19 @@ class DeviceColumns:
         self._behind_here.difference_update(behind)
 
     def copy_aside(self, out: Sequence[Array]) -> CopyAside:
-        """Copy the current sides within the device, to be brought to arrays beside the steps that follow.
+        """Copy the current sides within the device, to be downloaded to arrays beside the following steps.
 
-        What is not behind here is copied here and now. The copies on the device stay for the next time.
+        Columns whose host copy is current are copied at once. The copies' device memory is kept for reuse.
 
         Args:
             out: for each column the rows of this partition, contiguous.
 
         Raises:
-            DeviceMemoryError: there is no room for the copies; nothing is taken.
+            DeviceMemoryError: there is no room for the copies; no memory is taken.
             DeviceError: the device has failed.
         """
         if self._aside is not None:
-            self._aside.settle()  # it has the copies that are made again
+            self._aside.settle()  # its copies are overwritten below
         places = [self.place(column, 0) for column in range(len(out))]
         behind = [place for place in places if place in self._behind_here]
         self._make_spare([column for column, _ in behind])
@@ -213,7 +213,7 @@ class DeviceColumns:
             raise
 
     def copy_now(self, out: Sequence[Array]) -> None:
-        """Bring the current sides here, and copy them.
+        """Download the current sides and copy them to ``out``.
 
         Raises:
             DeviceError: the device has failed.
@@ -227,7 +227,7 @@ class DeviceColumns:
         return self._memory.array(*place)[self._rows]
 
     def close(self) -> None:
-        """Give the memory back; what is copied aside comes here first. A device that has failed has none."""
+        """Release the device memory, after pending downloads; errors of a failed device are ignored."""
         if self._aside is not None:
             self._aside.settle()
             self._aside = None

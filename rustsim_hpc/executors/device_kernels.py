@@ -1,4 +1,4 @@
-"""Call a user's kernels of CuPy for a partition: each parameter bound to what its name says."""
+"""Call a user's CuPy kernels for a partition, with parameters bound by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rustsim_hpc.state.partition import PartitionExecutionContext
 
 
 class DeviceKernels:
-    """The kernels that users gave for phases, for one partition.
+    """The user's kernels of one partition's phases.
 
     Args:
-        partition: where, and what they are bound to.
+        partition: the partition, whose values the parameters are bound to.
     """
 
     def __init__(self, partition: Partition) -> None:
@@ -30,17 +30,17 @@ class DeviceKernels:
         self._made: dict[int, Any] = {}
         self._tables: dict[str, Any] = {}
 
-    # -- CUDA C: a launch of threads, which a graph can record ---------------------------------------
+    # -- CUDA C: a plain launch, which a graph can record --------------------------------------------
 
     def prepare(self, kernel: DeviceKernel, call: ColumnCall, frame: Frame) -> Piece:
-        """Bring to the device what a kernel takes, and return its launch.
+        """Upload what a kernel takes, and return its launch.
 
-        It has no key where it takes by value what is another value in each step.
+        The piece has no key if the kernel takes a value that changes from step to step by value.
 
         Raises:
             TypeError: a result has another type than the kernel takes.
-            KeyError: a parameter is the name of nothing.
-            ValueError: random numbers do not reach so far.
+            KeyError: a parameter has an unknown name.
+            ValueError: the step index is too large for random numbers.
         """
         own = self._own
         values = [self._word(parameter, kernel, call, frame) for parameter in kernel.parameters]
@@ -61,7 +61,7 @@ class DeviceKernels:
         return name not in fixed
 
     def _word(self, parameter: KernelParameter, kernel: DeviceKernel, call: ColumnCall, frame: Frame) -> Any:
-        """Return what a parameter is bound to: an address (uint64), or a number."""
+        """Return a parameter's value: an address (uint64), or a number."""
         name, own, work = parameter.name, self._own, self._own.work
         schema = work.memory.schema
         if parameter.dtype == RNG:
@@ -84,7 +84,7 @@ class DeviceKernels:
         return np.uint64(own.number(name, value.dtype).address) if parameter.array else value[()]
 
     def _rng(self, call: ColumnCall, frame: Frame) -> int:
-        """Return where a phase's stream lies: its key, the first row, the ids and the step's index."""
+        """Return the address of a phase's stream: its key, first row, and addresses of ids and step index."""
         own, work, stream = self._own, self._own.work, call.column_phase.stream
         if frame.step_index > MAX_STEP:
             raise ValueError(f"step {frame.step_index}: random numbers reach up to step {MAX_STEP}")
@@ -99,7 +99,7 @@ class DeviceKernels:
 
         Raises:
             TypeError: a result has another type than the kernel takes.
-            KeyError: a parameter is the name of nothing.
+            KeyError: a parameter has an unknown name.
         """
         values = [self._value(parameter, kernel, context, columns) for parameter in kernel.parameters]
         if self._own.rows:

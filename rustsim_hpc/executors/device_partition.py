@@ -1,4 +1,4 @@
-"""What the stages of one partition on a device share: values of the step, and arrays that they read."""
+"""What the stages of one partition on a device share: the step's values, and read-only arrays."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _CLOCK_WORDS = 3
 class Partition:
     """What the stages of one partition on a device share.
 
-    What changes from step to step and is a number (the clock; results of reductions, derived values) lies in
-    one block of the device's memory, a word each: launches read it there, and keep their arguments.
+    Numbers that change from step to step (the clock, results of reductions, derived values) lie in one block
+    of device memory, a word each: kernels read them there, so the arguments of a launch stay the same.
 
     Attributes:
-        device, columns, work, task: the partition and where it is.
-        rows: how many it has.
-        moved: how often a kept array got another place.
-        board, place: where it reports.
-        fma: let kernels fuse products and sums.
-        graphs: make what is queued in the same way each time graphs.
+        device, columns, work, task: the partition and its device.
+        rows: number of its rows.
+        moved: number of times that a kept array was reallocated.
+        board, place: it reports to row ``place`` of the board.
+        fma: let kernels use fused multiply-add.
+        graphs: record what is queued identically each time as CUDA graphs.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Partition:
         self._step_values = device.pinned(_CLOCK_WORDS + len(self._words))
 
     def set_step_values(self, frame: Frame) -> None:
-        """Set the clock and the numbers made so far, once what was sent before has arrived."""
+        """Set the clock and the numbers made so far; the previous copy to the device must be complete."""
         self._step_values[:_CLOCK_WORDS] = frame.step_index, frame.repeat, frame.want_digest
         for name, value in frame.values.items():
             number = np.asarray(value)
@@ -70,13 +70,13 @@ class Partition:
 
     @property
     def clock(self) -> DeviceArray:
-        """What kernels read the step's index, the steps to make and whether to digest from."""
+        """The array from which kernels read the step index, the number of steps and whether to digest."""
         return DeviceArray(
             self._step_values_there.address, (_CLOCK_WORDS,), np.dtype(np.int64), writable=False
         )
 
     def number(self, name: str, dtype: Any) -> DeviceArray:
-        """Return where a number made by the step lies, as it was sent last."""
+        """Return the device array (1,) of a number made by the step, as last sent."""
         return DeviceArray(
             self._step_values_there.address + 8 * self._words[name], (1,), np.dtype(dtype), writable=False
         )
@@ -103,7 +103,7 @@ class Partition:
 
 
 def _made_by(program: Program) -> list[str]:
-    """Return the names of all that a step makes for later phases: reductions and derived values."""
+    """Return the names of all results of a step: reductions and derived values."""
     derives = (derive for segment in program.segments for _, derive in segment.derives)
     names = [reduction.name for reduction in program.reductions]
     return [*names, *(name for derive in derives for name in derive.names)]

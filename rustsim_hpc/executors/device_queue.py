@@ -1,7 +1,7 @@
-"""What one partition queues on its device between two meetings: in as few CUDA graphs as can be, or by calls.
+"""Queue the work of one partition on its device between two meetings, in few CUDA graphs or call by call.
 
-A *piece* is an item of the program, prepared: all that it needs is on the device, and to queue it takes
-nothing but what a graph can record. Pieces on end that queue the same the third time become one graph.
+A *piece* is a prepared item of the program: all that it needs is on the device, and queueing it takes only
+operations that a graph can record. Consecutive pieces become one graph the third time they are queued alike.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from rustsim_hpc.executors.device_stage import DeviceStage
 
 _BY_CALLS = 2
-"""So often pieces are queued by calls before they become a graph: kernels are loaded then, times known."""
+"""Times that pieces are queued by calls before they become a graph: this loads kernels and takes times."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """An item of the program that is prepared.
+    """A prepared item of the program.
 
     Attributes:
-        phases: in order.
-        queue: queues it, with nothing but `give`, `take`, `copy` and `launch`.
-        key: pieces with equal keys queue the same; None: it is another one in each step.
-        stages: which count something that is to be settled.
-        moves: it takes an array made by the step, which may get another place.
+        phases: its phases, in order.
+        queue: queues it, using only `give`, `take`, `copy` and `launch`.
+        key: pieces with equal keys queue the same operations; None if they differ in each step.
+        stages: stages whose results are to be settled.
+        moves: it takes an array made by the step, which may be reallocated.
     """
 
     phases: tuple[int, ...]
@@ -43,9 +43,10 @@ class Piece:
 
 @dataclass
 class Series:
-    """Pieces on end that may become a graph; nanoseconds that each took when it was last queued by calls.
+    """Consecutive pieces that may become a graph.
 
-    It keeps the pieces: what their keys stand for stays alive.
+    ``spent``: nanoseconds that each piece took when it was last queued by calls. The pieces are kept so that
+    the objects in their keys stay alive.
     """
 
     pieces: tuple[Piece, ...]
@@ -55,13 +56,13 @@ class Series:
 
     @property
     def moves(self) -> bool:
-        """Whether it takes an array that may get another place."""
+        """Whether it takes an array that may be reallocated."""
         return any(piece.moves for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Flight:
-    """What was queued up to a mark. series, at: whose piece it is, if it was queued by calls; at -1: all."""
+    """What was queued up to a mark. series, at: its series and piece in it; at -1: the whole series."""
 
     phases: tuple[int, ...]
     stages: tuple[tuple[int, DeviceStage], ...]
@@ -70,10 +71,10 @@ class Flight:
     at: int = -1
 
     def share(self, spent: int) -> list[tuple[int, int]]:
-        """Return how much each phase took of some nanoseconds.
+        """Return (phase, nanoseconds) for each phase, given the time of the flight.
 
-        Of a graph nobody can say it: its pieces get what they took when they were queued by calls, and
-        phases of one launch equal parts.
+        The time of a graph is divided among its pieces in proportion to the times they took when queued by
+        calls, and the time of a launch equally among its phases.
         """
         if self.series is None or self.at >= 0:
             if self.series is not None:
@@ -90,13 +91,13 @@ class Flight:
 
 @dataclass
 class DeviceQueue:
-    """Queues pieces of one partition.
+    """Queues the pieces of one partition.
 
     Attributes:
         own: the partition.
-        flights: what was queued and is not settled.
-        unsettled: the phases of all that was started and is not settled.
-        begun: mark behind what has been waited for.
+        flights: what is queued and not settled.
+        unsettled: phases that were started and are not settled.
+        begun: mark after the last flight that has been waited for.
         at: the phase that is being queued.
     """
 
@@ -110,7 +111,7 @@ class DeviceQueue:
     _moved: int = 0
 
     def begin(self) -> None:
-        """Forget what a segment before has left."""
+        """Discard what an earlier segment has left."""
         self.flights, self.unsettled, self.begun, self.at, self._pending = [], [], None, None, []
 
     def start(self, phases: Sequence[int]) -> None:
@@ -120,18 +121,18 @@ class DeviceQueue:
             self.begun = self.own.device.mark()
 
     def add(self, piece: Piece) -> None:
-        """Have a piece queued by the next `flush`."""
+        """Add a piece for the next `flush` to queue."""
         self._pending.append(piece)
 
     def called(self, phase: int) -> None:
-        """Set a mark behind a phase that has queued by itself what it is, after a `flush`."""
+        """Set a mark after a phase that has queued its own work, following a `flush`."""
         self.flights.append(Flight((phase,), (), self.own.device.mark()))
 
     def flush(self) -> None:
-        """Queue what was added: as graphs what is the same each time.
+        """Queue what was added, using graphs for what repeats.
 
         Raises:
-            DeviceError: the device has failed; `at` is the phase then. A kernel may raise anything else.
+            DeviceError: the device has failed; `at` is then the phase. A kernel may raise anything else.
         """
         pending, self._pending = self._pending, []
         if self._moved != self.own.moved:
@@ -173,7 +174,7 @@ class DeviceQueue:
             self.flights.append(Flight(piece.phases, stages, self.own.device.mark(), series, k))
 
     def _record(self, series: Series) -> None:
-        """Make pieces a graph; where the driver makes none, go on without."""
+        """Record pieces as a graph; if the driver cannot, warn and continue without graphs."""
 
         def queue() -> None:
             self.own.send_step_values()
@@ -187,6 +188,6 @@ class DeviceQueue:
             warnings.warn(f"steps are made without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
 
     def clear(self) -> None:
-        """Forget all, graphs too."""
+        """Discard everything, including graphs."""
         self.begin()
         self._series.clear()

@@ -1,4 +1,4 @@
-"""Run one partition's share of a segment on a CUDA device: each stage and each device phase in turn."""
+"""Run a segment on one partition of a CUDA device: each stage and each device phase in turn."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from rustsim_hpc.state.schema import DTYPES
 class DeviceRun(PartitionRun):
     """Runs segments of a program on one partition of a device.
 
-    A segment is queued as a whole (`begin`) and then waited for (`end`), so that devices work at once.
+    A segment is queued as a whole (`begin`) and then waited for (`end`), so that devices work concurrently.
 
     Args:
         device: the device.
-        fma: let kernels fuse products and sums.
-        graphs: make what is queued in the same way each time CUDA graphs.
+        fma: let kernels use fused multiply-add.
+        graphs: record what is queued identically each time as CUDA graphs.
         work, task, board, place, stages: as for :class:`~rustsim_hpc.executors.partition_run.PartitionRun`.
 
     Raises:
-        DeviceMemoryError: the device has not enough memory; nothing is held then.
+        DeviceMemoryError: the device has not enough memory; all device memory is released.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class DeviceRun(PartitionRun):
     # -- a segment: all of it is queued, and then waited for -----------------------------------------
 
     def begin(self, segment: Segment, frame: Frame) -> None:
-        """Queue a segment's items in order; what fails is told by `end`."""
+        """Queue a segment's items in order; `end` returns a failure."""
         self._queue.begin()
         self._partition.set_step_values(frame)
         self._refused = self.run(segment, frame)
         try:
-            self._queue.flush()  # also what stands before a phase that was refused: it may fail first
+            self._queue.flush()  # even if a phase was refused: what precedes it may fail first
         except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
             self._refused = self._queueing_failed(error)
 
@@ -78,18 +78,18 @@ class DeviceRun(PartitionRun):
         return self._failure(error, "phase")
 
     def end(self, frame: Frame) -> PhaseFailure | None:
-        """Wait for what was queued, flight by flight, and take what it counted; return what failed first."""
+        """Wait for what was queued, flight by flight, and settle it; return the first failure, or None."""
         try:
             while self._queue.flights:
                 self._settle(frame)
         except Exception as error:  # noqa: BLE001 (becomes a typed failure, as in `run`)
-            with suppress(DeviceError):  # nothing of a failed step goes on beside what follows
+            with suppress(DeviceError):  # no work of a failed step may run beside later work
                 self.device.synchronise(COMPUTE)
             return self._failure(error, "phase")
         return self._refused
 
     def _settle(self, frame: Frame) -> None:
-        """Wait for the first flight; raise what is the first failure in it."""
+        """Wait for the first flight and settle it; raise its first failure."""
         queue, status, times = self._queue, self._status, self._board.times[self._place]
         flight = queue.flights[0]
         self._phase = status[1] = flight.phases[0]
@@ -119,7 +119,7 @@ class DeviceRun(PartitionRun):
     # -- device phases -------------------------------------------------------------------------------
 
     def _run_column_phases(self, calls: list[ColumnCall], frame: Frame, status: Any) -> None:
-        for call in calls:  # all rows at once: a launch costs more than the cache gives
+        for call in calls:  # all rows at once: launches cost more than the cache saves
             self._phase = status[1] = call.phase
             self._run_column_phase(call, frame, self.task.start, self.task.stop)
 
@@ -134,7 +134,7 @@ class DeviceRun(PartitionRun):
                 launch = self._kernels.prepare(twin, call, frame)
                 self._queue.add(self._together(launch, copies, self._digest(call, frame)))
             return
-        self._flush()  # CuPy may do what a graph cannot record: memory, waits, functions of the host
+        self._flush()  # CuPy may do what a graph cannot record: allocations, waits, host functions
         self._queue.start([call.phase])
         for copy in self._bring(call):
             copy()
@@ -176,14 +176,14 @@ class DeviceRun(PartitionRun):
         return self._device_stages.get(stage, frame).prepare(frame)
 
     def _together(self, launch: Piece, copies: list[Callable[[], None]], digest: Piece | None) -> Piece:
-        """Return the piece of a phase: copies before its launch, and its digest behind it."""
+        """Return the piece of a phase: copies, then its launch, then its digest."""
         then = [] if digest is None else [digest.queue]
         key = None if launch.key is None else (launch.key, self.work.memory.sides(), digest and digest.key)
         stages = () if digest is None else digest.stages
         return replace(launch, queue=partial(_each, (*copies, launch.queue, *then)), key=key, stages=stages)
 
     def _bring(self, call: ColumnCall) -> list[Callable[[], None]]:
-        """See to it that a phase finds on the device what it sees, except the copies that are returned."""
+        """Upload what a phase sees, and return the copies to the other side that are still to be queued."""
         held = self.columns
         copies: list[Callable[[], None]] = []
         for column in call.fill:
@@ -203,14 +203,14 @@ class DeviceRun(PartitionRun):
         if not isinstance(error, DeviceError | DeviceMemoryError):
             return super()._failure(error, kind)
         text, names = message_of(error), self.work.program.phase_names
-        # A device tells of a failure when somebody waits or asks for more: it may be of all that is queued.
+        # A device reports a failure at a later call or wait: any queued phase may have caused it.
         suspects = [names[phase] for phase in self._queue.unsettled]
         if isinstance(error, DeviceError) and len(suspects) > 1:
             text += f" (in one of the phases {', '.join(suspects)})"
         return replace(super()._failure(error, "worker"), message=text)
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Release the device's memory."""
         self._queue.clear()
         self._device_stages.clear()
         self.columns.close()
@@ -222,7 +222,7 @@ def _each(parts: tuple[Callable[[], None], ...]) -> None:
 
 
 class _DeviceRandom(RowRandom):
-    """Random numbers of rows for a device phase: the same bits, made here and copied there."""
+    """Random numbers of rows for a device phase: the same bits, made on the host and uploaded."""
 
     __slots__ = ("_device",)
 

@@ -1,4 +1,4 @@
-"""A stage as one partition launches it on a device: its kernel, its grid, its accumulators, its arguments."""
+"""Launch a stage for one partition on a device: its kernel, grid, accumulators and arguments."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ _ACCUMULATOR_WORDS = 2**17
 
 
 class _Launch:
-    """The arguments of a launch with the sides as they stand; one launch is equal to itself alone."""
+    """The arguments of a launch for one combination of column sides; compared by identity."""
 
     def __init__(self, arguments: list[Any]) -> None:
         self.arguments = arguments
 
 
 class DeviceStage:
-    """A stage of a program for one partition and certain types of arguments.
+    """A stage of a program for one partition and given argument types.
 
-    Its accumulators are one run of int64: what failed first, then digests and reductions, each as often as
-    there are replicas. Threads of different blocks count in different replicas, or they would wait for each
-    other.
+    Its accumulators are one int64 array: the first failure, then digests and reductions, each repeated for
+    every replica. Blocks of threads are spread over the replicas, to reduce contention of atomic operations.
 
     Args:
         partition: the partition.
-        stage: what is to be done.
-        frame: a step with the values that it takes, for their types.
+        stage: the stage.
+        frame: a step whose values give the argument types.
 
     Attributes:
         made: the kernel's source and arguments.
@@ -89,7 +88,7 @@ class DeviceStage:
         self._moved = 0
 
     def _arrange(self, work: Work) -> None:
-        """Decide on the grid and on the places of the accumulators."""
+        """Choose the grid and the layout of the accumulators."""
         resident = self._own.device.resident_threads
         blocks = max(1, min(-(-self._own.rows // BLOCK), resident // BLOCK))
         self._threads = blocks * BLOCK
@@ -116,13 +115,13 @@ class DeviceStage:
     # -- one launch ----------------------------------------------------------------------------------
 
     def prepare(self, frame: Frame) -> Piece:
-        """Bring to the device what it lacks for a launch, and note what the launch will have written there.
+        """Upload what a launch reads, record what it writes, and return its piece.
 
-        What the piece queues: the launch, and that what it counts comes here.
+        The piece queues the launch and the download of its accumulators.
 
         Raises:
             DeviceError: the device has failed.
-            DeviceMemoryError: a value has no room there.
+            DeviceMemoryError: the device has no room for a value.
         """
         own = self._own
         for column, side in self._reads:
@@ -142,9 +141,9 @@ class DeviceStage:
             device.take(self._accumulators, self._found)
 
     def settle(self, frame: Frame) -> None:
-        """Take what the stage has counted to the board, when what was queued has been waited for.
+        """Write the stage's results to the board, after its flight has been waited for.
 
-        A failure is written to the board's status as the CPU's stages do.
+        A failure is written to the board's status, as stages on the CPU do.
 
         Raises:
             DeviceError: the device has failed.
@@ -155,7 +154,7 @@ class DeviceStage:
             self._take(self._found, frame)
 
     def _take(self, found: Array, frame: Frame) -> None:
-        """Add up what the replicas of the accumulators have counted."""
+        """Merge the replicas of the accumulators into the board."""
         own = self._own
         if frame.want_digest and self.stage.digests:
             sums = found[self._digests].view(np.uint64).reshape(self._replicas, -1).sum(axis=0)
@@ -185,9 +184,9 @@ class DeviceStage:
     # -- arguments -----------------------------------------------------------------------------------
 
     def _launch(self, frame: Frame) -> _Launch:
-        """Return what a launch takes, the same for each way that the sides stand.
+        """Return the arguments of a launch, cached for each combination of column sides.
 
-        Arrays of the step go to their places before it; numbers are among what the partition tells.
+        Arrays made by the step are uploaded first; its numbers are among the partition's step values.
         """
         own = self._own
         for argument in self._arrays:
@@ -222,7 +221,7 @@ class DeviceStage:
         return DeviceArray(address, (part.stop - part.start,), np.dtype(dtype))
 
     def _value(self, argument: Argument, frame: Frame, *, typing: bool = False) -> Any:
-        """Return what an argument is bound to; ``typing``: before there are accumulators."""
+        """Return the value of an argument; ``typing``: of its type only, before accumulators exist."""
         own, work, key = self._own, self._own.work, argument.key
         match argument.source:
             case "column":
@@ -254,14 +253,14 @@ class DeviceStage:
 
 
 class DeviceStages:
-    """The stages of one partition, each made when it is first launched."""
+    """The stages of one partition, each created at its first launch."""
 
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
         self._made: dict[tuple[Any, ...], DeviceStage] = {}
 
     def get(self, stage: KernelStage, frame: Frame) -> DeviceStage:
-        """Return a stage for the types of a step's values: a derived value may change its type.
+        """Return a stage for the types of a step's values (a derived value may change its type).
 
         Raises:
             KernelError: it does not compile.
@@ -280,12 +279,12 @@ class DeviceStages:
         return self._made[key]
 
     def clear(self) -> None:
-        """Forget them."""
+        """Discard all stages."""
         self._made.clear()
 
 
 def reads_and_writes(stage: KernelStage) -> tuple[list[tuple[int, int]], Sequence[tuple[int, int]]]:
-    """Return the sides that must be there before a stage, and those that it makes."""
+    """Return the (column, side) pairs that a stage reads before writing them, and those that it writes."""
     reads: list[tuple[int, int]] = []
     writes: list[tuple[int, int]] = []
     for op in stage.ops:

@@ -1,4 +1,4 @@
-"""Partitions behind external endpoints: the dispatch; how a task travels is the client's business."""
+"""Dispatch partitions to external endpoints; the client implements the transport."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ExternalPartitionClient(Protocol):
     """The transport that :class:`EndpointPartitionExecutor` calls."""
 
     def execute_partition(self, endpoint: str, task: PartitionTask) -> PartitionTaskResult:
-        """Run ``task`` at ``endpoint``; the text of whatever it raises is the worker's failure."""
+        """Run ``task`` at ``endpoint``; the text of an exception becomes the worker's failure."""
         ...
 
 
@@ -23,7 +23,7 @@ Client = TypeVar("Client", bound=ExternalPartitionClient)
 
 
 class EndpointPartitionExecutor(Generic[Client]):
-    """Runs partitions whose backend is External through a client.
+    """Runs partitions with an External backend through a client.
 
     Args:
         client: the transport.
@@ -43,13 +43,13 @@ class EndpointPartitionExecutor(Generic[Client]):
         return self._client
 
     def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
-        """Run the tasks one after the other at their endpoints, all of them.
+        """Run all tasks in order at their endpoints.
 
-        The first failure is raised, the others attached.
+        The first failure is raised after the last task, with the others attached.
 
         Raises:
             PartitionExecutorError: ``Worker`` for another backend or a client's failure,
-                ``MissingEndpoint`` where the endpoint is empty.
+                ``MissingEndpoint`` if the endpoint is empty.
         """
         return collect_results(partial(self._execute, task) for task in tasks)
 
@@ -63,5 +63,5 @@ class EndpointPartitionExecutor(Generic[Client]):
             return self._client.execute_partition(backend.endpoint, task)
         except PartitionExecutorError:
             raise
-        except BaseException as error:  # the client is somebody else's: nothing of it may pass untyped
+        except BaseException as error:  # the client is foreign code: nothing may leave it untyped
             raise Worker(partition, message_of(error)) from error

@@ -1,4 +1,4 @@
-"""Partitions one after the other, in the calling thread."""
+"""Run partitions in order, in the calling thread."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LocalSession:
         return CLOCK.seconds
 
     def segment(self, number: int) -> Segment | None:
-        """Return a segment by its number; None for the observing one where nothing observes."""
+        """Return a segment by its number, or None for `OBSERVE` if nothing observes."""
         program = self.work.program
         return program.observe if number == OBSERVE else program.segments[number]
 
@@ -76,7 +76,7 @@ class InlinePartitionExecutor:
         return LocalSession(work)
 
     def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
-        """Run self-contained tasks in order; all of them, the first failure is raised, the others attached.
+        """Run all self-contained tasks in order; raise the first failure, with the others attached.
 
         Raises:
             PartitionExecutorError: a phase failed, or a task asks for another backend.

@@ -1,6 +1,6 @@
-"""Run one partition's share of a segment, wherever its rows live: this thread, a pool's, a worker process.
+"""Run a segment on one partition, in the calling thread, a pool thread or a worker process.
 
-The one place where user code of a phase is called. It raises nothing: a failure is returned as data, so that
+The only module that calls the user code of a phase. It raises nothing: a failure is returned as data, so that
 every executor reports it in the same way.
 """
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 _NO_IDS = np.zeros(0, np.uint64)
 _WHOLE_ROWS = 1 << 20
-"""Rows of a tile of a stage that is one loop: nothing is gained from looking at few rows at a time."""
+"""Rows of a tile of a stage that is a single loop, which gains nothing from small tiles."""
 
 _PHASE_ROWS = 131072
-"""Rows that row-local column phases get at a time: few enough for the cache, enough to call Python for."""
+"""Rows per call of a row-local column phase: few enough for the cache, enough to amortise a Python call."""
 
 
 class StageCache:
@@ -50,7 +50,7 @@ class StageCache:
         self._lock = threading.Lock()
 
     def get(self, stage: KernelStage, *, proved: bool, several: bool, around: bool) -> StageFunction:
-        """Return a function of a stage, generated at the first call (see ``Variant`` for the words)."""
+        """Return a stage's function, generated at the first call (see ``Variant`` for the arguments)."""
         with self.loading():
             from rustsim_hpc.kernels.stage_source import Variant
 
@@ -66,13 +66,13 @@ class StageCache:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Let one thread at a time compile or load what partitions share; the clock counts it."""
+        """Serialise compiling and loading of what partitions share, and count the time on the clock."""
         with self._lock, CLOCK.counting():
             yield
 
 
 class _Call:
-    """A stage's function and its arguments, for columns that stand on certain sides."""
+    """A stage's function and its arguments, for one combination of column sides."""
 
     __slots__ = ("call", "changing", "compiled", "function", "values")
 
@@ -90,7 +90,7 @@ class PartitionRun:
     Args:
         work: the bound program.
         task: the partition.
-        board, place: where it reports: row ``place`` of the board.
+        board, place: it reports to row ``place`` of the board.
         stages: compiled stages of this process.
     """
 
@@ -112,7 +112,7 @@ class PartitionRun:
         """Run one segment's items in order; return what failed, or None."""
         if self._board.status is not self._reported:  # the board has moved since
             self._reported = self._board.status
-            self._status = self._reported[self._place].data  # item by item, faster than the array
+            self._status = self._reported[self._place].data  # faster than the array for single items
         status = self._status
         status[0] = 0
         try:
@@ -124,14 +124,14 @@ class PartitionRun:
                     self._run_column_phases(item, frame, status)
         except Exception as error:  # noqa: BLE001 (whatever a phase raises becomes a typed failure)
             return self._failure(error, "phase")
-        except BaseException as error:  # noqa: BLE001 (SystemExit: a worker would have died of it)
+        except BaseException as error:  # noqa: BLE001 (SystemExit: it would have ended a worker)
             return self._failure(error, "worker")
         return None
 
     # -- column phases -------------------------------------------------------------------------------
 
     def _grouped(self, segment: Segment) -> list[KernelStage | list[ColumnCall]]:
-        """Return a segment's items, those column phases together that can share a visit of some rows."""
+        """Return a segment's items; consecutive row-local column phases are grouped, to share chunks."""
         if id(segment) not in self._groups:
             groups: list[KernelStage | list[ColumnCall]] = []
             for item in segment.items:
@@ -146,7 +146,7 @@ class PartitionRun:
         return self._groups[id(segment)]
 
     def _run_column_phases(self, calls: list[ColumnCall], frame: Frame, status: Any) -> None:
-        """Run column phases on all rows of the partition, or row-local ones on some after the others."""
+        """Run column phases on all rows of the partition, or row-local ones chunk by chunk."""
         start, stop = self.task.start, self.task.stop
         at_once = (self.work.tile_rows or _PHASE_ROWS) if _row_local(calls[0]) else max(stop - start, 1)
         for first in range(start, max(stop, start + 1), at_once):
@@ -177,7 +177,7 @@ class PartitionRun:
             times[-1] += time.perf_counter_ns() - ended
 
     def _columns(self, call: ColumnCall) -> list[Any]:
-        """Return the columns that a phase sees, all rows of the rank."""
+        """Return the columns that a phase sees, with all rows of the rank."""
         memory = self.work.memory
         key = call.phase, memory.sides()
         if key not in self._seen:
@@ -244,7 +244,7 @@ class PartitionRun:
         found.compiled.add(kinds)
 
     def _arguments(self, function: StageFunction, several: bool) -> tuple[list[Any], list[tuple[int, str]]]:
-        """Return a stage's arguments and the positions of those that change from step to step."""
+        """Return a stage's arguments, and position and name of those that change from step to step."""
         work, board, place = self.work, self._board, self._place
         status = board.status[place]
         ids = _NO_IDS if work.ids is None else work.ids
@@ -262,7 +262,7 @@ class PartitionRun:
         return values, dynamic
 
     def _tile(self, function: StageFunction, several: bool) -> int:
-        """Return the rows of a tile."""
+        """Return the number of rows of a tile."""
         if function.by_blocks:
             return BLOCK
         whole = function.one_loop and not several and not self.work.tile_rows
@@ -329,7 +329,7 @@ def _row_local(call: ColumnCall) -> bool:
 
 
 def status_text(work: Work, step: int, status: Any) -> str:
-    """Return in words what a stage's status says has failed; ``step``: of the frame."""
+    """Return the error message for a stage's status; ``step`` is the frame's step index."""
     from rustsim_hpc.kernels.stage_source import KEY_FROM_2_63, NOT_REPRESENTABLE
 
     phase, row, value = int(status[2]), int(status[3]), int(status[4])
@@ -337,7 +337,7 @@ def status_text(work: Work, step: int, status: Any) -> str:
     if int(status[0]) != NOT_REPRESENTABLE:
         slot = next(i for i, r in enumerate(work.program.reductions) if r.name == name)
         key = value % 2**64 if status[0] == KEY_FROM_2_63 else value
-        # Reductions of checks and outputs look at the state that a step has made, and count that.
+        # Reductions of checks and outputs read the state after a step, and the message gives its index.
         when = "in step" if phase < work.program.phase_count else "in the state at step"
         return f"key {key} of row {row} is outside [0, {work.bins[slot]}) {when} {step}"
     column = work.program.schema.columns[value]

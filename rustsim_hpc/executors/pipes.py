@@ -1,8 +1,8 @@
 """Two pipes between a parent and a worker process, one for orders and one for answers.
 
-Pipes, because a round trip takes about half as long as one over a socket. Whichever side dies, the other sees
-the end of its pipe. A process that a worker forked may hold that end open; so the parent never waits for more
-than a second without looking whether its worker is still there.
+A round trip over pipes takes about half as long as one over a socket. If either side dies, the other sees the
+end of its pipe. A process that a worker forked may hold that end open, so the parent checks at least once a
+second that its worker is alive.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Poll = Callable[[int], list[tuple[int, int]]]
 
 
 def comes_soon(poll: Poll) -> bool:
-    """Look for a moment, again and again, whether a pipe has something to read (``poll`` of a poll object).
+    """Spin briefly until a pipe has something to read; return whether it has (``poll`` of a poll object).
 
-    To sleep is to be woken, which takes tens of microseconds where the core went idle: longer than a small
-    step. Others that want the core get it between two looks.
+    Waking a sleeping thread takes tens of microseconds if its core went idle: longer than a small step. The
+    core is yielded between polls.
     """
     until = time.perf_counter_ns() + _SPIN_NS
     while not poll(0):
@@ -37,9 +37,9 @@ class PipeEnds:
     """A parent's ends of the pipes to a worker.
 
     Args:
-        answers: descriptor to read from; taken over.
-        orders: descriptor to write to; taken over.
-        is_gone: says whether the worker has ended.
+        answers: descriptor to read from; owned by this object.
+        orders: descriptor to write to; owned by this object.
+        is_gone: returns whether the worker has ended.
     """
 
     def __init__(self, answers: int, orders: int, is_gone: Callable[[], bool]) -> None:
@@ -54,7 +54,7 @@ class PipeEnds:
         self._until_answer, self._until_room = incoming.poll, outgoing.poll
 
     def send(self, data: bytes | bytearray) -> bool:
-        """Send all of ``data``; returns False if the worker died."""
+        """Send all of ``data``; return False if the worker died."""
         rest: bytes | bytearray | memoryview = data
         while True:
             try:
@@ -70,10 +70,10 @@ class PipeEnds:
                 return False
 
     def receive(self, buffer: memoryview, deadline: float = float("inf")) -> bool:
-        """Fill a buffer; returns False if the worker died.
+        """Fill a buffer; return False if the worker died.
 
         Raises:
-            TimeoutError: it was not full at the deadline (``time.monotonic``).
+            TimeoutError: it is not full at the deadline (``time.monotonic``).
         """
         soon = comes_soon(self._until_answer)
         while True:
@@ -97,7 +97,7 @@ class PipeEnds:
 
 
 def read_all(fd: int, buffer: memoryview) -> bool:
-    """Fill a buffer from a pipe, as long as that takes; returns False at the pipe's end."""
+    """Fill a buffer from a pipe, without a time limit; return False at the pipe's end."""
     while True:
         got = os.readv(fd, (buffer,))
         if got == len(buffer):
@@ -108,10 +108,10 @@ def read_all(fd: int, buffer: memoryview) -> bool:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of ``data`` to a pipe, as long as that takes.
+    """Write all of ``data`` to a pipe, without a time limit.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
+        BrokenPipeError: the other end is closed.
     """
     rest: bytes | memoryview = data
     while (sent := os.write(fd, rest)) < len(rest):

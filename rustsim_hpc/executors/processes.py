@@ -1,8 +1,8 @@
-"""Partitions on worker processes of this machine, over columns in shared memory; no GIL between them.
+"""Partitions on worker processes of this machine, over columns in shared memory; they share no GIL.
 
-Each worker is a fresh interpreter that maps the columns, finds the model again by its reference, and owns a
-fixed run of the partitions. A step sends it a few bytes. Nothing that is shared has a name, so nothing can be
-left behind, whoever dies first and however.
+Each worker is a new interpreter that maps the columns, loads the model by its reference, and owns a fixed
+range of the partitions. A step sends it a few bytes. The shared memory is unnamed, so the system frees it
+in whatever order and way the processes end.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.state.shared_arrays import SharedArrays
 
 _PRINT_SECONDS = 0.3  # for all workers to print some lines
-_WORDS = 8  # int64 of a worker: a cache line
+_WORDS = 8  # int64 words of each worker: a cache line
 
 
 class ProcessSession:
-    """A rank's partitions on worker processes, each with a fixed run of them.
+    """A rank's partitions on worker processes, each with a fixed range of them.
 
     Args:
         work: the bound program; its columns lie in shared memory.
-        workers: how many processes at most.
-        pin: keep each on a core of its own.
+        workers: maximum number of processes.
+        pin: pin each process to its own core.
         inherit_fds: descriptors that the workers hold open.
 
     Raises:
-        ExecutorError: phases that workers cannot find again, or workers that cannot start.
+        ExecutorError: workers cannot load a phase, or cannot start.
         ColumnMemoryError: the columns are not in shared memory, or there is no memory left.
     """
 
@@ -61,7 +61,7 @@ class ProcessSession:
         count, tasks = min(workers, len(work.tasks)), len(work.tasks)
         shares = [range(tasks * k // count, tasks * (k + 1) // count) for k in range(count)]
         self._workers = [WorkerHandle(number, places) for number, places in enumerate(shares)]
-        # A plane that is dropped without being closed must not leave its workers behind.
+        # A control plane that is collected without being closed must not leave its workers running.
         self._end = weakref.finalize(self, end_all, self._workers, os.getpid())
         self._shared = _shared_arrays(work, self.board.nbytes, count)
         self.board.move_to(self._shared.arrays[0])
@@ -93,7 +93,7 @@ class ProcessSession:
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition; returns when all workers have answered or are dead.
 
-        Workers that died are replaced first. That one died is a failure of the step that finds it out.
+        Dead workers are replaced first. A death is a failure of the step that detects it.
         """
         program = self.work.program
         items = program.observe if segment == OBSERVE else program.segments[segment]
@@ -113,7 +113,7 @@ class ProcessSession:
                 elif answer:
                     failures += answer
         except BaseException:
-            # Ctrl-C, say. Workers that are still at it must not write into a later step, nor answer to it.
+            # For example Ctrl-C. Workers that still run must not write into a later step, nor answer to it.
             for worker in self._workers:
                 if worker.busy:
                     worker.kill()
@@ -122,7 +122,7 @@ class ProcessSession:
         return failures
 
     def _message(self, segment: int, frame: Frame) -> bytes | bytearray:
-        """Return an order: the segment, the step, and the values that workers do not know yet."""
+        """Return an order: the segment, the step, and the values that workers do not have yet."""
         values = frame.values
         afresh = values is not self._values
         if afresh:
@@ -137,14 +137,14 @@ class ProcessSession:
         ORDER.pack_into(self._order, 0, segment, frame.want_digest, afresh, *step, len(data))
         return self._order + data if data else self._order
 
-    # -- workers come and go -------------------------------------------------------------------------
+    # -- starting and ending workers -----------------------------------------------------------------
 
     def _start(self) -> list[PhaseFailure]:
-        """Start the workers that are missing, all at the same time; return those that do not become ready."""
+        """Start the missing workers in parallel; return a failure for each that does not become ready."""
         if not self._end.alive:
             raise InvalidConfig("the worker processes of this session were ended")
         workers = [worker for worker in self._workers if not worker.alive]
-        self._values = None  # new ones know none
+        self._values = None  # a new worker has none
         problems: dict[int, str] = {}
         for worker in workers:
             number = worker.number
@@ -166,7 +166,7 @@ class ProcessSession:
         ]
 
     def _death(self, worker: WorkerHandle) -> PhaseFailure:
-        """Return what became of a worker that does not answer, as a failure of what it was running."""
+        """Return how a worker that does not answer has ended, as a failure of what it was running."""
         end = worker.reap()
         self._whole = False
         place = int(self._words[worker.number, RUNNING])
@@ -193,21 +193,21 @@ class ProcessSession:
         )
 
     def show_stacks(self) -> None:
-        """Have the workers that are busy print to standard error where they are."""
+        """Make busy workers print their stacks to standard error."""
         for worker in self._workers:
             if worker.busy:
                 worker.signal(SHOW_STACKS)
         time.sleep(_PRINT_SECONDS)
 
     def close(self) -> None:
-        """End the workers: politely, then by force; calling it again does nothing."""
+        """End the workers, by force if they do not end themselves; calling it again does nothing."""
         self._end()
         self._shared.close()
         self._whole = False
 
 
 def _shared_arrays(work: Work, board_bytes: int, workers: int) -> SharedArrays:
-    """Return the board's words, a row of words a worker, and a copy of each table for all workers."""
+    """Return shared memory for the board, a row of words for each worker, and a copy of each table."""
     shapes: list[tuple[str, tuple[int, ...]]] = [("<i8", (board_bytes // 8,)), ("<i8", (workers, _WORDS))]
     shapes += [(table.dtype.str, table.shape) for table in work.tables.values()]
     shared = SharedArrays(shapes)
@@ -220,16 +220,15 @@ class ProcessPartitionExecutor:
     """Runs partitions on worker processes of this machine.
 
     Args:
-        workers: how many; by default one for each core that the process may use. Each takes a fixed,
-            contiguous run of the partitions.
-        pin: keep each worker on a core of its own.
-        inherit_fds: descriptors that the workers hold open while they live: those of a lock, say.
+        workers: number of processes; by default one for each core that the process may use. Each takes a
+            fixed, contiguous range of the partitions.
+        pin: pin each worker to its own core.
+        inherit_fds: descriptors that the workers hold open while they live, such as that of a lock.
 
     Phases must be entries of a model that was loaded by its reference (see
     :func:`~rustsim_hpc.modeling.model_source.load_model`). A control plane moves its state into shared
-    memory, once, when it is first stepped this way. That a worker died (killed, out of memory, a crash in
-    compiled code) is a typed error of the step that finds it out; the next step starts another worker in its
-    place.
+    memory, once, when it is first stepped this way. The death of a worker (killed, out of memory, a crash in
+    compiled code) is a typed error of the step that detects it; the next step starts a replacement.
     """
 
     name = "processes"
@@ -245,7 +244,7 @@ class ProcessPartitionExecutor:
         self.inherit_fds = tuple(inherit_fds)
 
     def attach(self, work: Work) -> ProcessSession:
-        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`); starts workers.
+        """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`), start workers.
 
         Raises:
             ExecutorError: a partition's backend is not the local CPU, or see :class:`ProcessSession`.
@@ -255,10 +254,10 @@ class ProcessPartitionExecutor:
         return ProcessSession(work, workers, pin=self.pin, inherit_fds=self.inherit_fds)
 
     def execute(self, tasks: Sequence[PartitionTask]) -> list[PartitionTaskResult]:
-        """Refuse self-contained tasks that carry phases: a plain function does not travel between processes.
+        """Run self-contained tasks without phases; a plain function cannot be sent to another process.
 
         Raises:
-            PartitionExecutorError: ``Worker`` that names the task's first phase, or another backend.
+            PartitionExecutorError: ``Worker`` for a task with a phase (names the first) or another backend.
         """
         require_local_tasks(tasks, self.name)
         return collect_results(partial(_execute, task) for task in tasks)

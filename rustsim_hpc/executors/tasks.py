@@ -1,4 +1,4 @@
-"""The public task boundary as a session: payloads go out as copies, results are checked and then taken."""
+"""Public tasks as a session: payloads are sent as copies, results are checked before they are applied."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LONGEST_US = 2**53
 
 
 class TaskSession:
-    """Runs a program of column phases through an executor that has only the public face.
+    """Runs a program of column phases through an executor that has only the public interface.
 
     Args:
         work: the bound program; it must consist of column phases.
@@ -66,18 +66,18 @@ class TaskSession:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that this process has spent on compiling so far; an executor's own are not known."""
+        """Seconds that this process has spent on compiling so far, without the executor's workers."""
         return CLOCK.seconds
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:  # noqa: ARG002 (there is only one)
-        """Ship every partition, run all phases there, and take what comes back if all of it is right."""
+        """Ship every partition, run all phases, and apply the results if all of them are valid."""
         tasks = [self._task(task, frame) for task in self.work.tasks]
-        results: Any  # whatever somebody else's executor returns
+        results: Any  # a foreign executor may return anything
         try:
             results = self._executor.execute(tasks)
         except PartitionExecutorError as error:
             return [self._failure(one) for one in (error, *error.others)]
-        except Exception as error:  # noqa: BLE001 (somebody else's code: nothing of it may pass untyped)
+        except Exception as error:  # noqa: BLE001 (foreign code: nothing may leave it untyped)
             return [self._failure(error)]
         except BaseException as error:  # noqa: BLE001 (the same)
             return [self._failure(error, PANICKED)]
@@ -93,9 +93,9 @@ class TaskSession:
         return [failure for failure in failures if failure is not None]
 
     def close(self) -> None:
-        """Nothing is held between steps."""
+        """Do nothing: no resources are held between steps."""
 
-    # -- out -----------------------------------------------------------------------------------------
+    # -- tasks ---------------------------------------------------------------------------------------
 
     def _task(self, task: Task, frame: Frame) -> PartitionTask:
         memory, assignment = self.work.memory, task.assignment
@@ -119,7 +119,7 @@ class TaskSession:
         return PartitionTask(context, checkpoint, self._phase_base, self._phases(state))
 
     def _state(self, task: Task, columns: Sequence[Array]) -> DeviceSoaCheckpoint:
-        """Return a copy of a partition's rows of some columns (all of them, or none for the ids alone)."""
+        """Return a copy of a partition's rows of ``columns`` (all of them, or none for only the ids)."""
         rows, schema = slice(task.start, task.stop), self.work.memory.schema
         return DeviceSoaCheckpoint(
             None if self.work.ids is None else self.work.ids[rows].copy(),
@@ -142,7 +142,7 @@ class TaskSession:
             for call in self._calls
         ]
 
-    # -- back ----------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------
 
     def _check(self, task: Task, result: Any, frame: Frame) -> PhaseFailure | None:
         """Return what is wrong with one partition's result, or None."""
@@ -156,18 +156,18 @@ class TaskSession:
             if not problem:
                 return None
             named = partition
-            if problem.startswith("starts at row"):  # another one's result: it says itself whose
+            if problem.startswith("starts at row"):  # another partition's result, which names its own
                 named = result.checkpoint.assignment.partition_id
             error = PartitionCheckpointError(f"partition {named!r} {problem}", partition=named)
         except Worker as source:
             error = ExecutorError(source)
-        except Exception as source:  # noqa: BLE001 (objects that are only half of what they should be)
+        except Exception as source:  # noqa: BLE001 (incomplete or malformed objects)
             message = f"executor returned a broken result: {message_of(source)}"
             error = ExecutorError(Worker(partition, message))
         return PhaseFailure(partition, task.assignment.worker, None, "", str(error), "worker", error=error)
 
     def _misfit(self, task: Task, got: PartitionCheckpoint, frame: Frame) -> str:
-        """Return in which way a payload is not what the request asked for, or ''."""
+        """Return how a payload differs from what was requested, or ''."""
         state: Any = got.state
         fingerprint: Any = got.fingerprint
         schema, rows = self.work.memory.schema, task.stop - task.start
@@ -207,7 +207,7 @@ class TaskSession:
             self._time(place, report)
 
     def _time(self, place: int, report: Any) -> None:
-        """Count a phase's time; reports prove nothing, so those that make no sense are left out."""
+        """Add a phase's time; a malformed report is ignored, because times do not affect results."""
         if not (isinstance(report, PartitionPhaseReport) and isinstance(report.elapsed_us, int)):
             return
         position = report.phase_index - self._phase_base
@@ -217,9 +217,10 @@ class TaskSession:
     # -- failures ------------------------------------------------------------------------------------
 
     def _failure(self, error: BaseException, message: str = "") -> PhaseFailure:
-        """Return an executor's error as a failure of the partition that it names, or that it came from.
+        """Return an executor's error as a failure of the partition that it names, or that raised it.
 
-        One that names none is told of the first partition, whose number it then does not carry.
+        An error without a partition is reported for the first one; with several partitions a hint says that
+        the failing one is not known.
         """
         first = self.work.tasks[0].assignment.partition_id
         if isinstance(error, ExecutorError):
@@ -244,6 +245,6 @@ class TaskSession:
 
 
 def _partition_id(error: PartitionExecutorError, default: PartitionId) -> PartitionId:
-    """Return the partition that an executor's error names, whatever the executor put there."""
+    """Return the partition that an executor's error names, or ``default`` if it is not a partition id."""
     named = error.partition
     return named if isinstance(named, PartitionId) else default

@@ -1,4 +1,4 @@
-"""Partitions on a pool of threads. Kernels run without the GIL over views of the resident columns."""
+"""Run partitions on a pool of threads. Kernels release the GIL and work on views of the resident columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
 from rustsim_hpc.modeling.program import KernelStage
 
 _HAND_OVER_NS = 50_000
-"""What it takes to wake a thread on a core that went idle, and to be woken by it."""
+"""Time to wake a thread on an idle core and be woken by it in turn."""
 
 
 def usable_cores() -> int:
@@ -38,7 +38,7 @@ def usable_cores() -> int:
 
 
 class _Worker:
-    """One thread of a session and what it is asked to do; orders are numbered."""
+    """One thread of a session and its queue of orders, which are counted."""
 
     def __init__(self, number: int, wake: SimpleQueue[None]) -> None:
         self.orders: SimpleQueue[Callable[[], list[PhaseFailure]] | None] = SimpleQueue()
@@ -49,31 +49,31 @@ class _Worker:
         self.thread = threading.Thread(target=self._serve, name=f"rustsim-partitions-{number}", daemon=True)
 
     def ask(self, order: Callable[[], list[PhaseFailure]]) -> None:
-        """Hand over an order; the count follows it, so that Ctrl-C in between lets nobody wait in vain."""
+        """Queue an order, then count it; Ctrl-C in between must not leave a wait for an order never sent."""
         self.orders.put(order)
         self.asked += 1
 
     def _serve(self) -> None:
-        """Do orders until there is None; whatever goes wrong is an answer, since somebody waits for one."""
+        """Run orders until None arrives; an exception is an answer too, because the caller waits for one."""
         while (order := self.orders.get()) is not None:
             try:
                 self.outcome = order()
             except BaseException as error:  # noqa: BLE001
                 self.outcome = error
-            # An order holds the session: kept here, it would never be collected, and this thread never end.
+            # An order refers to the session: kept here, it would keep the session, and this thread, alive.
             del order
             self.answered += 1
             self._wake.put(None)
 
 
 class ThreadedSession(LocalSession):
-    """A rank's partitions, each thread with a fixed run of them; the calling thread takes the first.
+    """A rank's partitions on threads, each with a fixed range of them; the calling thread runs the first.
 
-    Row kernels that take less time than waking the threads would are run by the calling thread alone, as
-    their last run tells; which thread runs a partition makes no difference to its rows.
+    A segment of row kernels that last took less time than waking the threads is run by the calling thread
+    alone; the thread that runs a partition does not affect its rows.
 
     Raises:
-        ExecutorError: the system gives no more threads.
+        ExecutorError: the system cannot start the threads.
     """
 
     def __init__(self, work: Work, threads: int) -> None:
@@ -84,7 +84,7 @@ class ThreadedSession(LocalSession):
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._workers: list[_Worker] = []
         self._brief: set[int] = set()
-        # A plane that is dropped without being closed must not leave its threads waiting for ever.
+        # A control plane that is collected without being closed must not leave its threads waiting.
         self._end = weakref.finalize(self, _end, self._workers)
         try:
             for number in range(1, count):
@@ -98,8 +98,8 @@ class ThreadedSession(LocalSession):
             raise ExecutorError(Worker(partition, message, hint="take fewer threads")) from error
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """Run one segment on every partition; returns when all threads have done their share."""
-        self._wait()  # for threads of a step that Ctrl-C broke off: they must not write into this one
+        """Run one segment on every partition; return when all threads are done."""
+        self._wait()  # for threads of a step interrupted by Ctrl-C: they must not write into this one
         begun = time.perf_counter_ns()
         if segment in self._brief:
             failures = self.run_places(segment, frame, self._all)
@@ -120,16 +120,16 @@ class ThreadedSession(LocalSession):
         return sorted(failures, key=lambda failure: failure.partition)
 
     def _compiled(self, segment: int) -> bool:
-        """Return whether a segment runs no Python of the user's, which might look for its thread."""
+        """Return whether a segment runs no Python code of the user, which might depend on its thread."""
         found = self.segment(segment)
         return found is None or all(isinstance(item, KernelStage) for item in found.items)
 
     def _wait(self) -> None:
-        """Return when all threads have answered all orders."""
+        """Wait until all threads have answered all orders."""
         for worker in self._workers:
             while worker.answered < worker.asked:
                 self._wake.get()
-        while not self._wake.empty():  # of those that were done before anybody waited
+        while not self._wake.empty():  # discard wake-ups of threads that were done before the wait
             self._wake.get()
 
     def close(self) -> None:
@@ -151,8 +151,8 @@ class LocalThreadedPartitionExecutor:
     """Runs partitions on threads of this process.
 
     Args:
-        threads: how many; by default one for each core that the process may use. Each takes a fixed,
-            contiguous run of the partitions.
+        threads: number of threads; by default one for each core that the process may use. Each takes a
+            fixed, contiguous range of the partitions.
     """
 
     name = "threads"
@@ -164,7 +164,7 @@ class LocalThreadedPartitionExecutor:
 
     @classmethod
     def new(cls) -> LocalThreadedPartitionExecutor:
-        """Build one with a thread for each core."""
+        """Return an executor with one thread for each core that the process may use."""
         return cls()
 
     def attach(self, work: Work) -> LocalSession:

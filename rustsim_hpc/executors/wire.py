@@ -1,8 +1,8 @@
-"""What a parent and its worker processes say to each other: bytes of control, never columns.
+"""The messages between a parent and its worker processes: control data, never columns.
 
-An order is 24 bytes, and behind them the results of reductions and derived values that are new since the last
-one, as raw bytes. An answer is 8 bytes: how long a pickled list of failures follows, 0 when all is well.
-Pickle is between a process and its own children only, over pipes that have no name.
+An order is 24 bytes, followed by the results of reductions and derived values that are new since the last
+one, as raw bytes. An answer is 8 bytes, the length of a pickled list of failures that follows, 0 for none.
+Pickle is used only between a process and its own children, over unnamed pipes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rustsim_hpc.modeling.program import Program
 Array = np.ndarray[Any, Any]
 
 ORDER = struct.Struct("<h??IQQ")
-"""Segment, whether digests are wanted, whether earlier values are void, steps to make, step index, bytes of
-new values."""
+"""Segment, whether digests are wanted, whether to discard earlier values, number of steps, step index, bytes
+of new values."""
 
 LENGTH = struct.Struct("<Q")
-"""Bytes that follow: an answer, and what goes before a message at the start."""
+"""Number of bytes that follow: an answer, and the prefix of the messages at the start."""
 
 _VALUE = struct.Struct("<HBB")
-"""Place of a value's name, dimensions, letters of the dtype."""
+"""Index of a value's name, number of dimensions, length of the dtype string."""
 
 
 def value_names(program: Program) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def value_names(program: Program) -> tuple[str, ...]:
 
 
 def encode_values(values: Mapping[str, Any], names: Sequence[str]) -> bytes:
-    """Return values (NumPy scalars or arrays) as bytes; ``names`` are all there may be, in a fixed order."""
+    """Return values (NumPy scalars or arrays) as bytes; ``names``: all possible names, in a fixed order."""
     parts = []
     for name, value in values.items():
         array = np.asarray(value)
@@ -48,7 +48,7 @@ def encode_values(values: Mapping[str, Any], names: Sequence[str]) -> bytes:
 
 
 def decode_values(data: bytes | bytearray, names: Sequence[str]) -> dict[str, Any]:
-    """Return what :func:`encode_values` was given; arrays are read-only copies."""
+    """Return the values encoded by :func:`encode_values`; arrays are read-only copies."""
     values: dict[str, Any] = {}
     start = 0
     while start < len(data):
@@ -59,7 +59,7 @@ def decode_values(data: bytes | bytearray, names: Sequence[str]) -> dict[str, An
         shape = struct.unpack_from(f"<{dims}Q", data, start)
         start += 8 * dims
         count = int(np.prod(shape, dtype=np.int64))
-        array = np.empty(shape, dtype)  # and not a view: compiled code takes aligned arrays
+        array = np.empty(shape, dtype)  # not a view of data: compiled code needs aligned arrays
         if count:
             array.reshape(-1)[:] = np.frombuffer(data, dtype, count, start)
         start += count * dtype.itemsize

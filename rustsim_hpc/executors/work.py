@@ -1,6 +1,6 @@
 """What the partitions of a rank share while they run: the bound program, the state, and a board of results.
 
-:class:`Work` is everything that does not change between steps; :class:`Frame` is one step's share;
+:class:`Work` holds what does not change between steps; :class:`Frame` holds the inputs of one step;
 :class:`Board` holds what partitions report (fixed arrays, in shared memory where workers are processes).
 """
 
@@ -24,15 +24,15 @@ from rustsim_hpc.state.partition import PartitionAssignment, PartitionExecutionB
 Array = np.ndarray[Any, Any]
 
 MAX_SUMMED_ROWS = 2**31 - 1
-"""Rows that a partition's exact sum takes before its limbs would have to carry (kernels/exact_sum.py)."""
+"""Most rows that a partition's exact sum can add without carrying between limbs (kernels/exact_sum.py)."""
 
 MIN_TILE = 4096
 MAX_TILE = 65536
 _DEFAULT_L2 = 1 << 20
 
 _CACHES_TO_STREAM = 4
-"""A partition so many times as large as its level-2 cache is written around the cache. Below, the next step
-would find it there."""
+"""A partition larger than this many level-2 caches is written with non-temporal stores. The next step would
+still find a smaller one in the cache."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Work:
         params, tables, seed: what the model is bound to.
         checked: compile with bounds and conversion checks.
         tile_rows: rows of a tile, a power of two of at least 4096, or 0 to size it from the cache.
-        model: how a worker process finds the phases again, or None for phases that are plain closures.
+        model: reference by which a worker process loads the phases, or None for phases that are closures.
     """
 
     program: Program
@@ -77,7 +77,7 @@ class Work:
 
     @cached_property
     def tile(self) -> int:
-        """Rows of a tile: what lets the columns of one visit stay in half of the level-2 cache."""
+        """Rows of a tile: as many as keep all columns of the tile in half of the level-2 cache."""
         if self.tile_rows:
             return self.tile_rows
         # 16 for random bits that are made a tile at a time.
@@ -91,7 +91,7 @@ class Work:
         return tuple(reduction.bin_count(self.params) for reduction in self.program.reductions)
 
     def streams(self, task: Task) -> bool:
-        """Return whether a partition is so large that its stages should write rows around the cache."""
+        """Return whether a partition is large enough for its stages to write around the cache."""
         row_bytes = 2 * sum(np.dtype(column.dtype).itemsize for column in self.memory.schema.columns)
         return row_bytes * (task.stop - task.start) > _CACHES_TO_STREAM * level_two_cache()
 
@@ -104,7 +104,7 @@ _stream_key = lru_cache(maxsize=1024)(key_of)
 
 
 def require_partitions_that_add_up(work: Work) -> None:
-    """Raise InvalidConfig where a partition has more rows than the state of an exact sum can take."""
+    """Raise InvalidConfig if a partition has more rows than the state of an exact sum can take."""
     sums = [reduction.name for reduction in work.program.reductions if reduction.kind == "sum"]
     largest = max((task.stop - task.start for task in work.tasks), default=0)
     if sums and largest > MAX_SUMMED_ROWS:
@@ -125,12 +125,12 @@ def level_two_cache() -> int:
 
 @dataclass
 class Frame:
-    """One step: what partitions need to know beyond their :class:`Work`.
+    """The inputs of one step, beside the partitions' :class:`Work`.
 
     Attributes:
         step_index: index before the step.
         want_digest: add up the digests of the columns that are written.
-        repeat: steps to make; more than one only where the program is repeatable.
+        repeat: number of steps; more than one only if the program is repeatable.
         values: results of reductions and derived values so far.
     """
 
@@ -142,12 +142,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class PhaseFailure:
-    """One partition's failure, as data that can travel.
+    """One partition's failure, as picklable data.
 
     ``kind`` is "phase" for an error that a phase raised and "worker" for anything else that ended its
-    worker (a death, an exception that is not an ``Exception``). ``phase_index`` is the phase's place in the
-    program, None where no phase is known. ``error`` is set where it is one of ours already (a kernel that
-    does not compile), which then knows by itself what it is about. ``hint`` says what to do, where known.
+    worker (a dead process, an exception that is not an ``Exception``). ``phase_index`` is the phase's
+    position in the program, None if unknown. ``error`` is set if the phase raised a typed error of this
+    package (a kernel that does not compile). ``hint`` says what to do, if known.
     """
 
     partition: PartitionId
@@ -165,28 +165,28 @@ class PhaseFailure:
 
 
 class PhaseTrace(Exception):
-    """Where a phase raised what it raised, as text: the exception itself may have been another process's."""
+    """The traceback of a phase's exception as text: the exception may have been raised in another process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 PANICKED = "partition worker thread panicked"
-"""Message of a failure that was not an ``Exception``: SystemExit in a phase, say."""
+"""Message of a failure that was not an ``Exception``, such as SystemExit in a phase."""
 
 STATUS_FIELDS = 5
 """int64 fields of a stage's status: code, phase that runs, phase that failed, global row, offending value."""
 
 
 class Board:
-    """What partitions report, one row each: status, nanoseconds a phase, digests a column, reduction states.
+    """What partitions report, one row each: status, time of each phase, column digests, reduction states.
 
     Attributes:
         status: int64 (tasks, 5).
-        times: int64 (tasks, phases + 1), nanoseconds of the current step; the last: digests made in stages.
+        times: int64 (tasks, phases + 1), nanoseconds of the current step; the last is for digests in stages.
         digests: uint64 (tasks, columns), sums mod 2^64 over the partition's rows.
-        codes: int64 (tasks, slots): dtype of the values that each slot reduces, by its place in ``DTYPES``.
-        states: for each reduction slot int64 (tasks, …), as :mod:`rustsim_hpc.kernels.reduce` lays them out.
+        codes: int64 (tasks, slots), dtype of the values that each slot reduces, as an index of ``DTYPES``.
+        states: for each reduction slot int64 (tasks, …), in the layout of :mod:`rustsim_hpc.kernels.reduce`.
     """
 
     def __init__(self, tasks: int, program: Program, state_shapes: Sequence[tuple[int, ...]]) -> None:
@@ -197,7 +197,7 @@ class Board:
     def _layout(
         tasks: int, program: Program, state_shapes: Sequence[tuple[int, ...]]
     ) -> list[tuple[tuple[int, ...], int]]:
-        """Return (shape, end in bytes) of each array, one after the other, 64-byte aligned."""
+        """Return (shape, end offset in bytes) of each array; they are contiguous and 64-byte aligned."""
         shapes: list[tuple[int, ...]] = [
             (tasks, STATUS_FIELDS),
             (tasks, len(program.phase_names) + 1),
@@ -228,9 +228,9 @@ class Board:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the board's arrays take."""
+        """Size of the board's arrays in bytes."""
         return self.layout[-1][1]
 
     def move_to(self, words: Array) -> None:
-        """Place the board in given memory (int64, ``nbytes`` long), its content as it is there."""
+        """Let the board use given memory (int64, ``nbytes`` long) and its present content."""
         self._place(words)

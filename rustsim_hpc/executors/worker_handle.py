@@ -1,4 +1,4 @@
-"""One worker process, seen from its parent: started, spoken to, and ended; no wait is without an end."""
+"""One worker process, seen from its parent: starting it, orders and answers, and ending it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_SECONDS = 300.0
 _GRACE_SECONDS = 3.0
 _KILL_SECONDS = 5.0
 _ONE_THREAD = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# What a launcher tells its ranks. A worker is none, and must not become one where a model imports mpi4py.
+# Variables that launchers set for ranks. A worker is not a rank, and must not look like one to mpi4py.
 _LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_", "HYDRA_")
 _LIKELY = {
     "SIGKILL": " (out of memory?)",
@@ -39,12 +39,12 @@ class WorkerHandle:
     """A worker process and the pipes to it.
 
     Args:
-        number: which of its session's workers it is.
-        places: its partitions, as places in the list of tasks.
+        number: its index among the session's workers.
+        places: its partitions, as indices of the list of tasks.
 
     Attributes:
-        pid: of the process that was started last, 0 before.
-        busy: it was told something, to start or an order, and has not answered yet.
+        pid: process id of the last process started, 0 before the first.
+        busy: it has not answered yet to its start message or an order.
     """
 
     def __init__(self, number: int, places: range) -> None:
@@ -65,10 +65,10 @@ class WorkerHandle:
     # -- starting ------------------------------------------------------------------------------------
 
     def start(self, message: bytes, fds: Sequence[int]) -> None:
-        """Start a process that inherits descriptors, and tell it what to be; :meth:`ready` waits for it.
+        """Start a process that inherits descriptors, and send its start message; :meth:`ready` waits for it.
 
         Raises:
-            OSError: the system gives no more processes or descriptors.
+            OSError: the system is out of processes or descriptors.
         """
         opened: list[int] = []
         try:
@@ -85,7 +85,7 @@ class WorkerHandle:
         self._pipes.send(LENGTH.pack(len(message)) + message)
 
     def ready(self, deadline: float) -> str | None:
-        """Wait until the worker can take orders; return why it cannot, or None. It is then ended."""
+        """Wait until the worker can take orders; if it cannot, end it and return why, else None."""
         problem: str | None = None
         try:
             text = self._message(deadline)
@@ -102,12 +102,12 @@ class WorkerHandle:
     # -- orders and answers --------------------------------------------------------------------------
 
     def order(self, message: bytes | bytearray) -> bool:
-        """Send an order; returns whether it could be sent."""
+        """Send an order; return whether it could be sent."""
         self.busy = True
         return self._pipes is not None and self._pipes.send(message)
 
     def answer(self) -> list[PhaseFailure] | None:
-        """Wait for the answer to an order: what failed, or None if the worker died instead."""
+        """Wait for the answer to an order; return the failures, or None if the worker died."""
         data = self._message()
         if not data:
             return None if data is None else []
@@ -131,7 +131,7 @@ class WorkerHandle:
     def _is_gone(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
-    # -- the end -------------------------------------------------------------------------------------
+    # -- ending --------------------------------------------------------------------------------------
 
     def hang_up(self) -> None:
         """Tell the worker to end, by closing its pipes; :meth:`finish` waits for it."""
@@ -140,7 +140,7 @@ class WorkerHandle:
             pipes.close()
 
     def finish(self, grace: float = _GRACE_SECONDS) -> None:
-        """Wait for the end of a worker that was told to, and end it by force if it does not come."""
+        """Tell the worker to end and wait for it; kill it if it has not ended after ``grace`` seconds."""
         self.hang_up()
         process, self._process, self.busy = self._process, None, False
         if process is None:
@@ -149,12 +149,12 @@ class WorkerHandle:
             process.wait(grace)
         except subprocess.TimeoutExpired:
             process.kill()
-            # One that the kernel cannot end (waiting for a dead disk) is not waited for any longer.
+            # Do not wait for a process that the system cannot kill (blocked on a dead disk).
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_KILL_SECONDS)
 
     def signal(self, number: int) -> None:
-        """Send the worker a signal; one that is gone gets none."""
+        """Send the worker a signal, if it has a process."""
         if self._process is not None:
             self._process.send_signal(number)
 
@@ -165,7 +165,7 @@ class WorkerHandle:
         self.finish()
 
     def reap(self) -> str:
-        """Return how a worker ended that does not answer any more; one that still lives is ended."""
+        """Return how a worker that no longer answers has ended; end it if it still runs."""
         process = self._process
         self.finish(POLL_SECONDS)
         code = None if process is None else process.returncode
@@ -181,7 +181,7 @@ class WorkerHandle:
 
 
 def end_all(workers: Sequence[WorkerHandle], owner: int) -> None:
-    """End workers, all at the same time; in a forked copy of their owner (a process id) do nothing."""
+    """End workers in parallel; do nothing in a process other than ``owner`` (a process id)."""
     if os.getpid() != owner:
         return
     for worker in workers:
@@ -193,8 +193,8 @@ def end_all(workers: Sequence[WorkerHandle], owner: int) -> None:
 def _spawn(orders: int, answers: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a worker.
 
-    Signals that ask a run to stop may reach all processes of a terminal or a Slurm step, but are the parent's
-    to decide on: the new process has them blocked from its first moment until it ignores them.
+    Signals that ask a run to stop may reach all processes of a terminal or a Slurm step, but only the parent
+    handles them: the new process starts with them blocked, until it ignores them.
     """
     module = "rustsim_hpc.executors.worker_process"
     command = [sys.executable, "-P", "-m", module, str(orders), str(answers), str(os.getpid())]

@@ -1,6 +1,6 @@
-"""The main of a worker process: map the columns, find the model again, and run segments when told to.
+"""The main module of a worker process: map the columns, load the model, and run segments on order.
 
-It is started by :mod:`rustsim_hpc.executors.worker_handle` and ends with the pipes to its parent.
+It is started by :mod:`rustsim_hpc.executors.worker_handle` and ends when the pipes to its parent close.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Worker:
         self.session.board.move_to(board)
         self.names = value_names(self.work.program)
         self._places = [(place, range(place, place + 1)) for place in start.places]
-        self._words = memoryview(words[start.number])  # item by item, several times as fast as the array
+        self._words = memoryview(words[start.number])  # several times as fast as the array for single items
         self._words[RUNNING], self._words[COMPILE_NS] = IDLE, 0
         self._compiled = 0.0
 
@@ -76,10 +76,10 @@ class _Worker:
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Serve the parent at the other end of two pipes until it hangs up; then leave at once.
+    """Serve the parent over two pipes until it closes them, then exit at once.
 
     Args:
-        arguments: descriptors of the pipes of orders and of answers, process id of the parent.
+        arguments: descriptors of the pipes for orders and for answers, process id of the parent.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -87,11 +87,11 @@ def main(arguments: Sequence[str]) -> NoReturn:
     faulthandler.enable()
     faulthandler.register(SHOW_STACKS)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what a phase prints is to be seen now
+        sys.stdout.reconfigure(line_buffering=True)  # show what a phase prints at once
     orders, answers, parent = (int(argument) for argument in arguments)
     _keep_to_this_process((orders, answers))
     threading.Thread(target=_leave_with_parent, args=(orders, parent), daemon=True).start()
-    with contextlib.suppress(OSError):  # the parent is gone, or the pipes are: so is the work
+    with contextlib.suppress(OSError):  # the parent or the pipes are gone: there is nothing left to do
         worker = _begin_or_tell(orders, answers)
         if worker is not None:
             _serve(orders, answers, worker)
@@ -99,11 +99,11 @@ def main(arguments: Sequence[str]) -> NoReturn:
 
 
 def _keep_to_this_process(fds: tuple[int, ...]) -> None:
-    """See to it that no process that a phase starts holds descriptors open after this one's end."""
+    """Keep processes that a phase starts from inheriting descriptors and holding them open."""
 
     def close_all() -> None:
         for fd in fds:
-            with contextlib.suppress(OSError):  # a model that has closed it itself
+            with contextlib.suppress(OSError):  # the model may have closed it
                 os.close(fd)
 
     for fd in fds:
@@ -112,7 +112,7 @@ def _keep_to_this_process(fds: tuple[int, ...]) -> None:
 
 
 def _begin_or_tell(orders: int, answers: int) -> _Worker | None:
-    """Return the worker that the parent wants, or tell it why there is none."""
+    """Return the worker that the parent asks for, or send it the error and return None."""
     head = bytearray(LENGTH.size)
     if not read_all(orders, memoryview(head)):
         return None
@@ -121,7 +121,7 @@ def _begin_or_tell(orders: int, answers: int) -> _Worker | None:
         return None
     try:
         worker = _begin(pickle.loads(message))  # noqa: S301 (from our own parent)
-    except BaseException as error:  # noqa: BLE001 (the model is somebody else's code)
+    except BaseException as error:  # noqa: BLE001 (the model is foreign code)
         kind = "" if isinstance(error, RustsimError) else f"{type(error).__name__}: "
         text = f"{kind}{message_of(error)}".encode()
         write_all(answers, LENGTH.pack(len(text)) + text)
@@ -131,7 +131,7 @@ def _begin_or_tell(orders: int, answers: int) -> _Worker | None:
 
 
 def _begin(start: WorkerStart) -> _Worker:
-    # Not that of the arrays: it is closed as soon as they are mapped, and its number another file's then.
+    # Not the descriptor of the arrays: it is closed once they are mapped, and its number may be reused.
     _keep_to_this_process((*start.columns.fds, *start.inherited))
     if start.core is not None:
         with contextlib.suppress(OSError, AttributeError):
@@ -165,15 +165,15 @@ def _serve(orders: int, answers: int, worker: _Worker) -> None:
 def _pickled(failures: list[PhaseFailure]) -> bytes:
     try:
         data = pickle.dumps(failures)
-    except Exception:  # noqa: BLE001 (an error that carries what cannot travel must still be reported)
+    except Exception:  # noqa: BLE001 (an error that cannot be pickled must still be reported)
         data = pickle.dumps([replace(failure, error=None) for failure in failures])
     return LENGTH.pack(len(data)) + data
 
 
 def _leave_with_parent(orders: int, parent: int) -> None:
-    """End this process soon after its parent, or when told to, out of whatever it is doing."""
+    """End this process soon after its parent dies or closes the pipes, whatever it is doing."""
     poller = select.poll()
-    poller.register(orders, 0)  # nothing but the other end being closed
+    poller.register(orders, 0)  # report only that the other end was closed
     while os.getppid() == parent and not poller.poll(1000 * _ORPHAN_SECONDS):
         pass
     time.sleep(_ORPHAN_SECONDS)  # the main thread sees it too, if it is idle
@@ -181,9 +181,9 @@ def _leave_with_parent(orders: int, parent: int) -> None:
 
 
 def _leave() -> NoReturn:
-    # Not through the interpreter's own end: taking down a compiler takes longer than anybody wants to wait.
+    # os._exit, because the interpreter's own shutdown is slow once a compiler is loaded.
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a model may have put anything there
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a model may have replaced it
             stream.flush()
     os._exit(0)
 

@@ -1,6 +1,6 @@
-"""What a worker process is told when it starts, and how it makes its parent's work again from that.
+"""The start message of a worker process, and how the worker rebuilds its parent's work from it.
 
-Phases travel as a reference to the model's source, never as code.
+Phases are sent as a reference to the model's source, never as code.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from rustsim_hpc.state.memory import ColumnMemory, MemoryLayout
 from rustsim_hpc.state.shared_arrays import ArraysLayout
 
 RUNNING, COMPILE_NS = 0, 1
-"""Fields of a worker's row of words: the place that is being run (-1: none), nanoseconds of compiling."""
+"""Fields of a worker's row of words: index of the running task (-1: none), nanoseconds of compiling."""
 
 IDLE = -1
 
 SHOW_STACKS = signal.SIGUSR2
-"""What makes a worker print where it is, also out of compiled code; it goes on."""
+"""Signal that makes a worker print its stacks, even from compiled code, and continue."""
 
 
 @dataclass(frozen=True)
 class WorkerStart:
-    """What a worker is told when it starts.
+    """The start message of a worker.
 
     Attributes:
-        number: which of its session's workers it is.
-        places: its partitions, as places in ``tasks``.
+        number: its index among the session's workers.
+        places: its partitions, as indices of ``tasks``.
         reference, params, seed: the model.
-        phase_names: of the program, as the parent planned it.
-        two_sided: the guard is to roll back.
+        phase_names: names of the phases of the parent's program.
+        two_sided: the program is planned for the rollback guard.
         tasks, first_row, total_rows, checked, tile_rows: as in :class:`~rustsim_hpc.executors.work.Work`.
-        columns: where the columns are.
-        arrays: where the board, a row of int64 words a worker and the tables are, in this order.
+        columns: layout of the columns.
+        arrays: layout of the board, a row of int64 words for each worker, and the tables, in this order.
         tables: names of the tables.
         module_paths: the parent's ``sys.path``.
-        core: the core to stay on, or None.
+        core: the core to pin to, or None.
         inherited: descriptors that are held open and not used (the lock of the run's folder).
     """
 
@@ -73,7 +73,7 @@ class WorkerStart:
 def worker_starts(
     work: Work, shares: Sequence[range], arrays: ArraysLayout, *, pin: bool, inherited: Sequence[int]
 ) -> list[WorkerStart]:
-    """Return what each worker of a rank's work is told, one for each share of the tasks.
+    """Return the start messages of a rank's workers, one for each share of the tasks.
 
     Raises:
         ExecutorError: the phases are not entries of a model that another process can load.
@@ -128,7 +128,7 @@ def rebuild_work(start: WorkerStart, tables: Mapping[str, Any]) -> Work:
     """Plan the parent's program again from the model's source.
 
     Raises:
-        ModelError: the source is another one, or does not have the phases that are to be run.
+        ModelError: the source has changed, or does not have the phases of the run.
     """
     model, reference = load_model(start.reference.module, start.reference.sha256)
     bound = BoundModel(
@@ -139,7 +139,7 @@ def rebuild_work(start: WorkerStart, tables: Mapping[str, Any]) -> Work:
     memory = ColumnMemory.attach(start.columns)
     ids = None if memory.ids is None else memory.ids.view()
     if ids is not None:
-        ids.flags.writeable = False  # as in the parent: kernels are compiled for one kind or the other
+        ids.flags.writeable = False  # as in the parent: to Numba, read-only arrays have another type
     work = Work(
         program=program,
         memory=memory,
