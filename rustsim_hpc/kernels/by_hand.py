@@ -1,8 +1,8 @@
-"""Loops written by hand, as good as Numba makes them: what the engine is measured against.
+"""Hand-written Numba loops: the baselines that the engine is measured against.
 
-Each does in one pass what a model of :mod:`rustsim_hpc.bench.models` does, with nothing around it: no
-reports, no proof; a second buffer only in ``integrate_beside`` and ``integrate_around``. The names ending in
-``_cores`` share the rows among Numba's threads.
+Each does in one pass what a model of :mod:`rustsim_hpc.bench.models` does, and nothing else: no reports, no
+proof; a second buffer only in ``integrate_beside`` and ``integrate_around``. Functions whose names end in
+``_cores`` divide the rows among Numba's threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import config, njit, prange, set_num_threads
 
-# Imported for its setting of LLVM: with it loops over many columns are vectorised, by hand as in stages.
+# Imported for the LLVM option that it sets, which lets loops over many columns vectorise, here as in stages.
 from rustsim_hpc.kernels import compiling as _compiling  # noqa: F401
 from rustsim_hpc.kernels.hashing import mix
 from rustsim_hpc.kernels.streaming import AHEAD, TOGETHER, fetch_rows, stream_rows, streamed
@@ -57,7 +57,7 @@ def integrate(x, y, vx, vy, dt, keep):  # type: ignore[no-untyped-def]
 
 @njit(**_OPTIONS)
 def integrate_beside(x, y, vx, vy, next_x, next_y, next_vx, next_vy, dt, keep):  # type: ignore[no-untyped-def]
-    """Do what `integrate` does, from one set of columns to another: the state before is still there."""
+    """Do what `integrate` does, from one set of columns to another, which keeps the previous state."""
     for i in range(x.size):
         next_x[i] = x[i] + vx[i] * dt
         next_y[i] = y[i] + vy[i] * dt
@@ -67,10 +67,10 @@ def integrate_beside(x, y, vx, vy, next_x, next_y, next_vx, next_vy, dt, keep): 
 
 @njit(**_OPTIONS)
 def integrate_around(x, y, vx, vy, next_x, next_y, next_vx, next_vy, dt, keep):  # type: ignore[no-untyped-def]
-    """Do what `integrate_beside` does, with stores that go around the cache: a line is not read to be filled.
+    """Do what `integrate_beside` does, with non-temporal stores, which do not read a line before filling it.
 
-    The best that is known here for keeping the state before; Numba alone has no such stores. The new columns
-    begin at the same place of a cache line.
+    The fastest known way to keep the previous state; Numba alone has no such stores. The new columns must
+    start at the same offset within a cache line.
     """
     some_x, some_y = np.empty(TOGETHER, x.dtype), np.empty(TOGETHER, x.dtype)
     some_vx, some_vy = np.empty(TOGETHER, x.dtype), np.empty(TOGETHER, x.dtype)
@@ -141,7 +141,7 @@ def clamp_cores(x, y, z, width):  # type: ignore[no-untyped-def]
 
 
 def orbit_cores(columns: Sequence[Any], dt: Any, k: Any, keep: Any, width: Any) -> None:
-    """Do the eight kernels of ``orbit``, each a loop of its own, as separate functions would be written.
+    """Run the eight kernels of ``orbit``, each in its own loop, as separate functions.
 
     columns: x, y, z, vx, vy, vz.
     """
@@ -166,9 +166,9 @@ def reflect(position, width):  # type: ignore[no-untyped-def]
 
 @njit(**_OPTIONS)
 def walk(x, y, first, seed, step, reach, width):  # type: ignore[no-untyped-def]
-    """Walk at random between reflecting walls: two float32 columns, two draws a row.
+    """Walk at random between reflecting walls: two float32 columns, two draws for each row.
 
-    The numbers are splitmix64's, the fastest counter-based generator known here. first: global row of row 0.
+    Random numbers are from splitmix64, the fastest counter-based generator known. first: global row of row 0.
     """
     start = mix(_U(seed) + _U(step) * _GOLDEN)
     for i in range(x.size):
@@ -188,5 +188,5 @@ def histogram(keys, counts):  # type: ignore[no-untyped-def]
 
 
 def use_threads(count: int) -> None:
-    """Let prange loops run on ``count`` threads, as far as there are cores."""
+    """Let prange loops run on ``count`` threads, or fewer if Numba has fewer."""
     set_num_threads(min(count, config.NUMBA_NUM_THREADS))

@@ -1,4 +1,4 @@
-"""A monotonic clock that compiled code can read without leaving it (about 30 ns a call)."""
+"""A monotonic clock for compiled code (about 30 ns a call)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def now(_context: Any) -> Any:
     """Return nanoseconds of the monotonic clock."""
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        # POSIX int clock_gettime(clockid_t, struct timespec *); a symbol, unlike an address, can be cached.
+        # POSIX int clock_gettime(clockid_t, struct timespec *), by symbol, as addresses cannot be cached.
         clock_id, word = ir.IntType(32), ir.IntType(64)
         timespec = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
         kind = ir.FunctionType(clock_id, [clock_id, timespec.type])

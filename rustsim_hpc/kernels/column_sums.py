@@ -1,7 +1,7 @@
-"""The lines of a generated loop that add up the digest of a column while the loop makes its values.
+"""Lines of source for a generated loop that add up the digest of a column while the loop computes its values.
 
-The names of the loop that they use: `in_block`, the place in its block of the tile's first row, `base`, that
-row in the whole population, and `digests`. A tile lies in one block.
+They use these names of the loop: `in_block`, the tile's first row within its block; `base`, that row in the
+whole population; and `digests`. A tile lies in one block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ColumnSums:
     Attributes:
         column: its index.
         itemsize: bytes of its values.
-        keys: name of its keys.
+        keys: name of its array of digest keys in the source.
     """
 
     column: int
@@ -30,11 +30,11 @@ class ColumnSums:
         return f"even{self.column}, odd{self.column}"
 
     def begin(self) -> str:
-        """Return what stands before the loop."""
+        """Return the line before the loop."""
         return f"even{self.column} = odd{self.column} = np.uint64(0)"
 
     def add_row(self, value: str, place: str) -> str:
-        """Return what adds one row's value; ``place``: the row in the tile, a uint64."""
+        """Return the line that adds one row's value; ``place``: the row in the tile, a uint64."""
         bits, place = f"hashing.bits_of({value})", f"(in_block + {place})"
         if self.itemsize < 8:
             return f"even{self.column} += {bits} * hashing.load_item({self.keys}, {place})"
@@ -42,7 +42,7 @@ class ColumnSums:
         return f"{self._sums} = hashing.add_pair({self._sums}, {bits}, {key}, np.uint64(32))"
 
     def add_words(self, values: str, place: str) -> list[str]:
-        """Return what adds :data:`TOGETHER` values of an array, two at a time where they are narrow."""
+        """Return the lines that add :data:`TOGETHER` values of an array, two at a time below 8 bytes."""
         rows, bits = (1, 32) if self.itemsize == 8 else (2, 8 * self.itemsize)
         key = f"hashing.load_pair({self.keys}, np.uint64({2 // rows}) * (in_block + {place} + row))"
         word = f"hashing.load_pair({values}, row), {key}, np.uint64({bits})"
@@ -52,6 +52,6 @@ class ColumnSums:
         ]
 
     def end(self) -> str:
-        """Return what stands behind the loop."""
+        """Return the line after the loop."""
         block = f"np.uint64(base) // hashing.BLOCK_ROWS, np.uint64({self.column + 1})"
         return f"digests[{self.column}] += hashing.block_sum({self._sums}, {self.itemsize == 8}, {block})"

@@ -1,6 +1,6 @@
-"""Compile row functions and generated stage functions with Numba, once, cached on disk, shared by all.
+"""Compile row functions and generated stage functions with Numba once, in a disk cache shared by processes.
 
-Generated source is written to a file named after everything that its meaning depends on, imported from
+Generated source is written to a file named by a hash of everything that its meaning depends on, imported from
 there and compiled with Numba's disk cache. A file lock makes the first of many ranks or workers compile
 while the others wait and then load.
 """
@@ -55,8 +55,8 @@ _mode = threading.local()
 
 @typeof_impl.register(DeviceFunction)
 def _typeof_device_function(value: DeviceFunction, _context: Any) -> Any:
-    """Let a kernel call a helper marked with ``rs.function`` wherever it names it."""
-    # Compiled anew where what it captured has changed, and with bounds checks where its caller has them.
+    """Let a kernel call a helper marked with ``rs.function``, as a global or captured name."""
+    # The key recompiles it if what it captured has changed, and with bounds checks if its caller has them.
     checked = getattr(_mode, "checked", False)
     key = id(value), function_identity(value), checked
     if getattr(_mode, "cuda", False):
@@ -76,7 +76,7 @@ def _cuda_helper(key: tuple[int, str, bool], value: DeviceFunction) -> Any:
 
 @contextlib.contextmanager
 def for_cuda() -> Iterator[None]:
-    """Compile helpers for CUDA, in this thread."""
+    """Compile helpers for CUDA in this thread, within the context."""
     _mode.cuda = True
     try:
         yield
@@ -86,7 +86,7 @@ def for_cuda() -> Iterator[None]:
 
 @contextlib.contextmanager
 def checking(*, checked: bool) -> Iterator[None]:
-    """Compile helpers with bounds checks, or without, in this thread."""
+    """Compile helpers with or without bounds checks in this thread, within the context."""
     before = getattr(_mode, "checked", False)
     _mode.checked = checked
     try:
@@ -104,7 +104,8 @@ def compile_row_function(fn: Callable[..., Any], *, checked: bool) -> Any:
 def cache_folder() -> Path:
     """Return a writable folder for generated source and machine code.
 
-    ``NUMBA_CACHE_DIR``, then the user's cache folder, then a temporary one that goes with the process.
+    The first writable of ``NUMBA_CACHE_DIR``, the user's cache folder, and a temporary folder that is removed
+    at exit.
     """
     import platformdirs
 
@@ -124,7 +125,7 @@ def cache_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def environment_key() -> str:
-    """Return what of this installation and CPU the machine code depends on."""
+    """Return a text of the versions, CPU features and sources that machine code depends on."""
     cpu = llvmlite.binding.get_host_cpu_name()
     features = llvmlite.binding.get_host_cpu_features().flatten()
     versions = f"{__version__} {numba.__version__} {llvmlite.__version__} {np.__version__}"
@@ -144,10 +145,10 @@ def load_generated(source: str, identity: str, names: Mapping[str, Any]) -> tupl
     """
     key = hashlib.sha256(f"{environment_key()}\0{identity}\0{source}".encode()).hexdigest()[:32]
     path = cache_folder() / f"stage_{key}.py"
-    # Numba's cache finds a function's module again by name, so it must stand in sys.modules; a module of the
-    # same key has the same meaning, and what it has compiled already can be used again.
+    # Numba's cache looks a function's module up by name, so it must be in sys.modules; a module of the same
+    # key has the same meaning, and its compiled code is reused.
     name = f"rustsim_hpc_{path.stem}"
-    with _importing:  # two planes of one process may want the same at once
+    with _importing:  # two control planes of one process may import the same module at once
         module = sys.modules.get(name)
         if module is None:
             module = _imported(name, path, source, names)
@@ -180,11 +181,11 @@ def one_compiler(path: Path) -> Iterator[dict[str, Any]]:
     """Hold the lock of a generated file while compiling it, so that one process compiles and the others load.
 
     Yields:
-        Notes that those who compiled it have left, and that may be added to; kept if the block succeeds.
+        A dict of notes left by earlier compilations; additions are saved if the block succeeds.
     """
     done = path.with_suffix(".json")
     with path.with_suffix(".lock").open("ab") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: then some compile the same
+        with contextlib.suppress(OSError):  # without file locks, several processes compile the same
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             notes: dict[str, Any] = dict(json.loads(done.read_bytes()))

@@ -1,10 +1,10 @@
-"""How a row function's result becomes a column's value: as by ``numpy.astype``, where that is defined.
+"""Conversion of a row function's result to a column's dtype: as ``numpy.astype`` does, where that is defined.
 
-What NumPy makes of a float that does not fit an integer dtype depends on the machine, and even on whether the
-array is long enough for vector instructions. Here it is the same everywhere: the value is cut off toward zero
-to an int32 (an int64 for columns of int64, uint32 and uint64); what does not fit that, NaN included, becomes
-its lowest value; then the low bits are kept. NumPy does so on x86-64, one value at a time. For uint64,
-values from 2**63 on are converted less 2**63, which is added again.
+NumPy's result for a float that does not fit an integer dtype depends on the machine, and even on whether the
+array is long enough for vector instructions. Here it is the same everywhere: the value is truncated toward
+zero to an int32 (an int64 for columns of int64, uint32 and uint64); NaN, or a value that does not fit, gives
+the lowest int32 or int64; then the low bits are kept. NumPy does so for single values on x86-64. For uint64,
+2**63 is subtracted from values of at least 2**63 before the conversion and added again after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 @intrinsic
 def stored(_context: Any, value: Any, column: Any) -> Any:
-    """Return a number as the value of a column: of the array's dtype."""
+    """Return a number converted to the dtype of a column (an array)."""
     dtype = column.dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -34,7 +34,7 @@ def stored(_context: Any, value: Any, column: Any) -> Any:
 
 @intrinsic
 def fits(_context: Any, value: Any, column: Any) -> Any:
-    """Return whether a number, cut off toward zero, is a value of an integer column's dtype; else true."""
+    """Return whether a number, truncated toward zero, fits a column's integer dtype; else true."""
     dtype = column.dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -67,17 +67,17 @@ def _float_to_integer(context: Any, builder: Any, number: Any, kind: Any, dtype:
 
 
 def _cut(context: Any, builder: Any, number: Any, kind: Any, through: Any) -> Any:
-    """Return a float cut off to int32 or int64, or the lowest of these where it does not fit."""
+    """Return a float truncated to int32 or int64, or the lowest value of that type if it does not fit."""
     exact = number if through.bitwidth == 64 else context.cast(builder, number, kind, types.float64)
     word = ir.IntType(through.bitwidth)
-    # A select ignores what fptosi makes of a value out of range, which by itself would be undefined.
+    # fptosi is undefined for a value out of range; the select then ignores its result.
     fitting = builder.fptosi(number, word)
     return builder.select(_in_range(builder, exact, through), fitting, ir.Constant(word, through.minval))
 
 
 def _in_range(builder: Any, number: Any, dtype: Any) -> Any:
-    """Return whether a float, cut off toward zero, is a value of an integer type (NaN: no)."""
-    # Of 64 bits the bound below the lowest value is no float, but no float lies between the two either.
+    """Return whether a float, truncated toward zero, fits an integer type (false for NaN)."""
+    # For int64, lowest - 1 is not a float64, but no float64 lies between it and the lowest value either.
     lowest, sign = (dtype.minval, ">=") if dtype == types.int64 else (dtype.minval - 1, ">")
     above = builder.fcmp_ordered(sign, number, ir.Constant(number.type, float(lowest)))
     return builder.and_(

@@ -1,8 +1,8 @@
-"""What generated CUDA stages call: accumulators in integers by atomic operations, and the digest of one row.
+"""Functions that generated CUDA stages call: integer accumulators with atomic operations, digest of one row.
 
-A state lies in an int64 array, laid out as in :mod:`rustsim_hpc.kernels.reduce`, from place `at` on. All
-atomic operations are on 64-bit integers, so no order of threads shows in the bits. Compiled for CUDA when a
-stage is; the twins that the CPU runs are those of :mod:`rustsim_hpc.kernels.reduce` and `hashing`.
+A state lies in an int64 array from index `at` on, in the layout of :mod:`rustsim_hpc.kernels.reduce`. All
+atomic operations are on 64-bit integers, so the order of threads does not affect the bits. They are compiled
+with a stage; their CPU counterparts are in :mod:`rustsim_hpc.kernels.reduce` and `hashing`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _NAN, _INF, _MINUS_INF = _I(NAN_SEEN), _I(INF_SEEN), _I(MINUS_INF_SEEN)
 
 
 def add_word(words, at, value):  # type: ignore[no-untyped-def]
-    """Add to an integer, whoever else does."""
+    """Add to an integer, atomically."""
     cuda.atomic.add(words, at, value)
 
 
 def least_word(words, at, value):  # type: ignore[no-untyped-def]
-    """Keep the smaller integer, whoever else does."""
+    """Keep the smaller integer, atomically."""
     cuda.atomic.min(words, at, value)
 
 
 def most_word(words, at, value):  # type: ignore[no-untyped-def]
-    """Keep the larger integer, whoever else does."""
+    """Keep the larger integer, atomically."""
     cuda.atomic.max(words, at, value)
 
 
 def sum_float(state, at, value):  # type: ignore[no-untyped-def]
-    """Add a float to an exact sum: `exact_sum.add`."""
+    """Add a float to an exact sum, as `exact_sum.add`."""
     bits = np.float64(value).view(np.uint64)
     exponent, magnitude, sign = (bits >> _52) & _EXPONENT, bits & _FRACTION, _0 - (bits >> _63)
     if exponent == _EXPONENT:
@@ -64,7 +64,7 @@ def sum_float(state, at, value):  # type: ignore[no-untyped-def]
 
 
 def sum_integer(state, at, value):  # type: ignore[no-untyped-def]
-    """Add an integer or bool to a sum of integers: `reduce._add_integer`."""
+    """Add an integer or bool to a sum of integers, as `reduce._add_integer`."""
     bits = _U(value)
     cuda.atomic.add(state, at, _I(bits & _LOW))
     cuda.atomic.add(state, at + _I(1), _I(bits >> _32) - (_I(value < 0) << _SIGNED_32))
@@ -72,7 +72,7 @@ def sum_integer(state, at, value):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def digest_item(bits, row, keys, key_index, wide):  # type: ignore[no-untyped-def]
-    """Return what one item adds to a column's digest; `wide`: it has 8 bytes."""
+    """Return one item's term of a column's digest; `wide`: the item has 8 bytes."""
     place, block = row & _ROWS, row >> _12
     if wide:
         low = (bits & _LOW) * _U(keys[_U(2) * place]) * block_multiplier(block, key_index, _0)

@@ -1,8 +1,8 @@
-"""Functions of Python and NumPy that kernels for CUDA lack in Numba, or have in another way than for the CPU.
+"""Python and NumPy functions that Numba lacks for CUDA, or implements differently than for the CPU.
 
 ``min`` and ``max`` take any number of arguments on the CPU and fail on CUDA; ``math.floor``, ``ceil`` and
-``trunc`` are integers on the CPU, as in Python, and floats on CUDA; NumPy's functions of numbers are missing;
-``math.copysign`` of some libdevices cannot be compiled.
+``trunc`` return integers on the CPU, as in Python, and floats on CUDA; NumPy's functions of scalars are
+missing; ``math.copysign`` of some libdevices cannot be compiled.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from numba.extending import intrinsic, overload
 
 _MOST = 4
 _OF_FLOATS = ("sqrt", "floor", "ceil", "trunc", "rint", "fabs", "exp", "log", "sin", "cos", "tan")
-"""Functions of NumPy that libdevice has under the same name; of integers NumPy's are float64."""
+"""Functions that NumPy and libdevice both have under this name; of integers they are float64."""
 
 
 @lru_cache(maxsize=1)
 def register() -> None:
-    """Make them callable in kernels for CUDA; ``min`` and ``max`` with two to four numbers."""
+    """Make these functions callable in CUDA kernels; ``min`` and ``max`` with two to four numbers."""
     for face, name in ((min, "_less"), (max, "_more")):
         for count in range(2, _MOST + 1):
             _register_choice(face, name, count)
@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def _chooser(compare: Any) -> Any:
-    """Return an intrinsic of two numbers: the second one if ``compare(second, first)``, as Python has it."""
+    """Return an intrinsic of two numbers: the second if ``compare(second, first)``, as in Python."""
 
     @intrinsic
     def choose(context: Any, first: Any, second: Any) -> Any:
@@ -67,7 +67,7 @@ def _register_choice(face: Any, name: str, count: int) -> None:
     chosen = reduce(lambda sofar, argument: f"{name}({sofar}, {argument})", arguments)
     namespace: dict[str, Any] = {"_less": _less, "_more": _more}
     listed = ", ".join(arguments)
-    # Numba reads the names of an overload's arguments, so each count needs a function of its own.
+    # Numba reads the names of an overload's arguments, so each argument count needs its own function.
     text = f"def body({listed}):\n    return {chosen}\ndef typed({listed}):\n    return pick({listed})\n"
     exec(compile(text, "<min and max>", "exec"), namespace)  # noqa: S102 (our own text)
     body: Callable[..., Any] = namespace["body"]
@@ -84,7 +84,7 @@ def _register_whole(face: Any, body: Any) -> None:
 
 
 def _register_copysign() -> None:
-    # That of libdevice 12.9 calls an intrinsic that its own libNVVM refuses.
+    # libdevice 12.9's copysign calls an intrinsic that the libNVVM of the same release rejects.
     @overload(math.copysign, target="cuda")
     def typed(x, y):  # type: ignore[no-untyped-def]
         if x == types.float32 and y == types.float32:

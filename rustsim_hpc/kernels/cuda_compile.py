@@ -1,16 +1,16 @@
-"""Compile generated Python source to PTX for a compute capability: without a device, without contraction.
+"""Compile generated Python source to PTX for a compute capability, without a device and without contraction.
 
-Numba has no public way to do the things that are needed here, so this module reaches into it,
-and is the only one that does (except what kernels call, in `cuda_builtins`):
+Numba has no public interface for what is needed here, so this module uses its internals, and is the only one
+that does (except for what kernels call, in `cuda_builtins`):
 
-- Functions that a kernel calls are compiled "for the current device"; here that is a stand-in, for the time
-  of a compilation, which has a compute capability and nothing else.
-- NVVM fuses x * y + z into one rounding unless it is told not to. Numba passes a kernel's options on to NVVM,
-  but takes none for this from the user. With ``fma=0`` every product and sum is rounded by itself; NVVM then
+- Functions that a kernel calls are compiled "for the current device"; during a compilation that is a stub
+  with a compute capability and nothing else.
+- NVVM contracts x * y + z to a single rounding by default. Numba passes a kernel's options on to NVVM, but
+  takes none for this from the user. With ``fma=0`` every product and sum is rounded separately; NVVM then
   writes the rounding into the instruction (``mul.rn``), which keeps the driver's assembler from fusing them.
 - NVVM's own remainder of floats is not exact; libdevice's is.
 
-Written for Numba 0.61 to 0.68; tests/test_cuda_kernels.py looks at what comes out, kernel by kernel.
+Written for Numba 0.61 to 0.68; tests/test_cuda_kernels.py checks the PTX, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rustsim_hpc.kernels.diagnose import reason
 from rustsim_hpc.version import __version__
 
 OPTIONS: dict[str, int] = {"opt": 3, "fma": 0, "ftz": 0, "prec_div": 1, "prec_sqrt": 1}
-"""What NVVM is told: IEEE 754 in every operation, none of them fused."""
+"""Options for NVVM: IEEE 754 in every operation, none of them fused."""
 
 _FMOD = "__nv_fmod"
 _REMAINDER = re.compile(r"(%\S+) = frem (float|double) ([^,\s]+), ([^,\s]+)")
@@ -57,7 +57,7 @@ class Image:
 
 @lru_cache(maxsize=1)
 def why_no_compiler() -> str:
-    """Return in one line why nothing can be compiled for CUDA here, or "" if it can."""
+    """Return in one line why kernels cannot be compiled for CUDA here, or "" if they can."""
     from numba.cuda.cudadrv import nvvm
 
     _find_wheel()
@@ -72,9 +72,9 @@ def why_no_compiler() -> str:
 
 @lru_cache(maxsize=1)
 def libdevice_identity() -> str:
-    """Return a hash of the library that exp, log and the like of kernels come from.
+    """Return a hash of libdevice, the library of exp, log and other functions of kernels.
 
-    Call where :func:`why_no_compiler` finds nothing wrong.
+    Call it only if :func:`why_no_compiler` returns "".
     """
     from numba.cuda.cudadrv import nvvm
 
@@ -82,7 +82,7 @@ def libdevice_identity() -> str:
 
 
 def _find_wheel() -> None:
-    """Let Numba, which looks for toolkits of the system alone, find one that pip has installed."""
+    """Let Numba, which looks only for system toolkits, find one that pip has installed."""
     from numba.cuda.cuda_paths import get_cuda_paths
 
     try:
@@ -91,7 +91,7 @@ def _find_wheel() -> None:
         return
     if spec is None or "CUDA_HOME" in os.environ:
         return
-    known = get_cuda_paths()  # the very dict that Numba keeps
+    known = get_cuda_paths()  # the dict that Numba caches, changed in place
     for place in spec.submodule_search_locations or ():
         for name, file in (("nvvm", "lib64/libnvvm.so"), ("libdevice", "libdevice/libdevice.10.bc")):
             path = Path(place) / "nvvm" / file
@@ -111,12 +111,12 @@ def compile_ptx(
     """Compile a kernel for Numba types and a compute capability, or take it from the cache on disk.
 
     Args:
-        function: the kernel, of nothing but scalars and 1-D contiguous arrays.
+        function: the kernel; its arguments are scalars and 1-D contiguous arrays.
         signature: Numba types of its arguments.
         capability: such as (9, 0).
         identity: text that covers everything that the kernel's meaning depends on.
-        what: what it is, for error texts.
-        fma: let products and sums be fused.
+        what: name of the kernel in error messages.
+        fma: allow fused multiply-add.
 
     Raises:
         KernelError: it does not compile, or there is no compiler.
@@ -135,7 +135,7 @@ def compile_ptx(
     try:
         write_atomic(path, image.ptx)
     except OSError:
-        return image  # it is compiled again next time
+        return image  # not cached: it is compiled again next time
     return image
 
 
@@ -178,16 +178,15 @@ def _compile(
                 hint="is the device older than the compiler serves? then install an older "
                 "nvidia-cuda-nvcc-cu12, or let CUDA_HOME name an older toolkit",
             ) from error
-    # Shorter names, so that the file can be read: Numba's say the types of all arguments.
+    # A short name, to make the file readable: Numba's name encodes the types of all arguments.
     return text.replace(_long_name(text), "stage").rstrip("\0").encode()
 
 
 def _with_exact_remainders(modules: Sequence[str]) -> list[str]:
-    """Return LLVM IR that takes the remainders of floats from libdevice, where they are exact.
+    """Return LLVM IR that calls libdevice for the remainders of floats, where they are exact.
 
-    Of ``frem`` NVVM itself makes ``x - trunc(x / y) * y``, whose error can be as large as y. The remainder of
-    two float32 is a float32, so that of the same float64 serves: libdevice's own for float32 makes use of
-    approximate divisions.
+    NVVM compiles ``frem`` to ``x - trunc(x / y) * y``, whose error can be as large as y. The remainder of two
+    float32 is a float32, so it is computed in float64: libdevice's own for float32 uses approximate division.
     """
     made = []
     for text in modules:

@@ -1,8 +1,8 @@
-"""Make one CUDA kernel of a stage: a grid-stride loop in which each row passes through all of its phases.
+"""Build one CUDA kernel from a stage: a grid-stride loop in which each row passes through all phases.
 
-Where the CPU goes tile by tile, a device's thread takes a row through every row kernel and reduction of the
-stage, and on through the following steps where several are made at once: one launch, and no column crosses
-memory twice. What is counted goes to integers alone, so the bits are the CPU's for any grid.
+Where the CPU goes tile by tile, a device thread takes a row through every row kernel and reduction of the
+stage, and through the following steps if several are made at once: one launch, and no column is read or
+written twice. Accumulators are integers, so the bits are the CPU's for any grid.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ BLOCK = 256
 """Threads of a block."""
 
 FIXED = ("rows", "first_row", "clock", "replicas", "tile", "failed", "values", "digests", "ids")
-"""The first arguments of a stage; what they are is said at `CudaStage`."""
+"""Names of the first arguments of a stage, described at `CudaStage`."""
 
 NEVER = np.iinfo(np.int64).max
-"""In `failed` where no row has failed."""
+"""Value of `failed` if no row has failed."""
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """Where an array lies on a device: address, shape, dtype; C order."""
+    """A C-ordered array on a device: address, shape, dtype."""
 
     address: int
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class DeviceArray:
 
     @property
     def words(self) -> list[Any]:
-        """The array as Numba's kernels take it: no object, no parent, then what it is, in 64-bit words."""
+        """The array as Numba's kernels take it, in 64-bit words: no meminfo, no parent, then its layout."""
         strides, step = [], self.dtype.itemsize
         for length in reversed(self.shape):
             strides.append(step)
@@ -77,7 +77,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What has failed first, in the order in which the CPU goes: place of the op in its stage, global row."""
+    """The first failure in the order of the CPU: index of the op in its stage, global row."""
 
     place: int
     row: int
@@ -86,22 +86,21 @@ class Trouble:
 class CudaStage:
     """A stage of a program as a CUDA kernel.
 
-    The fixed arguments: rows, the first one's global row, `clock` int64 (3,): the step's index, the steps to
-    make, whether to digest (0 or 1); the number of replicas that accumulators have, the rows of the CPU's
-    tiles; `failed` int64 (1,), what failed first (see :meth:`trouble`); `values` int64 (threads,), the value
-    that failed first in each thread; `digests` uint64 (replicas * columns,); `ids` uint64, empty for default
-    ids.
+    The fixed arguments: number of rows, global row of the first one, `clock` int64 (3,): step index, number
+    of steps, whether to digest (0 or 1); number of replicas of the accumulators, rows of the CPU's tiles;
+    `failed` int64 (1,), the first failure (see :meth:`trouble`); `values` int64 (threads,), the value that
+    failed first in each thread; `digests` uint64 (replicas * columns,); `ids` uint64, empty for default ids.
 
     Attributes:
-        source: what was generated.
-        arguments: what it takes after the fixed arguments.
-        numbers: names of those among them that are numbers of the step: taken as arrays of one item.
+        source: the generated source.
+        arguments: arguments after the fixed ones.
+        numbers: names of those that are scalars made by the step, passed as arrays of one item.
         can_fail: whether a row can fail: a key out of range, or a value that does not fit its column.
-        draws: whether it makes random numbers.
+        draws: whether it draws random numbers.
         dtypes: for each reduction slot the dtype of the values that are reduced.
 
     Raises:
-        KernelError: a row function does not compile, or raises something.
+        KernelError: a row function does not compile, or contains ``raise`` or ``assert``.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class CudaStage:
         writer = _Writer(stage, schema, default_ids, checked)
         self.stage = stage
         self.checked = checked
-        self.source = writer.source({})  # the first time, to learn what it takes
+        self.source = writer.source({})  # a first pass, to collect the arguments
         self.functions = writer.functions
         self.arguments = tuple(writer.arguments.values())
         self.draws = any(argument.source == "key" for argument in self.arguments)
@@ -129,13 +128,13 @@ class CudaStage:
         self.can_fail = writer.can_fail
 
     def _explain(self, kinds: Callable[[Argument], Any]) -> dict[int, str]:
-        """Compile the row functions for the CPU, to find out what they return, or what is wrong with them."""
+        """Compile the row functions for the CPU, to find their return types or report their errors."""
         with checking(checked=False):
             functions = {name: compile_row_function(fn, checked=False) for name, fn in self.functions.items()}
             return explain(self.stage, {a.name: kinds(a) for a in self.arguments}, functions)
 
     def trouble(self, failed: int, tile: int, repeat: int) -> Trouble:
-        """Return what a word of `failed` stands for: tile, step, op and row of the tile, in this order."""
+        """Decode a word of `failed`, which is made of tile, step, op and row of the tile, in this order."""
         failed, row = divmod(failed, tile)
         failed, place = divmod(failed, len(self.stage.ops))
         return Trouble(place, failed // repeat * tile + row)
@@ -186,10 +185,10 @@ def flat_arguments(values: Sequence[Any]) -> list[Any]:
 
 
 def refuse_raising(fn: Any, seen: tuple[Any, ...] = ()) -> None:
-    """Refuse a row function that raises: a device cannot, and would go on as if nothing had happened.
+    """Refuse a row function that raises: a device cannot raise, and would silently continue.
 
     Raises:
-        KernelError: it has a ``raise`` or ``assert``, or a helper that it names has.
+        KernelError: it, or a helper that it names, has a ``raise`` or ``assert``.
     """
     plain = fn.fn if isinstance(fn, DeviceFunction) else fn
     for at in dis.get_instructions(plain):
@@ -286,7 +285,7 @@ class _Writer:
         return lines
 
     def _fail(self, place: int, value: str) -> list[str]:
-        """Note what the CPU, which goes tile by tile, would meet first; and its value."""
+        """Return lines that record the failure that the CPU, going tile by tile, would meet first."""
         self.can_fail = True
         ops = len(self.stage.ops)
         return [

@@ -1,4 +1,4 @@
-"""Say what is wrong with a row function before it is compiled into a stage, in the user's own terms."""
+"""Report what is wrong with a row function, in the user's terms, before it is compiled into a stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explain(
 
     Args:
         stage: the stage.
-        types_by_name: Numba types of the stage function's arguments, by their names there.
+        types_by_name: Numba types of the stage function's arguments, by name.
         functions: dispatchers of the row functions by their names in the stage's source.
 
     Raises:
@@ -63,7 +63,7 @@ def _result(
 
 
 def return_type(phase: str, function: Any, reads: Sequence[Binding], signature: tuple[Any, ...]) -> Any:
-    """Return the Numba type that a row function (a dispatcher) returns for arguments of these types.
+    """Return a row function's (dispatcher's) Numba return type for arguments of these types.
 
     Raises:
         KernelError: it does not compile.
@@ -73,12 +73,12 @@ def return_type(phase: str, function: Any, reads: Sequence[Binding], signature: 
             function.compile(signature)
     except Exception as error:
         raise _kernel_error(phase, function.py_func, reads, signature, str(error)) from error
-    # Of `return 1` Numba says that it is the literal 1; what is reduced or stored is an int64.
+    # For `return 1` Numba infers the literal type 1; what is reduced or stored is an int64.
     return types.unliteral(function.overloads[signature].signature.return_type)
 
 
 def _signature(reads: Sequence[Binding], types_by_name: Mapping[str, Any], ready: int = 0) -> tuple[Any, ...]:
-    """Return the types that a row function is called with; ``ready`` draws stand behind its rng."""
+    """Return the argument types of a row function; ``ready`` precomputed draws are appended to its rng."""
     return tuple(
         types.UniTuple(types.uint64, 3 + ready) if read.source == "rng" else _type_of(read, types_by_name)
         for read in reads
@@ -152,12 +152,12 @@ def _returns(reduction: Reduction, verb: str, result: Any, what: str) -> KernelE
 def _kernel_error(
     phase: str, fn: Callable[..., Any], reads: Sequence[Binding], signature: Sequence[Any], text: str
 ) -> KernelError:
-    """Build the error for a function that Numba refuses: its line, the arguments there, Numba's reason."""
+    """Build the error for a function that Numba rejects: the line, the arguments on it, Numba's reason."""
     plain = inspect.unwrap(fn)
     own = plain.__code__.co_filename
     locations = [(path, int(line)) for path, line in _LOCATION.findall(text)]
     near = ""
-    # Of a name that is nowhere, Numba does not say the line.
+    # For an undefined name, Numba does not give the line.
     if (unknown := _UNKNOWN.search(text)) and (named := _line_of(plain, unknown[1] or unknown[2])):
         locations = [(own, named)]
         near = nearest(unknown[1], (*plain.__code__.co_varnames, *plain.__globals__)) if unknown[1] else ""
@@ -178,13 +178,13 @@ def _kernel_error(
 
 
 def _line_of(fn: Callable[..., Any], name: str) -> int | None:
-    """Return the first line on which a function names a global or an attribute, None where it does not."""
+    """Return the first line on which a function names a global or an attribute, or None."""
     steps = (step for step in dis.get_instructions(fn) if step.argval == name and step.positions)
     return next((step.positions.lineno for step in steps if step.positions), None)
 
 
 def reason(text: str) -> str:
-    """Return the one line of Numba's report that says why."""
+    """Return the line of Numba's report that gives the reason."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
     telling = (
         "No implementation", "Unknown attribute", "NameError", "Cannot unify", "Untyped global", "Use of",

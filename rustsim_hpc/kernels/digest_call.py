@@ -1,4 +1,4 @@
-"""The digest's sum over a run of rows as a function with an address, one for each width of items."""
+"""The digest's sum over a range of rows as a function with an address, one for each item size."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _C_FUNCTION = ctypes.CFUNCTYPE(
 
 @cached_njit(no_cpython_wrapper=True)
 def _digest_at(values, rows, first_row, keys, key_index):  # type: ignore[no-untyped-def]
-    # Keys are read by their position alone, so that their number is of no account.
+    # Keys are read by computed index, so the length of their array does not matter.
     return digest_range(carray(values, rows), first_row, carray(keys, 1), key_index)
 
 
 @lru_cache(maxsize=8)
 def digest_address(itemsize: int) -> int:
-    """Return the address of the compiled digest of columns of 1, 2, 4 or 8 bytes an item.
+    """Return the address of the compiled digest function for items of 1, 2, 4 or 8 bytes.
 
-    It takes the address of the first item, the number of rows, the first one's global row, the address of the
-    keys (see :func:`rustsim_hpc.proof.fingerprint.digest_keys`) and the key index, and returns the sum
-    mod 2^64.
+    The function takes the address of the first item, the number of rows, the global row of the first, the
+    address of the keys (see :func:`rustsim_hpc.proof.fingerprint.digest_keys`) and the key index, and returns
+    the sum mod 2^64.
     """
     items, keys, word = types.CPointer(_ITEMS[itemsize]), types.CPointer(types.uint32), types.uint64
     return address_of(_digest_at, items, word, word, keys, word)

@@ -1,4 +1,4 @@
-"""Which random draws of a row function can be made for a whole tile before the function's own loop."""
+"""Find the random draws of a row function that can be computed for a whole tile before its loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rustsim_hpc.modeling.model import Reduction, RowKernel
 
 @lru_cache(maxsize=256)
 def ready_draws(described: RowKernel | Reduction) -> int:
-    """Return how many of `uniform`'s draws 0, 1 a row function names in its source: 0, 1 or 2.
+    """Return how many of `uniform`'s draws 0 and 1 to precompute for a row function: 0, 1 or 2.
 
-    They can be made for a whole tile beforehand; a draw that is not seen here is made where it is asked for.
+    These are the draws that its source names as literals; any other draw is computed at its call.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(described.fn)))

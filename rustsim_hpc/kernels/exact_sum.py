@@ -1,9 +1,9 @@
-"""The exact sum of any number of floats, in integers: the same bits for any order and any cut of the rows.
+"""Exact sums of any number of floats, in integers: the same bits for any order and any partition of the rows.
 
 A state is an int64 array of 70 words. Words 0 to 66 are limbs: limb j is in units of 2**(32 j - 1074), so
 that together they are a fixed-point number that covers every float64 and the sums of 2**64 of them. Words 67
-to 69 count NaN, +inf and -inf. A value goes into three neighbouring limbs, 32 bits each: 2**31 values may be
-added before `carry` is due, and states add up element by element.
+to 69 count NaN, +inf and -inf. A value is added to three adjacent limbs, 32 bits each: 2**31 values can be
+added before a `carry` is needed, and states are merged by adding them element by element.
 
 This is the "small superaccumulator" of Neal, "Fast exact summation using small and large superaccumulators",
 arXiv:1505.05571 (2015). `fold` first gathers a block of values in two integers, exactly, by adding and
@@ -71,7 +71,7 @@ def _fold_slowly(state, values):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _largest_magnitude(values):  # type: ignore[no-untyped-def]
-    """Return the bits of the largest absolute value; those of a NaN or infinity are larger still."""
+    """Return the bits of the largest absolute value; a NaN's or infinity's are larger than any number's."""
     largest = _I(0)
     for i in range(values.size):
         largest = max(largest, np.float64(values[i]).view(np.int64) & _MAGNITUDE)
@@ -80,19 +80,19 @@ def _largest_magnitude(values):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _add_units(state, units, exponent):  # type: ignore[no-untyped-def]
-    """Add a number (as uint64, mod 2**64) of units in the last place of a float with this exponent."""
+    """Add a signed integer (as uint64, mod 2**64) in units of the last place of floats with this exponent."""
     sign = _0 - (units >> _63)
     _add_at(state, (units ^ sign) - sign, sign, exponent - _1)
 
 
 @njit(**CALLED)
 def _fold_block(state, values):  # type: ignore[no-untyped-def]
-    """Add up to 2**12 floats, several at a time where their exponents lie within 48 of each other.
+    """Add up to 2**12 floats, vectorised if their exponents lie within 48 of each other.
 
     With an anchor C = 1.5 * 2**p and |v| <= 2**(p - 2), t = v + C lies in [2**p, 2**(p + 1)). So the bits of
-    t less those of C, as integers, are v rounded to a multiple of g = 2**(p - 52), in units of g, and
-    v - (t - C) is the exact rest, at most g / 2. A second anchor takes the rests; its unit is 2**-51 of the
-    first one's. If anything is left then, the block is added value by value.
+    t minus those of C, as integers, are v rounded to a multiple of g = 2**(p - 52), in units of g, and
+    v - (t - C) is the exact remainder, at most g / 2. The remainders are added with a second anchor, whose
+    unit is 2**-51 of the first one's. If a remainder is left then, the block is added value by value.
     """
     largest = _largest_magnitude(values)
     if largest == _0:
@@ -123,7 +123,7 @@ def _fold_block(state, values):  # type: ignore[no-untyped-def]
 
 @cached_njit()
 def fold(state, values):  # type: ignore[no-untyped-def]
-    """Add an array of floats (1-D, contiguous): `add` of each, but several times as fast."""
+    """Add an array of floats (1-D, contiguous): as `add` of each, several times as fast."""
     for start in range(0, values.size, _BLOCK):
         _fold_block(state, values[start : start + _BLOCK])
 
@@ -141,7 +141,7 @@ def carry(state):  # type: ignore[no-untyped-def]
 
 @njit(**CALLED)
 def _leading_bits(state, top):  # type: ignore[no-untyped-def]
-    """Return 64 bits from the first one set on, whether anything follows them, and the number of all bits."""
+    """Return the 64 bits from the highest one set, whether any lower bit is set, and the bit length."""
     first, second, third = _U(state[top]), _0, _0
     if top >= 1:
         second = _U(state[top - 1])
@@ -157,7 +157,7 @@ def _leading_bits(state, top):  # type: ignore[no-untyped-def]
 
 @njit(**CALLED)
 def _nearest(state):  # type: ignore[no-untyped-def]
-    """Return the float64 nearest to the limbs' sum, ties to even; changes the limbs."""
+    """Return the float64 nearest to the limbs' sum, ties to even; modifies the limbs."""
     carry(state)
     sign = _0
     if state[LIMBS - 1] < 0:
@@ -178,7 +178,7 @@ def _nearest(state):  # type: ignore[no-untyped-def]
     mantissa, rest, half = leading >> _U(11), leading & _U(0x7FF), _U(0x400)
     if rest > half or (rest == half and (more or (mantissa & _1) != _0)):
         mantissa += _1
-    # The mantissa's first bit counts the exponent up by one, as does a carry out of the rounding.
+    # The mantissa's leading bit adds one to the exponent, as does a carry from rounding.
     return _U(min(((length - _53) << _52) + mantissa, _INFINITE) | sign).view(np.float64)
 
 
@@ -191,7 +191,7 @@ def carry_all(states):  # type: ignore[no-untyped-def]
 
 @cached_njit()
 def round_all(states, out):  # type: ignore[no-untyped-def]
-    """Set out[i] (float64) to the correctly rounded sum of states[i], (n, 70); changes the states."""
+    """Set out[i] (float64) to the correctly rounded sum of states[i], (n, 70); modifies the states."""
     for i in range(out.size):
         state = states[i]
         if state[NAN_SEEN] > 0 or (state[INF_SEEN] > 0 and state[MINUS_INF_SEEN] > 0):

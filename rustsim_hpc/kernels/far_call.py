@@ -1,7 +1,7 @@
-"""Calls of compiled functions through their addresses, from compiled code.
+"""Calls of compiled functions by address, from compiled code.
 
-Called by name, a function is compiled into each of its callers again. What a stage calls once a tile, and
-what takes long to compile, is compiled once, cached on disk, and shared by all stages by its address.
+A function called by name is compiled again into each of its callers. Functions that a stage calls once for
+each tile and that take long to compile are compiled once, cached on disk, and shared by all stages.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""FNV-1a, exactly, about twice as fast as the chain: four pieces of the data are hashed side by side.
+"""Exact FNV-1a, about twice as fast as the sequential chain: four pieces of the data are hashed in parallel.
 
 Write p for the prime, h for the 64-bit state, l = h mod 256 for its low byte. One step is h' = (h ^ b) * p.
 
 1. A piece's hash from any state follows from its hash from the low byte alone. A byte b changes only the low
-   bits: h ^ b = (h - l) + (l ^ b). So a step from h gives (l ^ b) * p + (h - l) * p: what one from l gives,
-   plus (h - l) * p. That is a multiple of 256 again, so both states have the same low byte, and by induction
-   after n bytes FNV(h) = FNV(l) + (h - l) * p^n mod 2^64. With the low byte before each piece known, pieces
-   are independent, and four chains at once hide the latency of the multiplication.
+   bits: h ^ b = (h - l) + (l ^ b). So a step from h gives (l ^ b) * p + (h - l) * p: the step from l, plus
+   (h - l) * p. That is a multiple of 256 again, so both states have the same low byte, and by induction
+   after n bytes FNV(h) = FNV(l) + (h - l) * p^n mod 2^64. If the low byte before each piece is known, pieces
+   are independent, and four interleaved chains hide the latency of the multiplication.
 
 2. The low byte evolves on its own, and bit by bit. With x = l ^ b the next low byte is 0xb3 * x mod 256 =
    A + 16 A + 128 x, where A = 3 x = x + 2 x. Bit k of a sum is the XOR of the terms' bits k and a carry made
@@ -14,10 +14,10 @@ Write p for the prime, h for the 64-bit state, l = h mod 256 for its low byte. O
    the XOR of x[k-1], the carry of x + 2 x, from k = 4 on A[k-4] and the carry of A + 16 A, for k = 7 x[0].
 
 3. So bit k of x at position t is l[k] ^ b[k](t) ^ XOR over u < t of (b[k] ^ f[k])(u), l being the low byte
-   before the piece: a prefix XOR, once f[k] is known at every position. Bits 0 to 7 are settled one after the
-   other, for 64 positions in a few instructions: a word holds one bit of eight bytes in each of eight
-   segments of the piece (bit 8 r + q: byte r, segment q), so that a prefix over the eight bytes takes three
-   shifts, one over the words an XOR of a byte each, and one over the segments three shifts of a byte.
+   before the piece: a prefix XOR, once f[k] is known at every position. Bits 0 to 7 are computed in order,
+   for 64 positions in a few instructions: a word holds one bit of eight bytes in each of eight segments of
+   the piece (bit 8 r + q: byte r, segment q), so that a prefix XOR over the eight bytes takes three shifts,
+   one over the words an XOR of one byte each, and one over the segments three shifts of one byte.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from rustsim_hpc.kernels.hashing import fnv1a_chain, load_eight
 _U = np.uint64
 _PRIME = _U(0x100000001B3)
 _WORDS = 64
-_SCRATCH = (34, _WORDS + 8)  # rows of 512 bytes would put every eighth one at the same place of the L1 cache
+_SCRATCH = (34, _WORDS + 8)  # padded: of rows of 512 bytes, every eighth would map to the same L1 cache set
 PIECE = 64 * _WORDS
-"""Bytes of a piece; data shorter than four of them go through the chain."""
+"""Bytes of a piece; data shorter than four pieces are hashed by the chain."""
 _PIECE_FACTOR = _U(pow(0x100000001B3, PIECE, 1 << 64))
 _EACH_BYTE = _U(0x0101010101010101)
 _BYTE = _U(0xFF)
@@ -73,17 +73,17 @@ def _planes(data, start, planes):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _carry_on(a, b, carry):  # type: ignore[no-untyped-def]
-    """Replace the carry into a bit of a + b by the carry out of it, at every position."""
+    """Replace the carry into a bit of a + b by the carry out of that bit, at every position."""
     for w in range(_U(_WORDS)):
         carry[w] = (a[w] & b[w]) | (carry[w] & (a[w] | b[w]))
 
 
 @cached_njit()
 def low_byte_after(data, start, low, scratch):  # type: ignore[no-untyped-def]
-    """Return the state's low byte after the piece at byte `start` of `data`, from the one before (uint64).
+    """Return the state's low byte after the piece at byte `start` of `data`, given that before it.
 
-    scratch: uint64 of shape `_SCRATCH`, any content. Rows hold one bit at each position of the piece; a loop
-    touches few of them, so that LLVM can tell them apart and vectorises it.
+    scratch: uint64 of shape `_SCRATCH`, any content. A row holds one bit for each position of the piece; each
+    loop accesses few rows, so that LLVM can check them for overlap and vectorise the loop.
     """
     planes, x, tripled = scratch[:8], scratch[8:17], scratch[17:29]  # x from bit -1, A = 3 x from bit -4
     tripling, adding, flips, prefix, entering = (
@@ -127,7 +127,7 @@ def low_byte_after(data, start, low, scratch):  # type: ignore[no-untyped-def]
 
 @cached_njit()
 def fnv1a_pieces(state, data):  # type: ignore[no-untyped-def]
-    """Return what `fnv1a_chain` does: the state after `data` (uint8, 1-D, contiguous) from one (uint64)."""
+    """Return what `fnv1a_chain` does: the state after `data` (uint8, 1-D, contiguous), from one (uint64)."""
     scratch = np.empty(_SCRATCH, np.uint64)
     piece = _U(PIECE)
     at = _U(0)

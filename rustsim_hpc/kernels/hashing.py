@@ -1,7 +1,7 @@
 """Compiled bodies of the fingerprint: the FNV-1a chain and the digest's sums over rows.
 
-The definitions stand in docs/fingerprints.md, slow twins of every function in tests/reference_hash.py. All
-functions release the GIL, allocate nothing, and may be called from other compiled code, which inlines them.
+The definitions are in docs/fingerprints.md, slow reference versions in tests/reference_hash.py. All functions
+release the GIL, allocate nothing, and may be called from other compiled code, which inlines them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _GOLDEN = _U(0x9E3779B97F4A7C15)
 _MULTIPLIER_TAG = _U(0x6469676573743A4D)  # "digest:M", as in fingerprint.py
 _LOW_WORD = _U(0xFFFFFFFF)
 BLOCK_ROWS = _U(4096)
-"""Rows of a block: those that share a multiplier, and have each a key of their own."""
+"""Rows of a block: they share a multiplier, and each has its own key."""
 
 
 def _loader(bits: int, alignment: int) -> Callable[..., Any]:
-    """Return the generator of a load of `bits` bits at an item of an array, zero-extended to 64."""
+    """Return a code generator that loads `bits` bits at an item of an array, zero-extended to 64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -45,7 +45,7 @@ def _bitwidth(dtype: Any) -> int:
 
 @intrinsic
 def item_bits(_context: Any, array: Any) -> Any:
-    """Return the width of an array's items in bits: a constant, unlike `itemsize`; branches on it vanish."""
+    """Return the width of an array's items in bits, a compile-time constant unlike `itemsize`."""
     bits = _bitwidth(array.dtype)
     return types.uint64(array), lambda *_: ir.Constant(ir.IntType(64), bits)
 
@@ -59,9 +59,9 @@ def load_item(_context: Any, array: Any, _index: Any) -> Any:
 
 @intrinsic
 def load_pair(_context: Any, array: Any, _index: Any) -> Any:
-    """Load an item (in the low bits) and the next one as one uint64; of 8-byte items, one.
+    """Load an item (in the low bits) and the next one as one uint64, or a single item of 8 bytes.
 
-    Only the alignment of an item is assumed, so that a pair may start at any row.
+    Only item alignment is assumed, so a pair may start at any row.
     """
     bits = _bitwidth(array.dtype)
     return types.uint64(array, types.uint64), _loader(min(2 * bits, 64), bits // 8)
@@ -69,7 +69,7 @@ def load_pair(_context: Any, array: Any, _index: Any) -> Any:
 
 @intrinsic
 def load_eight(_context: Any, array: Any, _index: Any) -> Any:
-    """Load eight bytes of a contiguous uint8 array, the first in the low bits; they need no alignment."""
+    """Load eight bytes of a contiguous uint8 array, the first in the low bits, without alignment."""
     return types.uint64(array, types.uint64), _loader(64, 1)
 
 
@@ -96,7 +96,7 @@ def fnv1a_chain(state, data):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def mix(z):  # type: ignore[no-untyped-def]
-    """Return splitmix64's finaliser of z (uint64): a bijection in which every bit reaches every other.
+    """Return splitmix64's finaliser of z (uint64): a bijection in which every bit affects every other.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; constants of
     Stafford's variant 13.
@@ -115,11 +115,11 @@ def block_multiplier(block, key_index, word):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def add_pair(even, odd, value, key, bits):  # type: ignore[no-untyped-def]
-    """Return a block's two sums after one more word of values and one of keys (all uint64).
+    """Return a block's two sums after adding one word of values times one word of keys (all uint64).
 
-    A word has two values, of `bits` bits each, or the low and the high half of one of 8 bytes (`bits` is 32),
-    and two keys. Two values share a 64-bit lane, so that one load, one shift and two 32 x 32 bit products
-    serve both: half the time of widening each value by itself.
+    A word of values holds two of `bits` bits each, or the low and high half of one of 8 bytes (`bits` is 32);
+    a word of keys holds two keys. Two values share a 64-bit lane, so that one load, one shift and two
+    32 x 32 bit products handle both: half the time of widening each value separately.
     """
     low = (_U(1) << bits) - _U(1)
     return even + (value & low) * (key & _LOW_WORD), odd + (value >> bits) * (key >> _U(32))
@@ -127,7 +127,7 @@ def add_pair(even, odd, value, key, bits):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def block_sum(even, odd, wide, block, key_index):  # type: ignore[no-untyped-def]
-    """Return what the two sums over rows of one block add to a column's digest; `wide`: items of 8 bytes."""
+    """Return a block's term of a column's digest, from its two sums; `wide`: items of 8 bytes."""
     first = block_multiplier(block, key_index, _U(0))
     if wide:
         return even * first + odd * block_multiplier(block, key_index, _U(1))
@@ -158,9 +158,9 @@ def _block_sums(values, index, count, keys, offset):  # type: ignore[no-untyped-
 
 @njit(**INLINED)
 def _four_block_sums(values, index, keys):  # type: ignore[no-untyped-def]
-    """Return the sums of four whole blocks, of which `values[index]` begins the first: four even, four odd.
+    """Return the sums of four whole blocks, the first starting at `values[index]`: four even, four odd.
 
-    The same keys serve all four, and reading in four places keeps four times as much memory on its way.
+    All four use the same keys, and four read streams keep more memory requests in flight.
     """
     wide = item_bits(values) == 64
     bits = _U(32) if wide else item_bits(values)
@@ -179,9 +179,9 @@ def _four_block_sums(values, index, keys):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped-def]
-    """Return the digest's sum over a run of rows of one column, mod 2^64.
+    """Return the digest's sum over a range of rows of one column, mod 2^64.
 
-    values: 1-D contiguous array of any column dtype; its raw bits count. first_row: global row of values[0].
+    values: 1-D contiguous array of any column dtype, its raw bits count. first_row: global row of values[0].
     keys: (4096, words) uint32, C order, of `fingerprint.digest_keys`. key_index: 0 for the ids, i + 1 for
     column i.
     """
@@ -207,7 +207,7 @@ def digest_range(values, first_row, keys, key_index):  # type: ignore[no-untyped
 
 @cached_njit()
 def digest_counting(start, stop, keys):  # type: ignore[no-untyped-def]
-    """Return the digest's sum over the default ids (id i at row i) of rows [start, stop), with no array."""
+    """Return the digest's sum over the default ids (id i at row i) of rows [start, stop), without arrays."""
     total = _U(0)
     row = start
     while row < stop:

@@ -1,9 +1,9 @@
-"""Compiled bodies of `rustsim_hpc.random`: the same bits as its plain Python faces, inlined into row kernels.
+"""Compiled bodies of `rustsim_hpc.random`: the bits of its plain Python functions, inlined in row kernels.
 
-Words of 32 bits are kept in uint64 and cleared of their upper halves only where a product needs it: LLVM then
-takes one 32 x 32 -> 64 bit multiplication for each, computes a block once for the draws that share it, and
-runs several rows at a time. Nothing here may raise: a draw or count that is out of range gives a value that
-the function never has otherwise, NaN or -1; if it is a literal, it does not compile.
+Words of 32 bits are kept in uint64, and their upper halves are cleared only where a product needs it: LLVM
+then uses one 32 x 32 -> 64 bit multiplication for each, computes a block once for the draws that share it,
+and vectorises over rows. Nothing here may raise: a draw or count that is out of range gives a value that the
+function never returns otherwise, NaN or -1; if it is a literal, the kernel does not compile.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _nine_rounds(key, row_id, step, block):  # type: ignore[no-untyped-def]
 def half_block(key, row_id, step, block, half):  # type: ignore[no-untyped-def]
     """Return words 0 and 1 of a block (half 0), or 2 and 3 (half 1), as 64 bits, the first word upper.
 
-    A product of the last round already is the two words side by side, up to what is xored into the upper one.
+    A product of the last round already holds the two words, except for what is XORed into the upper one.
     """
     c0, c1, c2, c3, k0, k1 = _nine_rounds(key, row_id, step, block)
     first = ((c2 & _LOW) * _MULTIPLIER_1) ^ ((c1 ^ k0) << _32)
@@ -95,7 +95,7 @@ def _word(key, row_id, step, block, place):  # type: ignore[no-untyped-def]
     return (high_pair if place & _2 else low_pair) & _LOW
 
 
-# -- Arithmetic, operation for operation as in the plain faces -------------------------------------------
+# -- Arithmetic, operation for operation as in the plain functions ---------------------------------------
 
 
 @njit(**INLINED)
@@ -177,7 +177,7 @@ def _exponential(key, row_id, step, draw):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy", nogil=True)
 def _draw_again(key, row_id, step, first_block, n):  # type: ignore[no-untyped-def]
-    """Return `integers` after a first attempt whose lower half was below n: seldom called, so not inlined."""
+    """Return `integers` if the first attempt's lower half was below n; seldom called, so not inlined."""
     reject_below = (_0 - n) % n
     upper = _0
     for attempt in range(_ATTEMPTS):
@@ -237,10 +237,10 @@ def fill_integers(key, start, ids, step, draw, n, out):  # type: ignore[no-untyp
         out[i] = _integers(key, ids[i] if ids.size else start + _U(i), step, draw, n)
 
 
-# -- What row kernels call -------------------------------------------------------------------------------
+# -- Overloads for row kernels ---------------------------------------------------------------------------
 
 MAX_READY = 2
-"""So many first draws of `uniform` may stand behind key, id and step in a rng, made for a whole tile."""
+"""Maximum number of first draws of `uniform`, computed for a whole tile, after key, id and step in a rng."""
 
 _PLAIN = 3
 _registering = threading.Lock()
@@ -296,7 +296,7 @@ def _register_integers() -> None:
             raise TypingError(f"rs.random.integers: n must be an integer, not {n}")
         if isinstance(n, types.IntegerLiteral):
             faces.check_count(n.literal_value)
-        # The largest count, 2**63, is a uint64; a signed one that is negative must not pass as a large one.
+        # The largest count, 2**63, is a uint64; a negative signed count must not pass as a large one.
         largest = 2**63 if not n.signed else 2**63 - 1
 
         def compiled(rng, draw, n):  # type: ignore[no-untyped-def]
@@ -308,7 +308,7 @@ def _register_integers() -> None:
 
 
 def _check_types(name: str, rng: Any, draw: Any) -> None:
-    """Refuse arguments of a call in a kernel that cannot be right.
+    """Check the types of a call's arguments in a kernel.
 
     Raises:
         TypingError: rng is not a kernel's rng, or draw is not an integer.

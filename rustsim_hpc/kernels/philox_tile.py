@@ -1,7 +1,7 @@
-"""The bits of the first draws of `uniform` of a whole tile of rows, eight rows at a time.
+"""The bits of the first draws of `uniform` for a whole tile of rows, eight rows at a time.
 
-Written in vectors of 512 bits, which LLVM cuts to what the CPU has; left to itself it takes 256 where there
-are more. The two draws of a block are made together.
+Written in vectors of 512 bits, which LLVM splits to the width of the CPU; its own vectoriser uses 256 bits
+even if the CPU has more. The two draws of a block are computed together.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def _all(value: int) -> ir.Constant:
 
 
 def _spread(builder: Any, value: Any) -> Any:
-    """Return a vector with a number in all its lanes."""
+    """Return a vector with a value in all lanes."""
     one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), _ROWS), [0] * _ROWS)
     return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), lanes)
 
 
 def _halves(builder: Any, key: Any, ids: Any, step: Any) -> tuple[Any, Any]:
-    """Return both 64-bit halves of the block of eight rows, as ``philox.half_block`` has them.
+    """Return both 64-bit halves of the blocks of eight rows, as ``philox.half_block`` does.
 
-    Upper halves of words are not cleared where a product does not look at them.
+    Upper halves of words are cleared only for products.
     """
     low, shift = _all(_LOW), _all(32)
 
@@ -76,7 +76,7 @@ def _halves(builder: Any, key: Any, ids: Any, step: Any) -> tuple[Any, Any]:
 
 
 def _writer(draws: int) -> Any:
-    """Return an intrinsic that makes the first draws of rows, eight at a time."""
+    """Return an intrinsic that computes the first ``draws`` draws of rows, eight rows at a time."""
 
     @intrinsic
     def fill(
@@ -146,11 +146,11 @@ def _bits_of_two(key, start, ids, given, step, zero, one, rows):  # type: ignore
 
 @lru_cache(maxsize=2)
 def fill_bits_address(draws: int) -> int:
-    """Return the address of the function that makes the bits of draws 0, or 0 and 1, of `uniform`.
+    """Return the address of the function that computes the bits of draw 0, or draws 0 and 1, of `uniform`.
 
-    It takes the key, the first row's id, the address and the number of explicit ids (0: none, row i has the
-    first one's id + i), the step, the addresses of the bits (uint64) of draw 0 and draw 1, and the number of
-    rows; it returns 0.
+    It takes the key, the first row's id, the address and number of explicit ids (0: none, row i has the first
+    row's id + i), the step, the addresses for the bits (uint64) of draw 0 and draw 1, and the number of rows;
+    it returns 0.
     """
     function = _bits_of_one if draws == 1 else _bits_of_two
     return address_of(function, _UINT, _UINT, _POINTER, _UINT, _UINT, _POINTER, _POINTER, _UINT)

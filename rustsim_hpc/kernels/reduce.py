@@ -1,7 +1,7 @@
-"""Accumulators of reductions: integers only, so that any cut of the rows into partitions gives the same bits.
+"""Accumulators of reductions: integers only, so that any partitioning of the rows gives the same bits.
 
-A state is an int64 array. States of "sum", "count" and "histogram" merge by adding them element by element
-(over MPI, a sum of int64), those of "min" and "max" by the smaller or larger of each element, in any order.
+A state is an int64 array. States of "sum", "count" and "histogram" are merged by adding them element by
+element (over MPI, a sum of int64), those of "min" and "max" by element-wise minimum or maximum, in any order.
 
 ================== =========== =============================================================================
 kind               shape       elements
@@ -15,7 +15,7 @@ count by key       (bins,)     rows that count, for each key
 sum by key         (bins, …)   a sum's state for each key
 ================== =========== =============================================================================
 
-The functions `add_…`, `fold_sum` and `settle_sum` are compiled, to be called (and inlined) in compiled loops;
+The functions `add_…`, `fold_sum` and `settle_sum` are compiled, for calls (and inlining) in compiled loops;
 the others are plain Python.
 """
 
@@ -36,7 +36,7 @@ State = NDArray[np.int64]
 
 KINDS = ("sum", "count", "min", "max", "histogram")
 MAX_ADDS = 2**31 - 1
-"""So many values may be added to a sum before `settle_sum` is due."""
+"""Maximum number of values that can be added to a sum before `settle_sum` must be called."""
 
 _INTEGER_WORDS = 3
 _U, _I = np.uint64, np.int64
@@ -48,7 +48,7 @@ _LOW, _SIGNED_LOW, _32, _SIGNED_32 = _U(2**32 - 1), _I(2**32 - 1), _U(32), _I(32
 
 @intrinsic
 def _sort_key(_context: Any, value: Any) -> Any:
-    """Return an int64 that sorts as the values do: `_sort_keys` of one value."""
+    """Return an int64 that sorts as the values do: the compiled `_sort_keys` of one value."""
     signed = getattr(value, "signed", False)
     word = ir.IntType(64)
 
@@ -106,7 +106,7 @@ def add_max(state, value):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def add_histogram(state, key):  # type: ignore[no-untyped-def]
-    """Count a row under its key; return whether the key is in [0, bins), else nothing is done."""
+    """Count a row under its key, if that is in [0, bins); return whether it is."""
     place = _U(_I(key))
     inside = place < _U(state.shape[0])
     if inside:
@@ -126,7 +126,7 @@ def add_keyed_count(state, key, value):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def add_keyed_sum(state, key, value):  # type: ignore[no-untyped-def]
-    """Add a value to the sum of its key; return whether the key is in [0, bins), else nothing is done."""
+    """Add a value to the sum of its key, if that is in [0, bins); return whether it is."""
     place = _U(_I(key))
     inside = place < _U(state.shape[0])
     if inside:
@@ -141,7 +141,7 @@ def _fold_integers(state, values):  # type: ignore[no-untyped-def]
 
 
 def fold_sum(state: Any, values: Any) -> None:
-    """Add an array (1-D, contiguous) to a sum: `add_sum` of each, but floats several times as fast."""
+    """Add an array (1-D, contiguous) to a sum: as `add_sum` of each, for floats several times as fast."""
     (exact_sum.fold if values.dtype.kind == "f" else _fold_integers)(state, values)
 
 
@@ -164,7 +164,7 @@ def _settle(state):  # type: ignore[no-untyped-def]
 def settle_sum(state):  # type: ignore[no-untyped-def]
     """Carry between the parts of a sum, or of each key's sum; the values stay the same.
 
-    Due at least once every `MAX_ADDS` values, and before states of more values than that are added up.
+    Required at least once every `MAX_ADDS` values, and before merging states of more values in total.
     """
     if state.ndim == 1:
         _settle(state)
@@ -181,7 +181,7 @@ def shape(kind: str, dtype: DTypeLike, bins: int | None = None) -> tuple[int, ..
 
     Args:
         kind: one of `KINDS`.
-        dtype: of the values that are reduced; of no account for "count" and "histogram".
+        dtype: of the values that are reduced; ignored for "count" and "histogram".
         bins: number of keys, for "histogram" and for "sum" and "count" by key.
 
     Raises:
@@ -211,9 +211,9 @@ def new(kind: str, dtype: DTypeLike, bins: int | None = None) -> State:
 
 
 def merge(kind: str, states: State) -> State:
-    """Return the state of all rows, given those of their parts: int64 (parts, *shape).
+    """Merge the states of parts of the rows, int64 (parts, *shape), into one.
 
-    A merged sum is one that may be added up with up to 2**31 / parts others.
+    A merged sum can be added to up to 2**31 / parts others.
     """
     if kind == "min":
         return np.asarray(states.min(axis=0))
@@ -232,12 +232,12 @@ def finish(kind: str, dtype: DTypeLike, state: State, *, keyed: bool = False) ->
         kind: one of `KINDS`.
         dtype: of the values that were reduced.
         state: the state of all rows, (*shape).
-        keyed: whether a "count" is one by key; the state of one by a single key does not show it.
+        keyed: whether a "count" is by key; its state does not show that if there is a single key.
 
     Returns:
         A NumPy scalar, or by key an array (bins,). "sum" of floats: float64, the exact sum correctly rounded,
-        as `math.fsum` has it, but infinite beyond the largest float64; +0.0 of nothing or of zeros. "sum" of
-        integers, "count", "histogram": int64. "min" and "max": of dtype; NaN if there was one; the dtype's
+        as by `math.fsum`, but infinite beyond the largest float64; +0.0 for no rows or only zeros. "sum" of
+        integers, "count", "histogram": int64. "min" and "max": dtype; NaN if any value is NaN; the dtype's
         identity over 0 rows; -0.0 is below 0.0.
 
     Raises:
@@ -280,7 +280,7 @@ def _finish_integers(sums: State) -> NDArray[np.int64]:
 
 
 def _identity(kind: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the value that changes no minimum or maximum."""
+    """Return the identity element of a minimum or maximum."""
     if dtype.kind == "f":
         return np.array(np.inf if kind == "min" else -np.inf, dtype)
     if dtype.kind == "b":
@@ -290,7 +290,7 @@ def _identity(kind: str, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _sort_keys(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return int64 that sort as the values do: floats by their bits, negative ones from the other end."""
+    """Return int64 that sort as the values do: float bits, all but the sign inverted if negative."""
     if values.dtype.kind == "f":
         bits = values.astype(np.float64).view(np.int64)
         return np.asarray(bits ^ ((bits >> 63) & (2**63 - 1)))

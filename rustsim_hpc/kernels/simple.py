@@ -1,8 +1,8 @@
-"""Which row kernels may share one loop: those that only compute, in a way that vectorises.
+"""Decide which row kernels can share a loop: those that only compute, in a way that vectorises.
 
-Rows do not see each other, so one loop that does all kernels to a row gives the bits of one loop a kernel,
-and spares the cache the values between them. But a kernel that cannot be vectorised would keep its neighbours
-from it, and one that may raise would have to be told from them.
+Rows are independent, so a loop that applies several kernels to each row gives the same bits as one loop for
+each kernel, and keeps intermediate values in registers. But a kernel that cannot be vectorised would prevent
+its neighbours from being so, and a failure of a kernel that may raise could not be attributed to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MATH = ("fabs", "sqrt")
 
 
 def is_one_loop(stage: KernelStage, *, checked: bool) -> bool:
-    """Return whether all that a stage does to its rows is one loop (``checked``: compiled with checks)."""
+    """Return whether a stage is a single loop over its rows (``checked``: compiled with checks)."""
     return all(shares_loop(op, checked=checked) for op in stage.ops)
 
 
@@ -49,7 +49,7 @@ def shares_loop(op: KernelOp | ReduceOp, *, checked: bool) -> bool:
 
 @lru_cache(maxsize=256)
 def is_simple(fn: Callable[..., Any]) -> bool:
-    """Return whether a row function has no loops, look-ups or ways to fail, and calls only such functions."""
+    """Return whether a row function has no loops or indexing, cannot fail, and calls only such functions."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
         outer = inspect.getclosurevars(fn)
@@ -71,7 +71,7 @@ def _harmless(node: ast.AST, names: dict[str, Any]) -> bool:
 
 
 def _known(called: ast.expr, names: dict[str, Any]) -> bool:
-    """Return whether what is called is a conversion, a single instruction, or a simple function itself."""
+    """Return whether the callee is a conversion, a single instruction, or itself a simple function."""
     if isinstance(called, ast.Name):
         found = names[called.id] if called.id in names else getattr(builtins, called.id, None)
         if isinstance(found, DeviceFunction):

@@ -1,6 +1,6 @@
-"""Make one compiled function of a stage: all its row kernels and reductions, tile by tile.
+"""Compile a stage to one function, which runs all its row kernels and reductions tile by tile.
 
-Its source is written by :mod:`rustsim_hpc.kernels.stage_source`, and can be read in the cache folder.
+The source is written by :mod:`rustsim_hpc.kernels.stage_source` and is kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class StageFunction:
     """A stage ready to be called: ``function(*FIXED, *arguments)``.
 
     Attributes:
-        stage: what it does.
-        arguments: what it takes after the fixed arguments.
+        stage: the stage.
+        arguments: arguments after the fixed ones.
         module: the generated module with the function and the dispatchers of its row functions.
         path: the module's file.
-        checked: with bounds checks.
-        one_loop: whether all it does to a tile is one loop.
-        by_blocks: whether a tile has to be one of the digest's blocks of rows.
+        checked: whether it is compiled with bounds checks.
+        one_loop: whether it is a single loop over a tile.
+        by_blocks: whether a tile must be one of the digest's blocks of rows.
     """
 
     stage: KernelStage
@@ -45,7 +45,7 @@ class StageFunction:
 
     @property
     def draws(self) -> bool:
-        """Whether it makes random numbers."""
+        """Whether it draws random numbers."""
         return any(argument.source == "key" for argument in self.arguments)
 
     @property
@@ -76,7 +76,7 @@ class StageFunction:
         with one_compiler(self.path) as notes, checking(checked=self.checked):
             name = str(signature)
             if name not in notes:
-                # Nobody has compiled it yet: say what is wrong in the user's terms, not in Numba's.
+                # Not compiled before: report errors in the user's terms, not in Numba's.
                 found = explain(self.stage, by_name, vars(self.module))
                 notes[name] = {str(slot): dtype for slot, dtype in found.items()}
             try:
@@ -92,10 +92,10 @@ class StageFunction:
 def build_stage(
     stage: KernelStage, variant: Variant, schema: Schema, *, default_ids: bool, checked: bool
 ) -> StageFunction:
-    """Generate and load one of the functions of a stage (it is compiled at its first use)."""
+    """Generate and load one function of a stage (it is compiled at its first use)."""
     writer = StageWriter(stage, variant, schema, default_ids=default_ids, checked=checked)
     source = writer.source()
-    # Machine code that is loaded again looks its functions' modules up by name.
+    # Cached machine code looks the modules of its functions up by name.
     identity = "\n".join(f"{fn.__module__} {function_identity(fn)}" for fn in writer.functions.values())
     names: dict[str, Any] = {
         name: compile_row_function(fn, checked=checked) for name, fn in writer.functions.items()

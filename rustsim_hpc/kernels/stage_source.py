@@ -1,10 +1,10 @@
 """Write the source of a stage's function: all its row kernels and reductions, tile by tile.
 
-For each tile of rows that fits in the cache it runs a loop for each reduction and row kernel, or one for
-several row kernels on end that only compute; then adds the digests of the columns that got their last write
-of the step here, while the tile is still in cache. A stage that is one loop adds them in that loop, where
-the arithmetic has time while the next rows are on their way. A loop indexes slices taken for the tile, from
-0: Numba and LLVM vectorise that, and not a loop over signed positions in whole columns.
+For each tile of rows that fits in the cache it runs a loop for each reduction and row kernel, or one loop for
+several consecutive row kernels that only compute; then adds the digests of the columns that got their last
+write of the step here, while the tile is still in cache. A stage that is one loop adds them in that loop,
+where the arithmetic overlaps with loading the next rows. A loop indexes slices taken for the tile, from 0:
+Numba and LLVM vectorise that, but not a loop over signed indices of whole columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceO
 from rustsim_hpc.state.schema import Schema
 
 KEY_OUT_OF_RANGE, NOT_REPRESENTABLE, KEY_FROM_2_63 = 1, 2, 3
-"""Codes in the first field of a stage's status (0: all is well)."""
+"""Codes in the first field of a stage's status (0: no failure)."""
 
 FIXED = (
     "start", "stop", "first_row", "tile", "status", "times", "digests", "step", "ids", "repeat",
@@ -36,12 +36,12 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Variant:
-    """Which of the functions that do the same to the columns.
+    """A variant of a stage's function; all variants do the same to the columns.
 
     Attributes:
         proved: it adds up the digests of columns that get their last write of the step.
         several: it makes several steps on a tile before the next tile.
-        around: it writes rows around the cache, where the stage can (see :attr:`StageWriter.streams`).
+        around: it writes rows around the cache, if the stage can (see :attr:`StageWriter.streams`).
     """
 
     proved: bool = False
@@ -83,7 +83,7 @@ class StageWriter:
 
     @property
     def one_loop(self) -> bool:
-        """Whether all kernels share one loop, and there is nothing else."""
+        """Whether the stage is a single loop, shared by all its kernels."""
         return is_one_loop(self.stage, checked=self.checked)
 
     @property
@@ -94,7 +94,7 @@ class StageWriter:
 
     @property
     def by_blocks(self) -> bool:
-        """Whether the loop itself adds up digests; a tile is then a block of rows with one multiplier."""
+        """Whether the loop itself adds up digests; a tile is then one of the digest's blocks of rows."""
         wanted = self.variant.proved and bool(self.stage.digests)
         return wanted and not self.variant.several and self.one_loop
 
@@ -102,7 +102,7 @@ class StageWriter:
         """Return the source of the module."""
         body = self._streaming(self.stage.ops) if self.streams else self._loops(self.stage.ops)
         if self.variant.several:
-            # What the first step has written, the others work on.
+            # Later steps work on what the first has written.
             again = self._loops(self.stage.again)
             body += [
                 "for later in range(1, repeat):",
@@ -160,7 +160,7 @@ class StageWriter:
         return lines
 
     def _shared_loop(self, ops: Sequence[KernelOp]) -> list[str]:
-        """Return one loop that does several kernels to each row; a column is stored once."""
+        """Return one loop that applies several kernels to each row; a column is stored once."""
         row = self._row(ops)
         row += [f"{_slice(c, s)}[j] = {value}" for (c, s), value in self.made.items()]
         row += [sums.add_row(self.made[where], "np.uint64(j)") for where, sums in self._sums()]
@@ -169,7 +169,7 @@ class StageWriter:
         return [*_heading(ops), *loop, *_clock(*(op.phase for op in ops))]
 
     def _streaming(self, ops: Sequence[KernelOp | ReduceOp]) -> list[str]:
-        """Return the same loop, but that rows go to scratch buffers and from there around the cache."""
+        """Return the same loop, with rows collected in scratch buffers and then written around the cache."""
         kernels = [op for op in ops if isinstance(op, KernelOp)]
         self.place = "np.int64(j)"
         row, self.place = self._row(kernels), "j"
@@ -211,7 +211,7 @@ class StageWriter:
         ]
 
     def _summed(self, loop: list[str]) -> list[str]:
-        """Return a loop with what its sums need before and behind it."""
+        """Return a loop with the lines that its sums need before and after it."""
         sums = [sums for _, sums in self._sums()]
         head = ["in_block = np.uint64(base) % hashing.BLOCK_ROWS"] if sums else []
         return [*head, *(each.begin() for each in sums), *loop, *(each.end() for each in sums)]
@@ -223,7 +223,7 @@ class StageWriter:
         return np.dtype(self.schema.columns[column].dtype).itemsize
 
     def _row(self, ops: Sequence[KernelOp]) -> list[str]:
-        """Return what kernels do to one row; the values they make are left in names, as ``made`` says."""
+        """Return the lines of kernels for one row; ``made`` maps columns to the names of their new values."""
         lines = []
         for op in ops:
             call = self._call(op.phase, op.kernel, op.kernel.stream, op.reads)
@@ -251,9 +251,9 @@ class StageWriter:
         return [*lines, *_clock(op.phase)]
 
     def _loop(self, op: KernelOp | ReduceOp, described: RowKernel | Reduction) -> list[str]:
-        """Return the head of an op's loop; its first uniform draws are made before, where it has any.
+        """Return the head of an op's loop, preceded by a call that computes its first uniform draws, if any.
 
-        A loop of random bits alone is vectorised, and the kernel's own loop, with its branches, often not.
+        A loop of random bits alone is vectorised; the kernel's own loop, with its branches, often is not.
         """
         lines = [f"# {described.name}", f"status[1] = {op.phase}"]
         ready = ready_draws(described) if any(read.source == "rng" for read in op.reads) else 0

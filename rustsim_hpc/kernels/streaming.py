@@ -1,8 +1,8 @@
-"""Write rows past the cache: what a step fills is not read again before the caches have forgotten it.
+"""Write rows around the cache: what a step writes is evicted from the caches before it is read again.
 
-An ordinary store first reads the cache line that it is about to fill. A step of the rollback guard writes
-buffers that it does not read, so half of what it asks of memory would be for nothing. Rows are collected in a
-scratch buffer that stays in the cache, and written from there by stores that go around it, a line at a time.
+An ordinary store first reads the cache line that it is about to fill. A step under the rollback guard writes
+buffers that it does not read, so these reads would be wasted memory traffic. Rows are collected in a scratch
+buffer that stays in the cache, and written from there with non-temporal stores, a cache line at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 TOGETHER = 64
 """Rows that are written together; columns of any width then fill whole cache lines of 64 bytes.
 
-Few, too: reading the next rows has to overlap with writing these: with 512 rows a step took a tenth longer.
+The number is small so that reading the next rows overlaps with writing these: with 512 rows a step took a
+tenth longer.
 """
 
 
@@ -25,8 +26,8 @@ Few, too: reading the next rows has to overlap with writing these: with 512 rows
 def stream_rows(_context: Any, target: Any, _at: Any, source: Any) -> Any:
     """Copy the first :data:`TOGETHER` items of an array around the cache.
 
-    Arguments: target, where in it (uint64), source. Both are contiguous and of one dtype; the place in the
-    target lies at the start of a cache line, which the source's need not.
+    Arguments: target, index in it (uint64), source. Both are contiguous and of one dtype; the target's item
+    at the index must be at the start of a cache line, the source need not be.
     Other threads may read the target after :func:`streamed`.
     """
     width = 1 if isinstance(target.dtype, types.Boolean) else target.dtype.bitwidth // 8
@@ -51,12 +52,12 @@ def stream_rows(_context: Any, target: Any, _at: Any, source: Any) -> Any:
 
 
 AHEAD = 512
-"""How many rows ahead memory is asked for: without it a step took 5 % longer, with digests 10 %."""
+"""Prefetch distance in rows: without prefetching a step took 5 % longer, with digests 10 %."""
 
 
 @intrinsic
 def fetch_rows(_context: Any, source: Any, _at: Any) -> Any:
-    """Ask for the lines of :data:`TOGETHER` items, from a place (uint64) on that may lie past the array."""
+    """Prefetch the cache lines of :data:`TOGETHER` items from an index (uint64), even one past the array."""
     width = 1 if isinstance(source.dtype, types.Boolean) else source.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -76,7 +77,7 @@ def fetch_rows(_context: Any, source: Any, _at: Any) -> Any:
 
 @intrinsic
 def streamed(_context: Any) -> Any:
-    """Wait until what was written around the cache is where everybody sees it."""
+    """Wait until what was written around the cache is visible to all threads."""
 
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
         builder.fence("seq_cst")
