@@ -1,4 +1,4 @@
-"""A model joined with parameter values, a seed and a number of agents, ready to be stepped."""
+"""A model bound to parameter values, a seed and a number of agents, ready to be stepped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHUNK_ROWS = 1 << 18
 
 @dataclass(frozen=True)
 class Rows:
-    """A range of global rows, [start, stop), as ``initialise`` gets it; ``total``: of all ranks."""
+    """A range of global rows, [start, stop), passed to ``initialise``; ``total``: rows of all ranks."""
 
     start: int
     stop: int
@@ -42,7 +42,7 @@ class Rows:
 
 
 class Results(dict[str, Any]):
-    """Results of reductions and derived values by name; asking for a missing one lists those that exist."""
+    """Results of reductions and derived values by name; the error for a missing one lists them all."""
 
     def __missing__(self, name: str) -> Any:
         has = ", ".join(self) or "none"
@@ -62,8 +62,8 @@ class ModelContext:
         agent_count: rows of the whole population.
         params: parameter values.
         tables: the model's tables.
-        reductions: results of reductions and derived values, by name: the phases' as they were in the last
-            step (none at the start of a run), and of the new state those that were asked for.
+        reductions: results of reductions and derived values, by name: those of the phases in the last step
+            (none at the start of a run), and the requested reductions of the new state.
     """
 
     step_index: int
@@ -82,12 +82,12 @@ class BoundModel:
         params: values that differ from the defaults.
         seed: seed of all random streams.
         agents: rows of the whole population.
-        reference: how a worker process finds the model again (see
+        reference: by which a worker process loads the model (see
             :mod:`rustsim_hpc.modeling.model_source`), or None.
-        tables: the model's tables, where another process has made them already.
+        tables: the model's tables, if another process has already made them.
 
     Raises:
-        ModelError: anything about the model, a parameter or a table that cannot be right.
+        ModelError: the model, a parameter or a table is invalid.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class BoundModel:
         """Return a store of rows [start, stop), initialised.
 
         Raises:
-            ModelError: ``initialise`` failed, or gave arrays of other names, dtypes or lengths, or other
-                values for a range cut in another way.
+            ModelError: ``initialise`` failed, returned arrays with wrong names, dtypes or lengths, or
+                returned different values for another split of the rows.
         """
         memory = ColumnMemory(self.schema, stop - start, kind)
         for first in range(start, stop, _CHUNK_ROWS):
@@ -141,7 +141,7 @@ class BoundModel:
         return DeviceSoaStore(memory, row_offset=start, total_rows=self.agents)
 
     def initialise(self, start: int, stop: int) -> list[Array]:
-        """Return one array a column for rows [start, stop), checked.
+        """Return one array for each column for rows [start, stop), checked.
 
         Raises:
             ModelError: see :meth:`new_store`.
@@ -183,7 +183,7 @@ class BoundModel:
         raise ModelError(f"initialise ({where(fn)}) must return one array for each of {', '.join(names)}")
 
     def _require_same_cut(self, memory: ColumnMemory, start: int, stop: int) -> None:
-        """Initialise a small range across a chunk's middle again, and compare bits."""
+        """Initialise a small range inside the rows again, and compare bits."""
         if stop - start < 2:
             return
         first = start + (stop - start) // 3
@@ -199,10 +199,10 @@ class BoundModel:
                 )
 
     def share_tables(self, team: Team) -> None:
-        """Keep the tables once a machine: the copy of its first rank, read-only for the others. Collective.
+        """Share the tables of each node's first rank, read-only for the node's other ranks. Collective.
 
         Raises:
-            TeamError: a machine has no room for them.
+            TeamError: a node has no memory for them.
         """
         if team.size > 1:
             self.tables = {name: team.node_shared_array(table) for name, table in sorted(self.tables.items())}
@@ -210,7 +210,7 @@ class BoundModel:
     # -- the program ---------------------------------------------------------------------------------
 
     def program_options(self) -> dict[str, Any]:
-        """Return what :func:`~rustsim_hpc.modeling.program.plan_program` has to know of the model."""
+        """Return the model's arguments of :func:`~rustsim_hpc.modeling.program.plan_program`."""
         numeric = [name for name, value in self.params.items() if not isinstance(value, str)]
         return {
             "params": numeric,
@@ -230,11 +230,11 @@ class BoundModel:
         return bool(self.checks) or any(owner.reductions for owner in self._observers)
 
     def observes_at(self, step: int) -> bool:
-        """Return whether checks or outputs with reductions of their own are due after ``step`` steps."""
+        """Return whether checks or outputs that declare reductions are due after ``step`` steps."""
         return any(owner.reductions and step % owner.every == 0 for owner in self._observers)
 
     def looks_at(self, step: int) -> bool:
-        """Return whether a check or an output wants the state after ``step`` steps."""
+        """Return whether a check or an output is due for the state after ``step`` steps."""
         owners = (*self.checks, *(output for output in self.outputs if not isinstance(output, Picture)))
         return any(step % owner.every == 0 for owner in owners)
 
@@ -258,7 +258,7 @@ class BoundModel:
     def identity(self) -> str:
         """Return a SHA-256 (hex) over the model's functions, columns and declarations.
 
-        Two runs with one identity, the same parameters, seed and agents compute the same.
+        Runs with equal identity, parameters, seed and agents compute the same.
         """
         from rustsim_hpc.modeling.source_identity import function_identity
 
@@ -287,7 +287,7 @@ def _tables(model: Model, params: Params) -> dict[str, Array]:
     """Return the model's tables, contiguous and read-only.
 
     Raises:
-        ModelError: ``tables`` failed, or gave something that kernels cannot index.
+        ModelError: ``tables`` failed, or returned something that kernels cannot index.
     """
     if model.tables is None:
         return {}
@@ -319,12 +319,12 @@ def _tables(model: Model, params: Params) -> dict[str, Array]:
 def _as_array(name: Any, value: Any, fn: Any) -> Array:
     try:
         return np.ascontiguousarray(value)
-    except ValueError as error:  # rows of several lengths
+    except ValueError as error:  # rows of different lengths
         raise ModelError(f'table "{name}" ({where(fn)}) is not an array: {error}') from error
 
 
 def _require_kinds(model: Model) -> None:
-    """Raise ModelError where a field of a model is not of the kind that it is declared to be."""
+    """Raise ModelError if a field of a model does not have its declared type."""
     sequences = ("columns", "phases", "checks", "outputs")
     wanted: list[tuple[str, Any, str]] = [(name, Sequence, "a list") for name in sequences]
     wanted += [("params", Mapping, "a dict"), ("step_length", int | float | np.number, "a number")]

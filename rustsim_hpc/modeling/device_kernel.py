@@ -1,4 +1,4 @@
-"""Kernels of CuPy in the place of a column phase: what they take is bound by their parameters' names."""
+"""CuPy kernels as column phases on devices: their parameters are bound by name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rustsim_hpc.modeling.device_random import RNG
 from rustsim_hpc.state.schema import Schema
 
 PLACES: Final = ("rows", "row_start", "step")
-"""What a kernel may take beside columns, parameters, tables and results, as int64: rows of the partition, the
-first one's global row, the step's index (by a pointer as well). And its phase's stream of random numbers."""
+"""Names of int64 values that a kernel may take beside columns, parameters, tables, results and its phase's
+stream of random numbers: rows of the partition, global row of the first, step index (also by pointer)."""
 
 _TYPES: Final = {
     "bool": "bool", "char": "int8", "signed char": "int8", "int8_t": "int8",
@@ -33,7 +33,7 @@ _QUALIFIER: Final = re.compile(r"\b(?:const|volatile|__restrict__|__restrict|res
 
 @dataclass(frozen=True)
 class KernelParameter:
-    """One parameter of a kernel. dtype: None where any will do. array: an array, not one item or a number."""
+    """One parameter of a kernel. dtype: None accepts any. array: an array, not one item or a number."""
 
     name: str
     dtype: str | None
@@ -43,14 +43,14 @@ class KernelParameter:
 
 @dataclass(frozen=True, eq=False)
 class DeviceKernel:
-    """A kernel for CUDA devices in the place of a function.
+    """A kernel for CUDA devices, given instead of a function.
 
     Attributes:
-        name: of its entry.
+        name: name of its entry.
         code: CUDA C, or an ElementwiseKernel's operation.
-        parameters: what it takes, in order.
-        elementwise: called with items of columns, and not as threads of blocks.
-        made: the kernel of CuPy that it was given as; None for source that is to be made one.
+        parameters: its parameters, in order.
+        elementwise: whether it is an ElementwiseKernel, called with items of columns.
+        made: the CuPy kernel that was given; None if source was given.
     """
 
     name: str
@@ -61,7 +61,7 @@ class DeviceKernel:
 
     @property
     def identity(self) -> str:
-        """All that its meaning depends on, as text."""
+        """Text that covers everything that the kernel's meaning depends on."""
         options = getattr(self.made, "options", "") or getattr(self.made, "kwargs", "")
         preamble = getattr(self.made, "preamble", "")
         return f"{self.name} {self.code} {self.parameters} {self.elementwise} {options} {preamble}"
@@ -73,7 +73,7 @@ class DeviceKernel:
         params: Mapping[str, Any],
         tables: Mapping[str, Any],
     ) -> str:
-        """Return in one line why this cannot be bound to a model, or ""; a step looks at results."""
+        """Return in one line why this cannot be bound to a model, or ""; results are checked in a step."""
         for parameter in self.parameters:
             found = self._misfit(parameter, schema, writes, params, tables)
             if found:
@@ -123,14 +123,14 @@ def _mismatch(parameter: KernelParameter, dtype: Any, *, array: bool) -> str:
 
 
 def as_device_kernel(given: Any, phase: str) -> DeviceKernel | None:
-    """Return what a user gave as a kernel, CUDA C, a RawKernel or an ElementwiseKernel; None for others.
+    """Return a kernel from CUDA C, a RawKernel or an ElementwiseKernel; None for anything else.
 
     Args:
-        given: the text's entry has the name of the phase.
+        given: what the user gave; the entry of CUDA C text has the name of the phase.
         phase: the phase's name.
 
     Raises:
-        ModelError: there is no such entry, or a parameter of a type that no column has.
+        ModelError: there is no such entry, or a parameter has a type that no column has.
     """
     if isinstance(given, str):
         return DeviceKernel(phase, given, _raw_parameters(given, phase))

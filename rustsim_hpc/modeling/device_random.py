@@ -1,8 +1,8 @@
 """The engine's random numbers as CUDA C, for kernels that users write: the same bits as `rustsim_hpc.random`.
 
 A kernel that takes ``const rs_rng* rng`` gets its phase's stream: ``rs_uniform(rng, i, draw)`` is the number
-of the partition's row i in this step. Operation for operation what :mod:`rustsim_hpc.random` does; the
-constants are written from there.
+of the partition's row i in this step. It performs the same operations as :mod:`rustsim_hpc.random`, whose
+constants it uses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from rustsim_hpc import random as faces
 
 RNG: Final = "rs_rng"
-"""The type of a stream, as a kernel's parameter: taken by a pointer to const."""
+"""C type of a stream; a kernel takes it by pointer to const."""
 
 _SOURCE = r"""
 typedef unsigned long long rs_u64;
@@ -116,9 +116,9 @@ __device__ inline long long rs_integers(const rs_rng* rng, long long i, rs_u64 d
 
 
 def source_with_random(code: str) -> str:
-    """Return CUDA C with what it calls of the engine's random numbers in front, if it names a stream.
+    """Return CUDA C with the engine's random functions prepended, if it names a stream.
 
-    Complaints of compilers count the lines of the code itself.
+    Line numbers of compiler messages refer to ``code``.
     """
     return f"{cuda_random()}#line 1\n{code}" if re.search(rf"\b{RNG}\b", code) else code
 

@@ -1,7 +1,7 @@
-"""Refuse row functions that draw from a generator which the process shares, such as numpy.random.
+"""Refuse row functions that draw from a global random generator of the process, such as numpy.random.
 
-Numba compiles those, and their numbers then depend on which thread has drawn what before: no two runs are
-alike.
+Numba compiles them, but their numbers depend on what other threads have drawn before: runs are not
+reproducible.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SHARED = {id(method.__self__): name for name, method in _METHODS.items()}
 
 
 def refuse_global_random(phase: Phase) -> None:
-    """Check that a phase which every run must repeat draws from no generator that the process shares.
+    """Check that a phase does not draw from a global random generator.
 
-    Column phases are Python at large and not looked into.
+    Column phases are arbitrary Python and are not checked.
 
     Raises:
-        ModelError: a row function, a derived value, or a helper that it calls does; names the place.
+        ModelError: a row function, a derived value, or a helper that it calls does; names the location.
     """
     if not isinstance(phase, RowKernel | Reduction | Derive):
         return
@@ -47,7 +47,7 @@ def refuse_global_random(phase: Phase) -> None:
 
 
 def _drawn(fn: Function, seen: set[Any]) -> Iterator[tuple[Function, str]]:
-    """Yield the function at fault and what it draws from, for a function and those that it calls."""
+    """Yield (offending function, name of what it draws from) for a function and those that it calls."""
     function = undecorated(fn)
     if not isinstance(function, FunctionType) or function in seen:
         return

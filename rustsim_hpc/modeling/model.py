@@ -1,8 +1,8 @@
 """What a user writes: a model as columns, parameters, tables and phases.
 
 Nothing here compiles, allocates or runs anything. The decorators turn plain functions into frozen
-descriptions that stay callable as the plain functions they were;
-:class:`~rustsim_hpc.modeling.bound_model.BoundModel` joins a model with parameter values, a seed and a number
+descriptions that can still be called like the functions;
+:class:`~rustsim_hpc.modeling.bound_model.BoundModel` binds a model to parameter values, a seed and a number
 of agents; :mod:`rustsim_hpc.modeling.program` turns the phases into a plan.
 """
 
@@ -52,13 +52,13 @@ _KINDS = ("sum", "count", "min", "max", "histogram")
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Return whether a value that a user gave is what it is declared to be."""
+    """Return whether a value that a user gave has its declared type."""
     return isinstance(value, kind)
 
 
 @dataclass(frozen=True, eq=False)
 class _Described:
-    """A decorated function: callable as the plain function it was."""
+    """A decorated function, callable like the plain function."""
 
     fn: Function
     name: str
@@ -66,7 +66,7 @@ class _Described:
     def __post_init__(self) -> None:
         if not _is_a(self.name, str) or not self.name or not self.name.isprintable():
             raise ModelError(f"{self.name!r} ({where(self.fn)}) cannot be the name of a phase")
-        # As functools.update_wrapper, which a frozen class refuses.
+        # Like functools.update_wrapper, which does not work on a frozen class.
         for attribute in (*functools.WRAPPER_ASSIGNMENTS, "__wrapped__"):
             value = self.fn if attribute == "__wrapped__" else getattr(self.fn, attribute, None)
             object.__setattr__(self, attribute, value)
@@ -93,9 +93,8 @@ class RowKernel(_Described):
 class ColumnPhase(_Described):
     """A callable ``(context, columns, rows)`` that sees a whole partition at once.
 
-    ``writes`` is None where nothing was declared (then every column counts as written). ``device`` does the
-    same on a CUDA device, over CuPy arrays; None where nobody has said how. ``device_only``: nobody has said
-    how on the CPU.
+    ``writes`` is None if not declared (then every column counts as written). ``device`` does the same on a
+    CUDA device, over CuPy arrays; None if not declared. ``device_only``: there is no function for the CPU.
     """
 
     writes: tuple[str, ...] | None
@@ -107,7 +106,7 @@ class ColumnPhase(_Described):
 
 @dataclass(frozen=True, eq=False)
 class Reduction(_Described):
-    """A global number, or one for each key, made from one value of every row."""
+    """A global number, or one for each key, computed from one value of every row."""
 
     kind: ReductionKind
     bins: int | Callable[[Params], int] | None
@@ -135,7 +134,7 @@ class Reduction(_Described):
 
 @dataclass(frozen=True, eq=False)
 class Derive(_Described):
-    """A small global computation, the same on every rank; ``names`` are what it makes."""
+    """A small global computation, the same on every rank; ``names`` are the names of its results."""
 
     names: tuple[str, ...]
     is_mapping: bool
@@ -204,18 +203,18 @@ def column_phase(
     Args:
         writes: columns that it changes; the others are read-only views. None: it may change all (and the
             rollback guard has to copy all).
-        row_local: promise that each row's new value depends on that row alone. The phase is then called for
-            some rows after the others, as fit in the cache. Without it, it gets all rows of the partition,
-            the same bits hold for one partition plan only, and the replay log says so.
+        row_local: promise that each row's new values depend only on that row. The phase is then called for
+            one cache-sized chunk of rows after another. Otherwise it gets all rows of the partition; its
+            bits then hold for one partition plan only, and the replay log says so.
         stream: name of the random stream of ``context.random``; the phase's name by default.
         name: name of the phase; the function's by default.
         device: what does the same on a CUDA device: a function, for which the columns are CuPy arrays (True:
-            the function itself); a CuPy RawKernel or ElementwiseKernel, or CUDA C as text whose entry has the
+            the function itself); a CuPy RawKernel or ElementwiseKernel; or CUDA C as text whose entry has the
             phase's name. A kernel's parameters are bound by name: columns, parameters, tables, results,
             ``rows``, ``row_start`` and ``step``.
 
     Raises:
-        ModelError: the kernel's source has no such entry, or takes something that is of no column's type.
+        ModelError: the kernel's source has no such entry, or a parameter has a type that no column has.
     """
     targets = None if writes is None else _targets("column_phase", writes)
 
@@ -229,7 +228,7 @@ def column_phase(
 def device_phase(
     name: str, device: Any, *, writes: str | Sequence[str] | None = None, row_local: bool = False
 ) -> ColumnPhase:
-    """Return a column phase for CUDA devices alone; raises as :func:`column_phase` or without ``device``."""
+    """Return a column phase for CUDA devices only; raises as :func:`column_phase`, or without ``device``."""
 
     def nowhere_else(_context: Any, _columns: Any, _rows: int) -> None:
         raise ModelError(f'phase "{name}" runs on CUDA devices alone')
@@ -320,7 +319,7 @@ def check(
     """Declare a check ``fn(context) -> bool`` of every ``every``-th step's new state.
 
     A check that is false, or raises, undoes the step and ends the run (exit code 3). ``reductions`` are
-    made from the new state for it alone, read as ``context.reductions["NAME"]``.
+    computed from the new state for this check, which reads them as ``context.reductions["NAME"]``.
     """
     if _is_a(every, bool) or not _is_a(every, int) or every < 1:
         raise ModelError(f"check: every must be an integer of at least 1, got {every!r}")
@@ -339,11 +338,11 @@ class Model:
         columns: the state, one :class:`Column` each.
         phases: what happens in one step, in this order.
         initialise: ``(rows, params, tables, seed)`` with ``rows.start`` and ``rows.stop`` (global) to one
-            array a column (a dict by name, or a sequence in column order); the same values however the
-            range is cut.
+            array for each column (a dict by name, or a sequence in column order); the values must not depend
+            on how the rows are split.
         params: the parameters by name (:class:`Param`, or a bare default).
-        tables: ``params -> {name: array}``: read-only arrays, bound by name, one copy a node.
-        checks: promises about the state.
+        tables: ``params -> {name: array}``: read-only arrays, bound by name, one copy for each node.
+        checks: conditions that the state must meet.
         outputs: what a run leaves behind (:class:`Series`, :class:`Arrays`, :class:`Sample`,
             :class:`Picture`).
         step_length: time that one step stands for, in ``time_unit``.
@@ -364,7 +363,7 @@ class Model:
         """Return the columns as a schema.
 
         Raises:
-            ModelError: two columns of one name, or an unknown dtype.
+            ModelError: two columns have the same name, or a dtype is unknown.
         """
         try:
             return Schema(tuple(self.columns))
@@ -376,10 +375,10 @@ class Model:
         return {name: as_param(name, value) for name, value in self.params.items()}
 
     def phase_list(self) -> tuple[Phase, ...]:
-        """Return the phases, checked to be phases with names of their own.
+        """Return the phases, after checking their types and that their names are unique.
 
         Raises:
-            ModelError: something that is not a phase, or two phases of one name.
+            ModelError: something is not a phase, or two phases have the same name.
         """
         seen: dict[str, Phase] = {}
         for phase in self.phases:

@@ -1,4 +1,4 @@
-"""Find a model, a Python file or importable name with a function ``model()``, and find it again elsewhere."""
+"""Load a model, a Python file or importable name with a function ``model()``, in any process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rustsim_hpc.modeling.model import Model
 
 @dataclass(frozen=True)
 class ModelReference:
-    """How a model is found again in another process.
+    """A reference by which another process loads a model.
 
     Attributes:
         module: path of a Python file, or an importable name.
@@ -31,14 +31,14 @@ class ModelReference:
 
 
 _IMPORTED: dict[str, str] = {}
-"""Modules imported from files by name: the hash of the source that they were made of."""
+"""Hash of the source of each module imported from a file, by module name."""
 
 _ONE_AT_A_TIME = threading.RLock()
-"""A module is among Python's before it has run: another thread would take half of it."""
+"""Serialises imports: a module is in sys.modules before it has run, and another thread would use it then."""
 
 
 class _ReadOnce(SourceFileLoader):
-    """Runs the source that was hashed. Python's cache of bytecode knows changes by second and size only."""
+    """Runs the source that was hashed; Python's bytecode cache detects changes only by second and size."""
 
     def __init__(self, name: str, path: str, source: bytes) -> None:
         super().__init__(name, path)
@@ -55,11 +55,11 @@ def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, 
 
     Args:
         module: path of a file (ending in .py) or an importable name.
-        expected_sha256: the source that another process has; any if None.
+        expected_sha256: hash of the source in another process; None accepts any.
 
     Raises:
         ModelError: no such module, it cannot be imported, it has no ``model()`` that returns a
-            :class:`~rustsim_hpc.modeling.model.Model`, or its source is another one than expected.
+            :class:`~rustsim_hpc.modeling.model.Model`, or its source is not the expected one.
     """
     with _ONE_AT_A_TIME:
         found = _import_file(Path(module)) if module.endswith(".py") else _import_name(module)
@@ -84,7 +84,7 @@ def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, 
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, so that two files of one name do not meet."""
+    """Import a file under a unique name, so that files of the same name do not collide."""
     path = path.resolve()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     try:
@@ -92,7 +92,7 @@ def _import_file(path: Path) -> ModuleType:
     except OSError as error:
         raise ModelError(f"model {path}: {error.strerror}") from error
     sha256 = hashlib.sha256(source).hexdigest()
-    # A file that was changed since, as one beside a notebook, is another model.
+    # A file that has changed since, as beside a notebook, is imported again.
     if name in sys.modules and _IMPORTED.get(name) == sha256:
         return sys.modules[name]
     loader = _ReadOnce(name, str(path), source)
@@ -100,7 +100,7 @@ def _import_file(path: Path) -> ModuleType:
     assert spec is not None  # noqa: S101 (there is none only without a loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name], _IMPORTED[name] = module, sha256
-    # A model may import modules that lie beside it.
+    # A model may import modules in its folder.
     sys.path.insert(0, str(path.parent))
     try:
         loader.exec_module(module)

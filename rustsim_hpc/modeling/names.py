@@ -1,4 +1,4 @@
-"""What the arguments of row functions and derived values can be bound to, by name."""
+"""Bind the arguments of row functions and derived values by name."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Names:
     Attributes:
         columns, params, tables: names of each kind.
         texts: parameters that are text, which kernels cannot take.
-        made: every value that some phase makes, with the phase's name.
-        ready: those of them that are made by now.
+        made: every result of a phase, with the phase's name.
+        ready: those results that are available so far.
 
     Raises:
-        ModelError: one name could mean two things.
+        ModelError: a name is ambiguous.
     """
 
     columns: tuple[str, ...]
@@ -56,7 +56,7 @@ class Names:
         """Return what an argument of a row function is bound to.
 
         Raises:
-            ModelError: nothing of that name, or nothing yet, or text.
+            ModelError: the name is unknown, not available yet, or a text.
         """
         if name in self.columns:
             return "column"
@@ -79,10 +79,10 @@ class Names:
         )
 
     def check_derivable(self, phase: Derive, pending: set[str]) -> None:
-        """Check that a derived value can have its arguments; ``pending`` results will be there by then.
+        """Check that a derived value's arguments are available; ``pending`` results count as available.
 
         Raises:
-            ModelError: nothing of that name, or nothing yet.
+            ModelError: a name is unknown, or not available yet.
         """
         known = (*self.params, *self.texts, *self.tables, "step")
         for name in phase.arguments:
@@ -93,7 +93,7 @@ class Names:
         """Return the index of a column that a phase writes.
 
         Raises:
-            ModelError: there is none of that name.
+            ModelError: there is no column of that name.
         """
         if name not in self.columns:
             raise ModelError(
@@ -120,10 +120,10 @@ class Names:
 
 
 def made_names(phases: Sequence[Phase]) -> dict[str, str]:
-    """Return every value that phases make, with the name of the phase that makes it.
+    """Return the name of every result of the phases, with the name of its phase.
 
     Raises:
-        ModelError: two phases make a value of one name.
+        ModelError: two phases make results of the same name.
     """
     made: dict[str, str] = {}
     for phase in phases:

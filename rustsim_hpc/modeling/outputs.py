@@ -1,4 +1,4 @@
-"""What a model leaves behind besides its state: series, arrays, sampled columns, pictures.
+"""Outputs that a model writes besides its state: series, arrays, sampled columns, pictures.
 
 These are the declarations that a user writes in ``Model(outputs=[...])``;
 `rustsim_hpc.run_folder.output_set` writes them. An output with ``every=k`` is due for each state whose step
@@ -69,7 +69,7 @@ class Series:
         row: ``row(context)`` gives a dict of exactly ``columns``, or a sequence in their order, of numbers,
             truth values, strings or None.
         columns: the header.
-        every: a row after every so many steps.
+        every: number of steps between rows.
         reductions: made from the new state for this output, read as ``context.reductions["NAME"]``.
 
     Raises:
@@ -93,7 +93,7 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """An HDF5 file with one dataset for each array; its first axis is the sample, as in ``/step``, ``/time``.
+    """An HDF5 file with a dataset for each array; the first axis is the sample, as for ``/step``, ``/time``.
 
     Attributes:
         file: its name in the run's folder, ending in ``.h5`` or ``.hdf5``.
@@ -129,7 +129,7 @@ class Sample:
     Attributes:
         file: its name in the run's folder, ending in ``.h5`` or ``.hdf5``.
         columns: names of the model's columns.
-        rows: how many rows, spread evenly over all; or a slice of the rows; or the global rows themselves.
+        rows: a number of rows, spread evenly over all; a slice of the rows; or a list of global rows.
         every: a sample after every so many steps.
 
     Raises:
@@ -157,10 +157,10 @@ class Sample:
             raise ModelError(f'Sample "{self.file}": rows must be a count, a slice or row numbers')
 
     def rows_of(self, agents: int) -> npt.NDArray[np.int64]:
-        """Return the global rows sampled of a population of ``agents``, in the order of the file.
+        """Return the global rows to sample from a population of ``agents``, in the order of the file.
 
         Raises:
-            ModelError: a row that the population does not have.
+            ModelError: a row is not in the population.
         """
         if isinstance(self.rows, slice):
             return np.arange(*self.rows.indices(agents), dtype=np.int64)
@@ -211,11 +211,11 @@ def due_outputs(declarations: Sequence[Output], step: int) -> tuple[Recorded, ..
 
 
 def check_outputs(declarations: Sequence[Output], columns: Sequence[str]) -> None:
-    """Check what the outputs of one model must be together.
+    """Check the outputs of a model against each other and its columns.
 
     Raises:
-        ModelError: something that is not an output, two outputs of one file, or a sampled column that the
-            model does not have.
+        ModelError: something is not an output, two outputs have the same file, or a sampled column does not
+            exist.
     """
     files: set[str] = set()
     for declaration in declarations:

@@ -23,7 +23,7 @@ class Param:
     Attributes:
         dtype: a column dtype, or "str" (text is seen by tables, initialise and derived values, not by
             kernels); taken from the default (int64, float64, bool or str) when None.
-        default: value where the job file gives none.
+        default: value if the job file gives none.
         min, max: inclusive bounds, or None.
         unit: unit of the value ("1" for none).
         doc: meaning.
@@ -56,7 +56,7 @@ class Param:
         """
         kind = self.kind()
         typed: Any = _text(name, value) if kind == "str" else _number(name, value, kind)
-        # The given value is what is compared: rounded to float32, 0.1 would lie above a bound of 0.1.
+        # Compare the given value: rounded to float32, 0.1 would exceed a bound of 0.1.
         if self.min is not None and value < self.min:
             raise ModelError(f"parameter {name} = {value} must be >= {self.min}")
         if self.max is not None and value > self.max:
@@ -99,10 +99,10 @@ def _is_number(value: Any) -> bool:
 
 
 def as_param(name: str, declared: Param | Any) -> Param:
-    """Return a declaration for a declared parameter or a bare default, its own default checked.
+    """Return the declaration of a declared parameter or a bare default, after checking it.
 
     Raises:
-        ModelError: an unknown dtype, no default, or a default that breaks the bounds.
+        ModelError: an invalid name or bound, an unknown dtype, no default, or a default outside the bounds.
     """
     param = declared if isinstance(declared, Param) else Param(default=declared)
     if not name.isidentifier():
@@ -123,7 +123,7 @@ def as_param(name: str, declared: Param | Any) -> Param:
 
 
 class Params(Mapping[str, Any]):
-    """Typed parameter values, read as ``params.NAME`` or ``params["NAME"]``; cannot be changed."""
+    """Immutable typed parameter values, read as ``params.NAME`` or ``params["NAME"]``."""
 
     __slots__ = ("_values",)
     _values: dict[str, Any]
@@ -169,7 +169,7 @@ def bind_params(declared: Mapping[str, Param], given: Mapping[str, Any]) -> Para
     """Return the typed values of all declared parameters.
 
     Raises:
-        ModelError: a name that is not declared (with the nearest right one), or a bad value.
+        ModelError: a name is not declared (the message suggests the nearest), or a value is invalid.
     """
     for name in given:
         if name not in declared:

@@ -1,7 +1,7 @@
-"""From a list of phases to a plan of one step: segments, stages, and which buffer each one reads and writes.
+"""Plan one step from a list of phases: segments, stages, and which buffers each one reads and writes.
 
-A *stage* is a run of row kernels and reductions that can share one visit of each tile of rows. A *segment*
-is what a partition can do without knowing the rest of the world; it ends where a reduction's result or a
+A *stage* is consecutive row kernels and reductions that can share one pass over the tiles of rows. A
+*segment* is what a partition can do before the ranks have to meet; it ends where a reduction's result or a
 derived value is needed. Everything here is decided once, from names; nothing is compiled or run.
 
 Buffers: under the rollback guard every column has two sides. The first phase of a step that writes a column
@@ -24,7 +24,7 @@ from rustsim_hpc.state.schema import Schema
 
 @dataclass(frozen=True)
 class Binding:
-    """Where one argument of a row function comes from; ``index`` and ``side`` are a column's."""
+    """The source of one argument of a row function; ``index`` and ``side`` are those of a column."""
 
     argument: str
     source: Source
@@ -34,7 +34,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class KernelOp:
-    """One row kernel of a stage; ``writes`` are (column, side)."""
+    """One row kernel of a stage; ``writes`` are (column, side) pairs."""
 
     phase: int
     kernel: RowKernel
@@ -55,13 +55,13 @@ class ReduceOp:
 
 @dataclass(frozen=True)
 class KernelStage:
-    """Row kernels and reductions that share one visit of each tile.
+    """Row kernels and reductions that share one pass over the tiles.
 
     Attributes:
-        ops: what is done with a tile, in order.
+        ops: row kernels and reductions to run on a tile, in order.
         digests: the columns, with their side, whose last write of the step is in this stage.
-        again: ops of a second step on the same tile, which reads what the first has written; empty where a
-            step cannot follow another without meeting the rest of the world.
+        again: ops of a second step on the same tile, which reads what the first has written; empty if the
+            ranks have to meet between steps.
     """
 
     ops: tuple[KernelOp | ReduceOp, ...]
@@ -73,8 +73,8 @@ class KernelStage:
 class ColumnCall:
     """One column phase.
 
-    ``sides``: for each column which side it sees. ``fill``: columns that must first be copied from the
-    current side to the other. ``writable``: which it may change.
+    ``sides``: the side of each column that it sees. ``fill``: columns that must first be copied from the
+    current side to the other. ``writable``: for each column whether it may change it.
     """
 
     phase: int
@@ -90,7 +90,7 @@ Item = KernelStage | ColumnCall
 
 @dataclass(frozen=True)
 class Segment:
-    """What a partition does between two meetings of the world, and what the meeting then makes.
+    """What a partition does between two meetings of the ranks, and what the meeting then computes.
 
     Attributes:
         items: stages and column phases, in order.
@@ -109,14 +109,14 @@ class Program:
 
     Attributes:
         schema: the columns.
-        phase_names: names of the phases in order, observers' reductions after the model's phases.
+        phase_names: names of the phases in order; reductions of checks and outputs follow the model's phases.
         phase_count: number of the model's phases.
         segments: the step, in order.
-        observe: the segment that makes the reductions of checks and outputs from the new state.
+        observe: the segment with the reductions of checks and outputs over the new state, or None.
         reductions: all reductions by slot.
         written: columns that a step writes.
         swapped: columns whose sides are swapped on commit (none under the torn guard).
-        final_sides: for each column the side that holds it after the last phase, before the commit.
+        final_sides: for each column the side that holds its new values before the commit.
         partition_bound: names of column phases that do not promise to be row-local.
     """
 
@@ -139,7 +139,7 @@ class Program:
 
     @cached_property
     def model_phases(self) -> tuple[str, ...]:
-        """Names of the model's phases, without observers' reductions."""
+        """Names of the model's phases, without the reductions of checks and outputs."""
         return self.phase_names[: self.phase_count]
 
 
@@ -159,12 +159,12 @@ def plan_program(
     Args:
         two_sided: write to the other side (the rollback guard) or in place (torn).
         params, tables: names that row functions and derived values can bind.
-        texts: parameters that are text, which derived values alone can bind.
-        checks, outputs: whose reductions the observing segment makes.
+        texts: parameters that are text, which only derived values can bind.
+        checks, outputs: their reductions go to the segment ``observe``.
 
     Raises:
-        ModelError: an argument or column that does not exist, two things of one name, a value that is
-            read before it is made.
+        ModelError: an argument or column does not exist, a name is ambiguous, or a value is read before it
+            is made.
     """
     known = Names(schema.names, tuple(params), tuple(texts), tuple(tables), made_names(phases))
     planner = _Planner(schema, two_sided, known)
@@ -185,7 +185,7 @@ def _observers(checks: Sequence[Check], outputs: Sequence[Output]) -> tuple[Redu
 
 
 class _Planner:
-    """Walks the phases once, keeping which columns were written and which values exist so far."""
+    """Walks the phases once, tracking which columns are written and which values exist so far."""
 
     def __init__(self, schema: Schema, two_sided: bool, known: Names) -> None:
         self.schema = schema
@@ -335,7 +335,7 @@ class _Planner:
 def _with_digests(
     segments: tuple[Segment, ...], written: set[int], sides: Sequence[int]
 ) -> tuple[Segment, ...]:
-    """Give each item the columns whose last write of the step it makes, to be digested while in cache."""
+    """Assign to each item the columns whose last write is in it, to be digested while in cache."""
     left = set(written)
     done = []
     for segment in reversed(segments):
@@ -353,7 +353,7 @@ def _with_digests(
 
 
 def _with_repeats(segments: tuple[Segment, ...], sides: Sequence[int]) -> tuple[Segment, ...]:
-    """Let a program that is one stage of row kernels alone make several steps on a tile."""
+    """Let a program that is a single stage of only row kernels make several steps on a tile."""
     if len(segments) != 1 or len(segments[0].items) != 1 or segments[0].derives:
         return segments
     stage = segments[0].items[0]

@@ -1,7 +1,7 @@
-"""Reductions outside compiled code: room for their states, merging them, and their final values.
+"""Reductions outside compiled code: allocating and merging their states, and their final values.
 
-The layout of a state is that of :mod:`rustsim_hpc.kernels.reduce`. Room is made before the dtype of the
-values is known (that takes compiling), so a sum has room for the state of a sum of floats.
+The layout of a state is that of :mod:`rustsim_hpc.kernels.reduce`. States are allocated before the dtype of
+the values is known (that takes compiling), so that of a sum is large enough for a sum of floats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EMPTY = {"min": np.iinfo(np.int64).max, "max": np.iinfo(np.int64).min}
 
 
 def state_shape(reduction: Reduction, bins: int) -> tuple[int, ...]:
-    """Return the shape of one partition's room for a reduction (int64)."""
+    """Return the shape of one partition's state of a reduction (int64), for the widest dtype."""
     if reduction.kind in ("min", "max"):
         return (2,)
     if reduction.kind == "sum":
@@ -38,18 +38,18 @@ def new_board(work: Work) -> Board:
 
 
 def state_shapes(program: Program, bins: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the room of each reduction slot."""
+    """Return the `state_shape` of each reduction slot."""
     return [state_shape(r, b) for r, b in zip(program.reductions, bins, strict=True)]
 
 
 def meeting_bytes(program: Program, params: Params) -> int:
-    """Return what a rank brings to the collectives of one step, in bytes: status, reductions, digests."""
+    """Return the bytes that a rank contributes to the collectives of a step: status, reductions, digests."""
     states = sum(8 * int(np.prod(state_shape(r, r.bin_count(params)))) for r in program.reductions)
     return 16 * len(program.segments) + states + 8 * len(program.schema.columns)
 
 
 def reset_states(work: Work, board: Board, slots: Sequence[int]) -> None:
-    """Set the states of reductions to those of 0 rows, on all of a rank's partitions."""
+    """Reset the states of reductions to those of 0 rows, for all partitions of a rank."""
     for slot in slots:
         kind = work.program.reductions[slot].kind
         board.states[slot][...] = 0
@@ -63,13 +63,13 @@ def is_additive(reduction: Reduction) -> bool:
 
 
 def merge_states(reduction: Reduction, dtype: str, states: Array) -> Array:
-    """Return one state for several: int64 (states, …) to int64 (…), exactly, in no order that matters."""
+    """Merge several states into one: int64 (states, …) to int64 (…), exactly and independent of order."""
     room = states[..., : _words(dtype)] if reduction.kind == "sum" else states
     return np.asarray(_reduce().merge(reduction.kind, room))
 
 
 def empty_state(reduction: Reduction, bins: int, dtype: str | None) -> Array:
-    """Return the state of 0 rows, of full width where the dtype is not known."""
+    """Return the state of 0 rows, of full width if the dtype is None."""
     state = np.zeros(state_shape(reduction, bins), np.int64)
     if reduction.kind in _EMPTY:
         state[0] = _EMPTY[reduction.kind]
@@ -79,7 +79,7 @@ def empty_state(reduction: Reduction, bins: int, dtype: str | None) -> Array:
 
 
 def full_state(reduction: Reduction, state: Array) -> Array:
-    """Return a state with room for the widest dtype."""
+    """Return a state padded to the width of the widest dtype."""
     if reduction.kind != "sum" or state.shape[-1] == _SUM_WORDS:
         return state
     full = np.zeros((*state.shape[:-1], _SUM_WORDS), np.int64)

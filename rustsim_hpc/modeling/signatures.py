@@ -1,4 +1,4 @@
-"""What users' functions take and return, read from the functions themselves."""
+"""Inspect the arguments and return values of users' functions."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def where(fn: Function) -> str:
 
 
 def argument_names(fn: Function, what: str) -> tuple[str, ...]:
-    """Return the names of a function's arguments, which are what the engine binds by.
+    """Return the names of a function's arguments, by which the engine binds them.
 
     Raises:
-        ModelError: it is not a plain Python function, or takes ``*args``, ``**kwargs``, keywords alone or
-            defaults, which nothing could bind.
+        ModelError: it is not a plain Python function, or has ``*args``, ``**kwargs``, keyword-only arguments
+            or defaults, which cannot be bound.
     """
     if not isinstance(fn, FunctionType):
         raise ModelError(f"{what} {getattr(fn, '__name__', fn)!r} must be a plain Python function")
     names = []
-    # What is compiled is the function itself, not another one that a decorator says it stands for.
+    # The function itself is compiled, not the one that a decorator names as wrapped.
     for parameter in inspect.signature(fn, follow_wrapped=False).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ModelError(
@@ -57,7 +57,7 @@ def returned_keys(fn: Function) -> tuple[str, ...]:
     while open_nodes:
         node = open_nodes.pop(0)
         if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
-            continue  # what an inner function returns is its own affair
+            continue  # ignore the return statements of inner functions
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
             keys = node.value.keys
             if keys and all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys):

@@ -1,8 +1,8 @@
-"""What a compiled function depends on, as one hash: its own source, all it reaches, all it captured.
+"""Hash everything that a compiled function depends on: its source, all it refers to, all it captured.
 
-Numba's disk cache looks at one source file's time stamp. That would serve stale machine code after a change
-of a global that a kernel captured, or of a helper in another file, so generated stages are stored under a
-key that covers everything listed in :func:`function_identity`.
+Numba's disk cache checks only the time stamp of one source file. It would return stale machine code after a
+change of a global that a kernel captured, or of a helper in another file, so generated stages are stored
+under a key that covers everything listed in :func:`function_identity`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _LIBRARIES = tuple(
 def function_identity(fn: Any) -> str:
     """Return a SHA-256 (hex) over all that the meaning of a function depends on.
 
-    Covers its byte code and constants, the whole source file it stands in, every global and closure value
+    Covers its byte code and constants, the whole source file that defines it, every global and closure value
     it names (numbers, arrays by content, functions and helpers recursively, modules of the user by file
-    and by the attributes that are used), but nothing of an installed library except its version.
+    and by the attributes that are used), but of an installed library only its version.
     """
     digest = hashlib.sha256()
     _add_value(digest, fn, set(), set())
@@ -116,7 +116,7 @@ def _add_value(digest: Any, value: Any, names: set[str], seen: set[Any]) -> None
 
 
 def undecorated(value: Any) -> Any:
-    """Return the plain function of ours, Numba's and functools' decorated ones."""
+    """Return the plain function of one decorated by this package, Numba or functools."""
     while not isinstance(value, FunctionType | ModuleType):
         if isinstance(value, _Described):
             value = value.fn
@@ -128,7 +128,7 @@ def undecorated(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """Return what an object consists of: its repr may be shortened or contain an address."""
+    """Return the parts of an object to hash, because its repr may be shortened or contain an address."""
     if isinstance(value, Mapping):
         return [part for item in value.items() for part in item]
     if isinstance(value, set | frozenset):
