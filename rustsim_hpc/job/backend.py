@@ -1,4 +1,4 @@
-"""Where a job's partitions run: on this CPU, or each rank on a CUDA device of its own."""
+"""Where a job's partitions run: on the CPU, or each rank's on its own CUDA device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rustsim_hpc.state import cuda_found
 
 @dataclass(frozen=True)
 class Backend:
-    """What was chosen, the same on every rank.
+    """The chosen backend, the same on every rank.
 
-    ordinals: for each rank the number of its device among those that it sees; empty on the CPU.
+    ordinals: for each rank the index of its device among those visible to it; empty on the CPU.
     """
 
     name: Literal["cpu", "cuda"] = "cpu"
@@ -30,12 +30,12 @@ class Backend:
 def choose_backend(spec: JobSpec, model: BoundModel, team: Team) -> Backend:
     """Return where a job runs. Collective.
 
-    ``auto`` takes CUDA where every rank has a device, CuPy and a compiler, and the model's phases can run
+    ``auto`` chooses CUDA if every rank has a device, CuPy and a compiler, and the model's phases can run
     there.
 
     Raises:
-        JobError: CUDA was asked for by name and cannot be had; memory on a device without CUDA; or ranks
-            would share a device unasked.
+        JobError: CUDA is required but unavailable; device memory is requested without CUDA; or ranks would
+            share a device without ``share_devices``.
     """
     run = spec.run
     if run.backend == "cuda" and run.executor == "remote":
@@ -69,7 +69,7 @@ def _on_the_cpu(spec: JobSpec, model: BoundModel, why: str = "") -> Backend:
 
 
 def _obstacle(model: BoundModel) -> str:
-    """Return in one line what keeps this rank from running a model on CUDA, or ""."""
+    """Return in one line why this rank cannot run a model on CUDA, or "" if it can."""
     if problem := cuda_found.why_no_device():
         return problem
     for phase in model.phases:
@@ -101,13 +101,13 @@ def _ordinals(everyone: Sequence[tuple[str, tuple[str, ...], str]], *, share: bo
 
 
 def one_each(visible: Sequence[Sequence[str]]) -> list[int | None]:
-    """Give each rank of a machine a device of its own, of those that it sees; None where none is left.
+    """Assign each rank of a machine its own device among those visible to it; None where none is left.
 
     Ranks that see the same devices take them in order. A rank that sees few (Slurm binds tasks to devices)
     makes one that sees more take another.
 
     Args:
-        visible: for each rank the devices that it sees, by what tells them apart on the machine.
+        visible: for each rank the devices that it sees, by names that are unique on the machine.
     """
     owner: dict[str, int] = {}
 

@@ -1,13 +1,13 @@
-"""Running and resuming jobs from Python, by the command line's own way: `run_job` and `resume_run`.
+"""Run and resume jobs from Python, as the command line does: `run_job` and `resume_run`.
 
 ::
 
     done = rs.run_job("jobs/us_flights.toml", agents=100_000, out="runs/first", changes={"params.beta": 0.4})
     rs.open_run(done.folder).series("curve")
 
-What fails is raised, not turned into an exit code. A process that is nobody's rank is never ended: the
-watchdog keeps still, and signal handlers are there only while a call lasts. Ranks (a script under mpirun or
-srun) call together, and what one of them meets alone ends all, as it does with the command.
+Errors are raised, not turned into exit codes. A process that is not one of several ranks is never ended: the
+watchdog is off, and signal handlers are installed only during a call. Ranks (a script under mpirun or srun)
+must call together, and an error on one of them alone ends all, as with the command.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def run_job(
     """Run a job from its first step, as `rustsim-hpc run` does, and return how it ended.
 
     Ctrl-C (an interrupted notebook cell, SIGTERM, SIGUSR1, a time limit) stops it after the current step with
-    a checkpoint: `stopped` of what is returned then says why, and `resume_run` goes on. A second Ctrl-C
-    raises `KeyboardInterrupt`.
+    a checkpoint: `stopped` of the result then says why, and `resume_run` continues. A second Ctrl-C raises
+    `KeyboardInterrupt`.
 
     Args:
         job: a job file, or its content as nested dicts (paths in it are relative to the working directory).
@@ -61,7 +61,7 @@ def run_job(
             ``profile``. ``record`` and ``check`` are true or false; None leaves a key as it is.
 
     Raises:
-        RustsimError: as `rustsim-hpc run` reports it; `exit_code` is what that would end with.
+        RustsimError: as `rustsim-hpc run` reports it; `exit_code` is the command's exit code.
     """
     with _ranks() as team:
 
@@ -84,14 +84,14 @@ def resume_run(
 
     Args:
         folder: the run's folder.
-        at: step of the checkpoint to go on from; the newest that proves itself if None.
-        progress: as of `run_job`.
+        at: step of the checkpoint to continue from; the newest proven one if None.
+        progress: as for `run_job`.
         options: those of `rustsim-hpc resume` by name: ``steps`` (the step to reach), ``executor``,
             ``workers``, ``partitions``, ``guard``, ``backend``, ``endpoint``, ``keys``, ``check``,
             ``time_limit``, ``checkpoint_every``, ``profile``.
 
     Raises:
-        RustsimError: as of `run_job`; also when no checkpoint can be used.
+        RustsimError: as for `run_job`; also when no checkpoint can be used.
     """
     path = Path(folder)
     with _ranks() as team:
@@ -120,7 +120,7 @@ def _team() -> Team:
 
 @contextmanager
 def _ranks() -> Iterator[Team]:
-    """Yield the ranks of this process; end all of them where the others may wait for this one for ever."""
+    """Yield this process's team; after an error, end all ranks if the others may wait for it for ever."""
     team = _team()
     try:
         yield team
@@ -175,7 +175,7 @@ def _value_of(name: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a job file may have it: paths as text, scalars of NumPy as Python's."""
+    """Return a value as a job file holds it: paths as text, tuples as lists, NumPy scalars as Python's."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, tuple):

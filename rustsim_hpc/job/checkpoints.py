@@ -1,4 +1,4 @@
-"""A job's checkpoints: when one is due, what it says of the run, and what becomes of one that fails."""
+"""A job's checkpoints: when one is due, its header, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rustsim_hpc.storage.writer import CheckpointWriter
 
 
 class JobCheckpoints:
-    """Writes the checkpoints of one session of a job, behind its steps. All methods are collective.
+    """Writes the checkpoints of one session of a job, beside its steps. All methods are collective.
 
     Args:
-        spec: the job as resolved.
+        spec: the resolved job.
         model: the bound model.
         plane: the plane whose state is saved.
         folder: the run's folder, held.
         team: the ranks.
         flush: makes durable on all ranks what a checkpoint must not be ahead of: outputs and log.
         resumed_from: the restored step, or None.
-        last_sequence: number of the last checkpoint of the sessions before.
+        last_sequence: sequence number of the last checkpoint of earlier sessions.
 
     Attributes:
-        writer: writes them.
+        writer: the checkpoint writer.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class JobCheckpoints:
 
     @property
     def time_is_up(self) -> bool:
-        """Whether so much time has passed since the last one, by this rank's clock, that one may be made."""
+        """Whether ``min_seconds`` have passed since the last checkpoint, by this rank's clock."""
         return time.monotonic() - self._last_time >= self._spec.checkpoint.min_seconds
 
     def steps_to_due(self) -> int | None:
-        """Return how many steps lead to the next one that is due by its step; None if there is none."""
+        """Return the number of steps to the next periodic checkpoint; None if there are none."""
         every = self._spec.checkpoint.every
         return every - self._plane.runtime.step_index % every if every else None
 
     def reserve(self, last_step: int) -> None:
-        """Make room for the copy of the state now, if one is due up to a step, so that no step waits for it.
+        """Allocate the copy of the state now, if a checkpoint is due up to a step, so that no step waits.
 
         Raises:
             CheckpointWriteFailed: there is not enough memory, and ``on_error`` is not "continue".
@@ -77,10 +77,10 @@ class JobCheckpoints:
             self._run(lambda: self.writer.reserve(self._view()))
 
     def after_step(self, *, everybody_done: bool, somebody_failed: bool, time_is_up: bool) -> None:
-        """Move on what is being written, and begin the one that is due after this step.
+        """Advance the checkpoint being written, and begin the one that is due after this step.
 
-        everybody_done: whether all ranks have done their part of what is being written. somebody_failed:
-        whether one of them could not. time_is_up: what rank 0's clock says.
+        everybody_done: whether all ranks have done their part of the checkpoint being written.
+        somebody_failed: whether one of them failed. time_is_up: `time_is_up` of rank 0.
 
         Raises:
             CheckpointWriteFailed: one could not be written, and ``on_error`` is not "continue".
@@ -92,7 +92,7 @@ class JobCheckpoints:
             self.begin()
 
     def begin(self, label: str | None = None) -> None:
-        """Begin a checkpoint of the current state (or write it, where that is not asynchronous).
+        """Begin a checkpoint of the current state (or write it, if not asynchronous).
 
         Raises:
             CheckpointWriteFailed: as :meth:`after_step`.
@@ -122,7 +122,7 @@ class JobCheckpoints:
         self._last_time = time.monotonic()
 
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Wait for the checkpoint being written.
 
         Raises:
             CheckpointWriteFailed: as :meth:`after_step`.
@@ -143,10 +143,10 @@ class JobCheckpoints:
             self.finish()
 
     def check_saved(self) -> None:
-        """Check that the state is in a file: a run that is asked to stop says that it was saved.
+        """Check that the current state was saved, as a run that is asked to stop reports.
 
         Raises:
-            CheckpointWriteFailed: it is not, whatever ``on_error`` says.
+            CheckpointWriteFailed: it was not, whatever ``on_error`` is.
         """
         step = self._plane.runtime.step_index
         saved = step_of(self.writer.paths[-1]) if self.writer.paths else self._resumed_from
@@ -160,9 +160,9 @@ class JobCheckpoints:
             )
 
     def _fingerprint(self) -> tuple[ReplayFingerprint, bool]:
-        """Return a checkpoint's fingerprint, and whether it is for the writer to make it behind the steps.
+        """Return a checkpoint's fingerprint, and whether the writer has to compute it in the background.
 
-        Ranks cannot make FNV-1a's chain there: its next link is on the rank before.
+        Several ranks cannot compute FNV-1a there: each rank's hash starts from that of the rank before.
         """
         plane, scheme = self._plane, self._spec.replay.fingerprint
         known = plane.known_fingerprint()
@@ -173,7 +173,7 @@ class JobCheckpoints:
         return ReplayFingerprint(plane.runtime.step_index, 0, scheme), True
 
     def _view(self) -> StateView:
-        """Return this rank's rows, the columns where they belong: their values may be with a keeper."""
+        """Return this rank's rows, as the columns' own arrays: a keeper may have their current values."""
         store = self._plane.runtime.device_store()
         return StateView(
             step_index=self._plane.runtime.step_index,
@@ -186,7 +186,7 @@ class JobCheckpoints:
         )
 
     def _run(self, action: Callable[[], object]) -> None:
-        """Run a step of the writer; what becomes of its failures is for ``on_error`` to say."""
+        """Call a method of the writer; ``on_error`` says whether a failure is raised or only reported."""
         try:
             action()
         except CheckpointFileError as error:

@@ -1,4 +1,4 @@
-"""The job file's reference, made from its declarations: `python -m rustsim_hpc.job.docs docs/job_file.md`."""
+"""The job file's reference, generated from its keys: `python -m rustsim_hpc.job.docs docs/job_file.md`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From what pydantic finds wrong with a job to one line a mistake: table, key, value, and what it must be.
+"""Turn pydantic's errors into one line per mistake in a job: table, key, value, and what it must be.
 
-Also the words for a key's type, which the docs share.
+Also describes a key's type in words, which the docs use too.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def describe(error: ValidationError, path: Path, sources: Origin, tables: Mappin
     """Return one line for each mistake, without repetition, in the order in which pydantic found them."""
     mistakes = error.errors()
     if any(mistake["type"] == "extra_forbidden" for mistake in mistakes):
-        # A misspelt key is also a missing one: the one line that helps is the first.
+        # A misspelt key may also be reported as missing: only the first line helps.
         mistakes = [mistake for mistake in mistakes if mistake["type"] != "missing"]
     lines = [_line(mistake, path, sources, tables, error.title) for mistake in mistakes]
     return list(dict.fromkeys(lines))
 
 
 def _line(mistake: Any, path: Path, sources: Origin, tables: Mapping[str, Any], title: str) -> str:
-    # The switches' table is validated by itself, so its mistakes come without the table's name.
+    # [command] is validated separately, so its errors lack the table's name.
     location = tuple(str(part) for part in mistake["loc"])
     if title == "CommandTable":
         location = ("command", *location)

@@ -44,7 +44,7 @@ from rustsim_hpc.storage.reading import on_first_rank
 from rustsim_hpc.storage.restoring import load_newest
 
 EXIT_FAILED: Final = 3
-"""Exit code after an error that nobody expected."""
+"""Exit code after an unexpected error."""
 
 
 def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
@@ -65,7 +65,7 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
 def resume_run(
     path: Path, spec: JobSpec, options: RunOptions, team: Team, *, at: int | None = None
 ) -> RunSummary:
-    """Go on with a run from its newest proven checkpoint (or the one of step ``at``). Collective.
+    """Continue a run from its newest proven checkpoint (or the one of step ``at``). Collective.
 
     Raises:
         RustsimError: as :func:`run_job`; also when no checkpoint can be used.
@@ -91,7 +91,7 @@ def resume_run(
 def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tuple[DeviceSoaStore, int | None]:
     """Return a store of the newest proven checkpoint (or that of step ``at``) and its step.
 
-    Without any checkpoint it is the first state, and the step is None.
+    Without any checkpoint the store has the first state, and the step is None.
     """
     team = prepared.team
 
@@ -115,12 +115,12 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
 def fork_run(
     parent: Path, spec: JobSpec, options: RunOptions, team: Team, *, at: int | None = None
 ) -> RunSummary:
-    """Run a new job from a checkpoint of another run, with what the caller changed. Collective.
+    """Run a new job from a checkpoint of another run, with the caller's changes. Collective.
 
     Args:
         parent: the folder of the run to start from; only read.
-        spec: the parent's job with the changes made.
-        at: step of the parent's checkpoint; the newest that proves itself if None.
+        spec: the parent's job with the changes applied.
+        at: step of the parent's checkpoint; the newest proven one if None.
 
     Raises:
         RustsimError: as :func:`run_job`; also when the parent has no such checkpoint or other columns.
@@ -143,7 +143,7 @@ def fork_run(
 def _parents_store(
     prepared: Prepared, parent: Path, at: int | None
 ) -> tuple[DeviceSoaStore, int, dict[str, Any]]:
-    """Return a store of another run's checkpoint, its step, and the lineage of what starts from it."""
+    """Return a store of another run's checkpoint, its step, and the lineage of the fork."""
     team = prepared.team
 
     def reject(path: Path, reason: str) -> None:
@@ -178,7 +178,7 @@ def plan_job(spec: JobSpec, ranks: int) -> RunPlan:
 
 
 def _watchdog_limit(spec: JobSpec, options: RunOptions, team: Team) -> float | None:
-    """Return after how many seconds a stuck process may be ended: ranks always, a caller's own never."""
+    """Return the watchdog's limit; None for a single process of the caller's, which must never be ended."""
     return spec.run.watchdog_seconds if options.owns_process or team.size > 1 else None
 
 
@@ -187,7 +187,7 @@ def _watchdog_limit(spec: JobSpec, options: RunOptions, team: Team) -> float | N
 
 @dataclass
 class _Session:
-    """A session that has a run's folder. step_index: how far it has come."""
+    """A session that holds a run's folder. step_index: the step reached so far."""
 
     folder: RunFolder
     watchdog: Watchdog
@@ -198,7 +198,7 @@ class _Session:
 
 @contextmanager
 def _session(folder: RunFolder, team: Team, watchdog: Watchdog) -> Iterator[_Session]:
-    """Hold a run's folder; whatever ends the session early is recorded in it."""
+    """Hold a run's folder; an error that ends the session early is recorded in it."""
     session = _Session(folder, watchdog)
     watchdog.folder = folder.path
     watchdog.beat("start-up", 0)
@@ -241,7 +241,7 @@ def _run(
     last_sequence: int = 0,
     forked: bool = False,
 ) -> RunSummary:
-    """Build the plane on a store, run the steps that are left, and record how it ended."""
+    """Build the plane on a store, run the remaining steps, and record how the run ended."""
     spec, team, folder = prepared.spec, prepared.team, session.folder
     session.step_index = step_index
     session.watchdog.beat("start-up", step_index)
@@ -287,7 +287,7 @@ def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> Engine
 
 
 def _take_back(folder: RunFolder, step: int, team: Team) -> None:
-    """Set aside what a run has left of steps that it makes again; a finished one's record tells it first."""
+    """Move aside checkpoints of steps that will be repeated; a finished run's record is updated first."""
     if team.rank > 0:
         return
     if folder.takes_back(step):

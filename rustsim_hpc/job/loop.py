@@ -1,4 +1,4 @@
-"""One session of a job: the step loop, and everything that has to happen beside it."""
+"""One session of a job: the step loop, and the records, checkpoints and votes that go with it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.folder import RunFolder
 
-# A vote of one rank is two counters in one number, each wide enough for a million ranks, and what rank 0
-# alone says: whether a checkpoint may be made by the clock, whether it has met a failure that the others do
-# not know of, and how many steps to make together next. Counted are ranks that have something to tell after
-# the step (that they were asked to stop, or could not write), and those that have written.
+# A rank's vote is one number that packs two counters, each wide enough for a million ranks, and three fields
+# of rank 0. The counters: ranks that have something to report (a request to stop, or a failed write), and
+# ranks that have finished writing. The fields: whether enough time has passed for a checkpoint, whether
+# rank 0 has a failure that the others do not know of, and how many steps to make at once next.
 _TELL, _WRITTEN, _TIME_IS_UP, _TROUBLE, _TOGETHER = 1, 1 << 20, 1 << 40, 1 << 41, 1 << 42
 _FIELD = (1 << 20) - 1
 
@@ -40,7 +40,8 @@ _FIELD = (1 << 20) - 1
 class LoopResult:
     """How the loop ended.
 
-    steps: made. seconds: without compilation. stopped: why it ended early, or None. profile: if asked for.
+    steps: number made. seconds: without compilation. stopped: why it ended early, or None. profile: if
+    requested.
     """
 
     steps: int
@@ -53,19 +54,19 @@ class JobRun:
     """Runs a job's steps on this rank, in concert with the team.
 
     Args:
-        spec: the job as resolved.
+        spec: the resolved job.
         model: the bound model.
         plane: the plane, its state initialised or restored.
         executor: runs this rank's partitions.
         folder: the run's folder, held.
         team: the ranks.
-        stop: requests to stop, from before the run began.
-        watchdog: watches this rank since then.
+        stop: requests to stop, collected since before the run began.
+        watchdog: watches this rank, and is already running.
         resumed_from: the restored step, or None.
-        last_sequence: number of the last checkpoint of the sessions before.
-        forked: the state comes from another run's checkpoint, so this one saves it first.
+        last_sequence: sequence number of the last checkpoint of earlier sessions.
+        forked: the state comes from another run's checkpoint, so it is saved first.
         progress: show a bar if this is a terminal.
-        profile: find out where the time goes.
+        profile: measure where the time goes.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class JobRun:
             resumed_from=resumed_from, last_sequence=last_sequence,
         )  # fmt: skip
         self._opened = False
-        # Whether the records have everything of the state that the plane has.
+        # Whether the records include the plane's current state.
         self._recorded = True
         self._seconds_a_step = 1.0
         self._profile = profile
@@ -111,7 +112,7 @@ class JobRun:
     # -- the loop ------------------------------------------------------------------------------------
 
     def run(self) -> LoopResult:
-        """Make the steps that are left.
+        """Make the remaining steps.
 
         ::
 
@@ -144,7 +145,7 @@ class JobRun:
             return result
 
     def _phases_begun(self) -> str:
-        """Return which phases this rank's partitions have begun last."""
+        """Return the names of the phases that this rank's partitions began last."""
         if self._stepper is None:
             return ""
         names = self._stepper.work.program.phase_names
@@ -209,7 +210,7 @@ class JobRun:
         return LoopResult(made, max(0.0, loop - compiled), stopped, profile)
 
     def _vote(self) -> int:
-        """Return this rank's vote at the end of a step: as late as there is a collective to bring it to."""
+        """Return this rank's vote; called just before the collective that carries it."""
         writer = self.checkpoints.writer
         vote = _TELL if self._stop.stop_requested() is not None or writer.failed_here else 0
         if writer.busy and writer.done_here:
@@ -217,7 +218,7 @@ class JobRun:
         if self._first:
             vote += _TIME_IS_UP if self.checkpoints.time_is_up else 0
             vote += _TROUBLE if self.records.trouble is not None else 0
-            # Few enough steps at once that a signal is heard within a second.
+            # Few enough steps at once that a signal is noticed within a second.
             vote += _TOGETHER * min(self.spec.run.fuse_steps, int(1 / max(self._seconds_a_step, 1e-6)))
         return vote
 
@@ -230,7 +231,7 @@ class JobRun:
         return bool(stops), bool(failed)
 
     def _all_written(self, votes: int) -> bool:
-        # Alone there is nobody to ask: what has failed meanwhile comes out before the next step.
+        # A single rank needs no vote: a failure since then is raised before the next step.
         alone, written = self.team.size == 1, votes >> 20 & _FIELD
         return self.checkpoints.writer.done_here if alone else written == self.team.size
 
@@ -243,7 +244,7 @@ class JobRun:
     # -- beginning and end ---------------------------------------------------------------------------
 
     def _on_first(self, action: Any) -> None:
-        """Run something on rank 0; its failure is everybody's."""
+        """Call a function on rank 0; its failure is raised on all ranks."""
         failure: Exception | None = None
         if self._first:
             try:
@@ -272,9 +273,9 @@ class JobRun:
             raise
 
     def _save_what_is_whole(self, error: Exception) -> None:
-        """Close outputs and, where every rank still has the last complete step, save a checkpoint of it.
+        """Close outputs and, if every rank still has the last complete step, save a checkpoint of it.
 
-        Not of one that the outputs or the log lack: a run that went on from there would lack it, too.
+        A step that the outputs or the log lack is not saved: a run resumed from it would lack it, too.
         """
         alone = self.team.size == 1
         agreed = alone or (isinstance(error, RustsimError) and not self.team.broken)

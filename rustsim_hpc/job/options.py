@@ -1,6 +1,6 @@
-"""Which option of the command line sets which key of the job file.
+"""Which command-line option sets which key of the job file.
 
-Data alone: the command line needs it before anything heavy is loaded, and docs/job_file.md shows it.
+Only data: the command line needs it before anything heavy is imported, and docs/job_file.md shows it.
 """
 
 from typing import Final
@@ -36,10 +36,10 @@ RUN_OPTIONS: Final = (
     "--endpoint", "--keys", "--check", "--time-limit", "--record", "--verify", "--fingerprint",
     "--checkpoint-every", "--out", "--force", "--dry-run", "--no-progress", "--profile", "--json",
 )  # fmt: skip
-"""Those of `run`, in the order of its help."""
+"""Options of `run`, in the order of its help."""
 
 RESUME_OPTIONS: Final = (
     "--steps", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint", "--keys",
     "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
 )  # fmt: skip
-"""Those of `resume`."""
+"""Options of `resume`."""

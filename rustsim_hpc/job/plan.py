@@ -1,4 +1,4 @@
-"""What each rank of a run will hold: rows, memory and checkpoint bytes, computed and not tried out."""
+"""What each rank of a run will hold: rows, memory and checkpoint bytes, computed without running it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rustsim_hpc.state.schema import Schema
 
 @dataclass(frozen=True)
 class RankShare:
-    """Ranks first to last (both included) that hold the same; bytes are those of one of them.
+    """Ranks first to last (inclusive) with equal shares; bytes are per rank.
 
     state_bytes: the columns. undo_bytes: second buffers of columns that a step overwrites.
     checkpoint_bytes: what it writes to a checkpoint (the ids take next to nothing).
@@ -32,7 +32,7 @@ class RankShare:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A job over `ranks` ranks. step_bytes: what a rank brings to the collectives of one step."""
+    """The plan of a job on `ranks` ranks. step_bytes: what a rank contributes to a step's collectives."""
 
     job: str
     agents: int
@@ -48,7 +48,7 @@ class RunPlan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a whole checkpoint, its headers apart."""
+        """Bytes of a whole checkpoint, without its headers."""
         return self.agents * self.row_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,8 +91,8 @@ class RunPlan:
 def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes: int, ranks: int) -> RunPlan:
     """Return what each of `ranks` ranks will hold.
 
-    swapped: indices of the columns that have a second buffer. step_bytes: what a rank brings to the
-    collectives of one step (results of reductions, the digest, the status).
+    swapped: indices of the columns that have a second buffer. step_bytes: what a rank contributes to
+    the collectives of one step (results of reductions, the digest, the status).
     """
     sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
     row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
@@ -125,10 +125,10 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
 
 
 def worker_count(spec: JobSpec, cores: int | None = None, ranks: int = 1) -> int:
-    """Return the workers of a rank: what the job says, else one inline and otherwise one a core.
+    """Return the number of workers of a rank: 1 inline or on CUDA, else the job's value or one per core.
 
     cores: this rank's share; all that this process may use if None. Of remote workers, the most that any of
-    ``ranks`` ranks speaks to.
+    ``ranks`` ranks talks to.
     """
     if spec.run.executor == "inline" or spec.run.backend == "cuda":  # a rank has one device
         return 1
@@ -140,9 +140,9 @@ def worker_count(spec: JobSpec, cores: int | None = None, ranks: int = 1) -> int
 def partition_count(spec: JobSpec, ranks: int, workers: int | None = None) -> int:
     """Return the partitions of a job: one per worker of every rank, or per endpoint, unless the job says.
 
-    workers: of a rank, where `worker_count` is known already.
+    workers: of a rank, if `worker_count` is known already.
 
-    There are at least as many as ranks and at most as many as rows; without any row there is one, empty.
+    There are at least as many as ranks and at most as many as rows; without rows there is one, empty.
     """
     remote = len(spec.remote.endpoints) if spec.run.executor == "remote" else 0
     wanted = max(spec.run.partitions or remote or (workers or worker_count(spec)) * ranks, ranks)

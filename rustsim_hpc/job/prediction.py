@@ -1,9 +1,9 @@
-"""How long a step takes on how many ranks: a small model, fed with what was measured on one machine.
+"""Predict the time of a step on a number of ranks: a small model with one machine's measurements.
 
-A step's time is the sum of three: the rows of the fullest rank at what a row costs on one core, stretched
-where cores share the memory bus; what a step costs that has no rows; and the collectives. An allreduce goes
-through the ranks of a node at the measured pace, once per doubling, and between nodes takes the better of
-recursive doubling and of reduce-scatter and allgather (Thakur, Rabenseifner, Gropp, "Optimization of
+A step's time is the sum of three terms: the rows of the fullest rank at the cost of a row on one core, scaled
+where cores share the memory bus; the cost of a step without rows; and the collectives. An allreduce takes the
+measured time for each doubling of the ranks within a node, and between nodes the shorter of recursive
+doubling and of reduce-scatter and allgather (Thakur, Rabenseifner, Gropp, "Optimization of
 collective communication operations in MPICH", IJHPCA 19 (2005), doi:10.1177/1094342005051521).
 """
 
@@ -25,7 +25,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What `rustsim-hpc bench` found here.
+    """What `rustsim-hpc bench` measured on this machine.
 
     Attributes:
         step: seconds of a step that has next to no rows, without its collective.
@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """Between nodes: seconds from sending to receiving, bytes a second of a node, ranks that a node has."""
+    """The network: latency between nodes (seconds), bandwidth of a node (bytes a second), ranks per node."""
 
     latency: float = 2e-6
     bandwidth: float = 12.5e9
@@ -52,13 +52,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Load:
-    """What a job's step asks for.
+    """The cost of a job's step.
 
     Attributes:
-        row: seconds of a row on one core that has the machine for itself.
-        row_bytes: that it moves to and from memory.
-        meetings: collectives of a step.
-        meeting_bytes: that a rank brings to each.
+        row: seconds of a row on one core of an otherwise idle machine.
+        row_bytes: bytes that a row moves to and from memory.
+        meetings: number of collectives of a step.
+        meeting_bytes: bytes that a rank contributes to each.
     """
 
     row: float
@@ -69,12 +69,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step on a number of ranks, and what they go into.
+    """Predicted seconds of a step on a number of ranks, by term.
 
     Attributes:
-        ranks: how many.
-        rows: of the fullest rank.
-        rows_seconds, step_seconds, meeting_seconds: of its rows, of a step as such, of collectives.
+        ranks: number of ranks.
+        rows: rows of the fullest rank.
+        rows_seconds, step_seconds, meeting_seconds: for its rows, a step without rows, the collectives.
         strong: efficiency against one rank with all the rows.
         weak: efficiency against one rank with as many rows as this one's.
     """
@@ -89,7 +89,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """All of a step."""
+        """Total seconds of a step."""
         return self.rows_seconds + self.step_seconds + self.meeting_seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,13 +123,13 @@ def _parts(
 
 
 def slowdown(load: Load, machine: Machine, busy: int) -> float:
-    """Return how many times as long a row takes where ``busy`` cores share a machine's memory."""
+    """Return the factor by which a row takes longer when ``busy`` cores share a machine's memory."""
     if machine.cores < 2:
         return 1.0
     among = min(busy, machine.cores)
     shared = machine.all / machine.cores
     each = machine.one + (shared - machine.one) * (among - 1) / (machine.cores - 1)
-    # A sample whose rows cost nothing that could be measured waits for memory as much as a core can.
+    # Rows whose cost is too small to be measured are taken to use all the bandwidth of a core.
     waits = load.row_bytes >= load.row * machine.one
     wanted = machine.one if waits else load.row_bytes / load.row
     return max(1.0, wanted / each)

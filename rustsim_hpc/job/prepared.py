@@ -1,4 +1,4 @@
-"""A job made ready on this rank: model bound, ranks compared, cut decided; nothing allocated yet."""
+"""A job prepared on this rank: model bound, ranks compared, partitions chosen; nothing allocated yet."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class Prepared:
 
 
 def device_of(prepared: Prepared) -> dict[str, Any] | None:
-    """Return what this rank's device is, None on the CPU.
+    """Return the facts about this rank's device, None on the CPU.
 
-    Beside what the driver tells: ``libdevice``, which identifies the device's math library.
+    They include ``libdevice``, which identifies the device's math library.
 
     Raises:
-        DeviceError: the driver does not tell.
+        DeviceError: the driver cannot be queried.
     """
     ordinals = prepared.backend.ordinals
     if not ordinals:
@@ -84,8 +84,8 @@ def bind(spec: JobSpec) -> BoundModel:
     """Load a job's model and bind it.
 
     Raises:
-        ModelError: it cannot be right.
-        JobError: the job names columns that it does not have.
+        ModelError: the model is invalid.
+        JobError: the job names columns that the model does not have.
     """
     model, reference = load_model(spec.model.module)
     bound = BoundModel(model, spec.params, seed=spec.run.seed, agents=spec.run.agents, reference=reference)
@@ -122,9 +122,9 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
 
 
 def _share_of_cores(team: Team) -> int:
-    """Return the cores that each rank of rank 0's machine has, the same number on every rank.
+    """Return the number of cores per rank on rank 0's machine; the same on every rank.
 
-    A launcher that binds ranks to cores gives each its own; without that all may use the same ones.
+    A launcher that binds ranks to cores gives each its own; without binding the ranks share all cores.
     """
     mine = (team.host, frozenset(os.sched_getaffinity(0)))
     everyone = team.allgather(mine)
@@ -133,7 +133,7 @@ def _share_of_cores(team: Team) -> int:
 
 
 def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts:
-    """Return what a run's record says of the job."""
+    """Return what a run's record says about the job."""
     spec, model = prepared.spec, prepared.model
     return RunFacts(
         job=spec.run.name,
@@ -156,7 +156,7 @@ def facts(prepared: Prepared, lineage: dict[str, Any] | None = None) -> RunFacts
 
 
 def executor_of(prepared: Prepared, inherit: tuple[int, ...] = ()) -> Executor:
-    """Return what runs a rank's partitions; worker processes inherit the descriptors ``inherit``."""
+    """Return the executor of a rank's partitions; worker processes inherit the descriptors ``inherit``."""
     executor, workers = prepared.executor, prepared.workers
     if executor == "cuda":
         return CudaPartitionExecutor(fma=prepared.spec.run.fma, graphs=prepared.spec.run.cuda_graphs)
@@ -191,10 +191,10 @@ def _tell(line: str) -> None:
 
 
 def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:
-    """Return the partitions of all ranks, and the workers that they lie with where those are not this CPU.
+    """Return the partitions of all ranks, and the workers that hold them unless they stay on the CPU.
 
-    Partitions are dealt out to the endpoints in order, so each rank speaks to a few that follow one another.
-    On devices, those of a rank are all on its own.
+    Partitions are assigned to the endpoints in order, so each rank talks to a few consecutive endpoints.
+    With CUDA, all partitions of a rank are on its device.
     """
     spec, count = prepared.spec, prepared.partitions
     plan = PartitionPlan.row_ranges(spec.run.agents, count)
@@ -216,7 +216,7 @@ def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ..
 
 
 def replay_mode(prepared: Prepared) -> ReplayMode:
-    """Return what the job does with fingerprints. Collective.
+    """Return the job's replay mode. Collective.
 
     Raises:
         ReplayLogError: the log to verify against cannot be read.

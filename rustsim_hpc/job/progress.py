@@ -19,10 +19,10 @@ _FORMAT: Final = (
 
 
 class Progress:
-    """Steps done of those wanted, with steps/s, agent-steps/s and the time left.
+    """A bar of the steps done, with steps/s, agent-steps/s and the time left.
 
-    Used in a `with`. It shows itself only where `wanted` and `stream` (standard error) is a terminal;
-    elsewhere `advance` costs one test.
+    A context manager. The bar is shown only if `wanted` and `stream` (standard error by default) is a
+    terminal; otherwise `advance` costs one test.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Progress:
             self._bar = None
 
     def start(self) -> None:
-        """Begin to count time: what came before, such as compiling, does not belong to the rate."""
+        """Start timing: earlier work, such as compiling, does not count towards the rate."""
         if self._bar is not None:
             self._bar.set_description_str(self._name)
             self._bar.unpause()
@@ -75,7 +75,7 @@ class Progress:
             self._bar.update(steps)
 
     def note(self, text: str) -> None:
-        """Say on the bar's line what is going on before the first step: "compiling 5 kernels"."""
+        """Show on the bar's line what happens before the first step: "compiling 5 kernels"."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._name}: {text}")
 

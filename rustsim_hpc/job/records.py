@@ -1,4 +1,4 @@
-"""What a job writes down beside its steps: replay log, outputs, metrics. Files are rank 0's alone."""
+"""What a job records during its steps: replay log, outputs, metrics. Only rank 0 writes files."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _LAST = 10
 
 
 class JobRecords:
-    """The records of one session of a job. What fails on rank 0 is raised on all ranks.
+    """The records of one session of a job. A failure on rank 0 is raised on all ranks.
 
     Args:
-        spec: the job as resolved.
+        spec: the resolved job.
         model: the bound model.
         plane: the plane that is stepped.
         folder: the run's folder, held.
@@ -70,11 +70,11 @@ class JobRecords:
     # -- on rank 0 -----------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Begin all files, or go on with them from the restored step.
+        """Create all files, or continue them from the restored step.
 
         Raises:
-            OutputError: one cannot be written, or is not what the run was started with.
-            ReplayLogError: the log to go on with cannot be read.
+            OutputError: a file cannot be written, or is not what the run was started with.
+            ReplayLogError: the log to continue cannot be read.
         """
         self.outputs.open(self._resumed_from, self._plane.runtime.step_index)
         self._metrics = MetricsLog(self._folder.path, self._resumed_from)
@@ -125,10 +125,10 @@ class JobRecords:
             self._write_outputs(step, None)
 
     def note_workers(self, session: ResidentSession) -> list[str]:
-        """Put what is known of remote workers' machines into the run's record. Collective.
+        """Write what is known about the remote workers' machines to the run's record. Collective.
 
         Returns:
-            How they differ from the machines of the session before, on rank 0.
+            How they differ from the previous session's machines, on rank 0.
 
         Raises:
             OutputError: the record cannot be written; the same on every rank.
@@ -151,7 +151,7 @@ class JobRecords:
         return lines
 
     def after_step(self, fingerprint: ReplayFingerprint | None) -> None:
-        """Put a step's fingerprint into the log and its due values into the outputs. Collective.
+        """Append a step's fingerprint to the log and its due values to the outputs. Collective.
 
         Raises:
             RustsimError: rank 0 could not; the same on every rank.
@@ -213,7 +213,7 @@ class JobRecords:
         return made
 
     def _write_metrics(self) -> None:
-        """Write the counters now and then, by rank 0's clock: of a failure the others hear by a vote."""
+        """Write the counters every few seconds of rank 0's clock; the vote tells the others of a failure."""
         now = time.monotonic()
         if self._metrics is not None and now - self._last_metrics_time >= _METRICS_SECONDS:
             self._last_metrics_time = now

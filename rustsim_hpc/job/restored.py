@@ -1,4 +1,4 @@
-"""States that come from checkpoints: whose they must be, and where a fork comes from."""
+"""States restored from checkpoints: which ones a run accepts, and the lineage of a fork."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rustsim_hpc.storage.restoring import LoadedCheckpoint
 
 
 def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
-    """Return this rank's rows of a checkpoint that is this run's.
+    """Return this rank's rows of a checkpoint, which must be of this run.
 
     Raises:
-        CheckpointFileError: it is of another model, population, seed or parameters.
+        CheckpointFileError: its model, columns, population, seed or parameters differ.
     """
     spec, model = prepared.spec, prepared.model
     for what, theirs, ours in (
@@ -44,7 +44,7 @@ def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
 
 
 def forked_rows(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
-    """Return this rank's rows of a checkpoint of the same columns and population.
+    """Return this rank's rows of a checkpoint, which must have the job's columns and population.
 
     Raises:
         CheckpointFileError: it has others.
@@ -60,7 +60,7 @@ def forked_rows(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]
 
 
 def with_last_goal(spec: JobSpec, folder: Path) -> JobSpec:
-    """Return a run's job with the step that it was last to reach, where that is beyond its job file's.
+    """Return a run's job with the step that its record says to reach, if that is beyond the job file's.
 
     Raises:
         RunFolderError: the run's record is damaged.
@@ -70,14 +70,14 @@ def with_last_goal(spec: JobSpec, folder: Path) -> JobSpec:
 
 
 def set_aside_later(folder: Path, step: int) -> None:
-    """Move checkpoints after a step aside: the run that goes on from it makes them anew."""
+    """Move checkpoints after a step aside: the run that resumes from it writes them again."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             move_aside(path, f"the run was resumed from step {step}")
 
 
 def last_sequence(folder: Path) -> int:
-    """Return the highest sequence number of a run's checkpoints, 0 where there is none: numbers go on."""
+    """Return the highest sequence number of a run's checkpoints, from which numbering goes on; else 0."""
     found = 0
     for path in list_checkpoints(folder):
         with suppress(CheckpointFileError):
@@ -86,9 +86,9 @@ def last_sequence(folder: Path) -> int:
 
 
 def machine_differences(folder: RunFolder) -> list[str]:
-    """Return how the machines of this session differ from those of the one before, on rank 0.
+    """Return how the machines of this session differ from those of the previous one, on rank 0.
 
-    Remote workers are known once they have been spoken to: `JobRecords.note_workers` tells of them.
+    Remote workers are known only once they are connected: `JobRecords.note_workers` reports those.
     """
     sessions = folder.record.get("sessions", [])
     if len(sessions) < 2 or sessions[-1]["executor"] == "remote":
@@ -100,8 +100,8 @@ def lineage_of(parent: Path, prepared: Prepared, loaded: LoadedCheckpoint) -> di
     """Return where a fork comes from and what was changed."""
     run = open_run(parent)
     job = tomllib.loads(prepared.spec.to_toml())
-    # A job file names some parameters only, and rounded to float32 they are not what it says: so those that
-    # count are compared, and shown as the job has them where it does.
+    # A job file may leave out parameters, and float32 changes their values: so the effective values are
+    # compared, and shown as the job file has them where it does.
     before, after = (
         _flat({**run.job, "params": run.params}),
         _flat({**job, "params": prepared.model.params.plain()}),
@@ -137,10 +137,10 @@ class RestoredStore:
         self._store: DeviceSoaStore | None = None
 
     def room_for(self, header: CheckpointHeader, start: int, stop: int) -> StateView:
-        """Return the store's arrays for rows [start, stop) of a checkpoint; those of the attempt before go.
+        """Return the store's arrays for rows [start, stop) of a checkpoint; frees an earlier attempt's.
 
         Raises:
-            ColumnMemoryError: the memory cannot be had.
+            ColumnMemoryError: the memory cannot be allocated.
         """
         if self._store is not None:
             self._store.close()
@@ -158,7 +158,7 @@ class RestoredStore:
         )
 
     def take(self) -> DeviceSoaStore:
-        """Return the store, which holds what has been read into it."""
+        """Return the store that the checkpoint was read into."""
         if self._store is None:
             raise AssertionError("no checkpoint was read")
         return self._store

@@ -1,7 +1,7 @@
-"""Reasons to stop a run in good order, and a watchdog for one that does not move.
+"""Requests to stop a run cleanly: signals and time limits.
 
-Signals are looked at between steps: `StopRequests` only remembers them, so a step is never cut short, and the
-ranks can agree on one step before any of them stops. Nothing is installed outside its ``with`` block.
+Signals are handled between steps: `StopRequests` only records them, so a step is never interrupted, and the
+ranks can agree on one step before any of them stops. Handlers are installed only within its ``with`` block.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from types import FrameType, TracebackType
 from typing import Literal, Self
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-"""What asks a run to save a checkpoint and stop."""
+"""The signals that ask a run to save a checkpoint and stop."""
 
 LONGEST_MARGIN = 60.0
-"""Seconds at most that are kept free before a time limit, for the last step and checkpoint."""
+"""Upper bound of the seconds reserved before a time limit for the last step and checkpoint."""
 
 _MARGIN_SHARE = 0.1
 _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
@@ -42,12 +42,12 @@ class StopRequests:
     """Collects requests to stop while its ``with`` block lasts; `stop_requested` says whether there is one.
 
     SIGTERM, SIGUSR1 and SIGINT are caught, in the main thread only (elsewhere Python does not allow it, and
-    time limits alone count). A second SIGINT raises `KeyboardInterrupt` at once. The handlers from before
-    come back when the block ends. A time limit is the earlier of ``time_limit`` and the end of the Slurm job
-    (``SLURM_JOB_END_TIME``); its approach counts: a tenth of the limit before, at most 60 seconds.
+    only time limits apply). A second SIGINT raises `KeyboardInterrupt` at once. The previous handlers are
+    restored when the block ends. The deadline is the earlier of ``time_limit`` and the end of the Slurm job
+    (``SLURM_JOB_END_TIME``); the stop is requested a tenth of the limit before it, at most 60 seconds.
 
     Attributes:
-        margin: seconds to keep free before the limit; may be set, to what a checkpoint takes, say.
+        margin: seconds to reserve before the deadline; may be set, for example to a checkpoint's duration.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class StopRequests:
     ) -> None:
         """Prepare; the time limit, in seconds, counts from now.
 
-        ``debounce``: a SIGINT that follows another within so many seconds is the same one: the terminal sends
-        one Ctrl-C to all processes of a job, and mpirun passes its own on to the same ranks.
+        ``debounce``: a SIGINT within so many seconds of the first counts as the same one: the terminal sends
+        one Ctrl-C to all processes of a job, and mpirun forwards its own to the same ranks.
         """
         environ = os.environ if environ is None else environ
         now = time.time()
@@ -93,7 +93,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # None: a handler that was not Python's, which cannot be put back from here.
+            # None: a handler that was not installed from Python, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
@@ -115,7 +115,7 @@ class StopRequests:
         return self._caught
 
     def request(self, text: str) -> None:
-        """Ask for a stop as a signal would; the first reason stays."""
+        """Request a stop as a signal would; the first reason is kept."""
         if self._caught is None:
             self._caught = StopReason("signal", text)
 

@@ -1,4 +1,4 @@
-"""Job files: TOML in, a frozen and validated `JobSpec` out; and what the command line sets over them."""
+"""Job files: TOML in, a frozen and validated `JobSpec` out; and the command line's overrides."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from rustsim_hpc.job.keys import (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How this one start of a job behaves; nothing in it changes what is computed.
+    """Options of one start of a job; none of them changes what is computed.
 
-    out: the run's folder (None: runs/NAME-TIME, chosen by rank 0). progress: a bar on a terminal is wanted.
-    profile: where the time goes is to be found out.
+    out: the run's folder (None: runs/NAME-TIME, chosen by rank 0). progress: show a bar on a terminal.
+    profile: measure where the time goes.
     json: the last line of standard output is the summary as JSON. debug: errors come with a traceback.
-    owns_process: the process is there for this job alone, so that a watchdog may end it.
+    owns_process: the process runs only this job, so the watchdog may end it.
     """
 
     out: Path | None = None
@@ -47,7 +47,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Override:
-    """One key that the command line sets over the job file; `source` is the option, for error texts."""
+    """A key of the job file that the command line overrides; `source` is the option, for error texts."""
 
     table: str
     key: str
@@ -56,7 +56,7 @@ class Override:
 
     @staticmethod
     def parse(text: str) -> Override:
-        """Read "TABLE.KEY=VALUE", the value as in TOML; anything else is a text (params.airport=JFK).
+        """Parse "TABLE.KEY=VALUE"; a value that is not TOML is taken as text (params.airport=JFK).
 
         Raises:
             JobError: not of this form.
@@ -79,13 +79,13 @@ def read_job(
     environ: Mapping[str, str] = os.environ,
     debug: bool = False,
 ) -> tuple[JobSpec, RunOptions]:
-    """Read a job file and what the command line sets over it.
+    """Read a job file and apply the command line's overrides.
 
     Paths in the file are relative to its folder, paths in `overrides` to the working directory.
 
     Raises:
-        JobError: the file cannot be read, is not TOML, or has a key or value that cannot be right; its text
-            has one line for each mistake.
+        JobError: the file cannot be read, is not TOML, or has an invalid key or value; its text has one line
+            for each mistake.
     """
     try:
         text = read_bytes(path).decode("utf-8-sig")
@@ -104,11 +104,11 @@ def read_job(
 def read_folder_job(
     folder: Path, overrides: Iterable[Override] = (), *, debug: bool = False
 ) -> tuple[JobSpec, RunOptions]:
-    """Read the job that a run's folder keeps, with what the caller sets over it.
+    """Read the job in a run's folder and apply the caller's overrides.
 
     Raises:
         RunFolderError: it is not the folder of a run.
-        JobError: a change cannot be right.
+        JobError: an override is invalid.
     """
     if not is_file(folder / "job.toml"):
         raise RunFolderError(f"{folder}: not the folder of a run: there is no job.toml in it")
@@ -157,7 +157,7 @@ def resolve_job(
 
 
 def _apply_environment(tables: dict[str, Any], environ: Mapping[str, str], sources: Origin) -> None:
-    """Let RUSTSIM_BACKEND speak where the job leaves the backend open."""
+    """Take the backend from RUSTSIM_BACKEND if the job's is unset or "auto"."""
     run = tables.get("run")
     wanted = environ.get(BACKEND_VARIABLE)
     if wanted and isinstance(run, dict) and run.get("backend", "auto") == "auto":
@@ -185,7 +185,7 @@ def _resolved_log(replay: ReplayTable, base: Path, sources: Origin) -> ReplayTab
 
 
 def _require_endpoints(spec: JobSpec, path: Path, sources: Origin) -> None:
-    """Refuse remote workers that nobody names, and fewer partitions than workers."""
+    """Raise JobError if a remote job has no endpoints, or fewer partitions than endpoints."""
     run, endpoints = spec.run, spec.remote.endpoints
     if run.executor != "remote":
         return

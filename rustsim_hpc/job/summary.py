@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: for a reader, and as one line of JSON for a script."""
+"""The summary of a run at its end: as text for a reader, and as one line of JSON for a script."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ EXIT_STOPPED: Final = 75
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The end of a run in this process; equal on every rank.
+    """How a run ended in this process; equal on every rank.
 
-    steps: done by this process. step_index: reached. fingerprint: of the final state, with its scheme.
-    seconds: of the step loop, compilation apart. resumed_from: the restored step, or None. outputs: the
+    steps: made by this process. step_index: reached. fingerprint: of the final state, with its scheme.
+    seconds: of the step loop, without compilation. resumed_from: the restored step, or None. outputs: the
     model's named outputs and their files. stopped: why the run ended early, after saving a checkpoint.
-    profile: where the time went, if that was asked for.
+    profile: where the time went, if requested.
     """
 
     job: str
@@ -44,12 +44,12 @@ class RunSummary:
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with: 0, or 75 for a run that `resume` goes on with."""
+        """The exit code of the command line: 0, or 75 for a run that `resume` continues."""
         return EXIT_DONE if self.stopped is None else EXIT_STOPPED
 
     @property
     def agent_steps_per_second(self) -> float:
-        """Rows times steps by the seconds of the step loop; 0 where no step was made."""
+        """Rows times steps divided by the seconds of the step loop; 0 if no step was made."""
         return self.agents * self.steps / self.seconds if self.seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """A thread that ends a process which is stuck in a phase or a collective.
 
-A compiled loop or a waiting MPI call cannot be interrupted from Python, so there is no way back: the stacks
-of all threads go to standard error, a crash bundle into the run's folder, and the process leaves with exit
-code 3. A step has to follow the other in time. Outside of them, where a model makes its first state or
-gigabytes are read and written, a piece of a file that is done is a sign of life too, and a process that
-computes, or waits for others, may do so for longer: nobody can tell a long computation from an endless one,
-but most of what is stuck for ever does nothing.
+A compiled loop or a blocking MPI call cannot be interrupted from Python, so the process cannot recover: the
+watchdog writes the stacks of all threads to standard error and a crash bundle to the run's folder, and exits
+with code 3. Each step must follow the previous one within the limit. Outside of steps, where a model makes
+its first state or gigabytes are read and written, each finished piece of a file counts as progress too, and a
+process that computes, or waits for others, gets `LONGER` times the limit: a long computation cannot be
+told from an endless one, but most stuck processes use no processor time.
 
-The thread also hears when another rank has to leave (`ranks/leaving.py`), so that all do so with one
-code; those that hear nothing are ended by their launcher.
+The thread also checks whether another rank has to exit (`ranks/leaving.py`), so that all ranks exit with the
+same code; ranks that do not notice are ended by their launcher.
 
-The thread needs Python's global lock. Code that loops in C and never gives it back stops the watchdog too;
-for that case Python's own C-level watchdog is armed behind it, with a longer limit. It prints the stacks as
-well, but writes no bundle, can only leave with exit code 1, and does not know how long a process was stopped.
+The thread needs the GIL. C code that loops without releasing it stops the watchdog too; for that case
+Python's own C-level watchdog is armed as well, with a longer limit. It prints the stacks, but writes no
+bundle, can only exit with code 1, and cannot tell how long a process was stopped.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from rustsim_hpc.run_folder.crash import write_crash_bundle
 
 EXIT_CODE = 3
 PATIENCE = 5.0
-"""Seconds (at most the limit) that a rank which waits for others leaves to the one that is stuck."""
+"""Extra seconds (at most the limit) for a rank that waits for others, so that the stuck one reports first."""
 
 COMPILING = 60.0
-"""Seconds that a limit is at least while this process compiles, or waits in its first step for ranks or
-workers that may: that is slow, but not stuck."""
+"""Lower bound of the limit, in seconds, while this process compiles or, in its first step, waits for ranks
+or workers that may be compiling."""
 
 FIRST_STEP = "first step"
 
 LONGER = 6
-"""How many times the limit a process may compute outside of steps, or wait there for ranks that may."""
+"""Factor on the limit for a process that computes outside of steps, or waits there for others."""
 
 OUTSIDE = ("start-up", "checkpoint", "end")
 """Phases outside of steps."""
 
 _BUSY = 0.01
-"""Share of a core's time from which on a process computes; the watchdog itself takes a hundredth of it."""
+"""Share of a core's time above which a process counts as computing; the watchdog takes a hundredth of it."""
 _STDERR = 2
 
 
 class Quiet:
-    """How long a process has shown no sign of life, between two looks at it at a time.
+    """Time since a process last showed progress, updated at each poll.
 
     Attributes:
-        seconds: in which it was not stopped since the last sign of life.
-        counted: the same, of seconds in which it computes outside of steps only a share.
+        seconds: since the last progress, without time in which the process was stopped.
+        counted: the same, with time spent computing or waiting outside of steps divided by `LONGER`.
     """
 
     def __init__(self) -> None:
@@ -69,14 +69,14 @@ class Quiet:
         self._pieces = -1
 
     def look(self, beat: tuple[str, int], gap: float, cpu: float, pieces: int, *, waiting: bool) -> None:
-        """Take in what a look has found.
+        """Update the times from one poll.
 
         Args:
-            beat: the last beat; a new one is known by its identity.
-            gap: seconds since the last look in which the process ran or could have run.
-            cpu: seconds of processor time that it took meanwhile.
-            pieces: of files that it has done so far.
-            waiting: it waits for other ranks, or for workers that may be starting.
+            beat: the last beat; a new one is recognised by its identity.
+            gap: seconds since the last poll in which the process ran or could have run.
+            cpu: seconds of processor time used since the last poll.
+            pieces: number of pieces of files finished so far.
+            waiting: whether it waits for other ranks, or for workers that may be starting.
         """
         outside = beat[0] in OUTSIDE
         if beat is not self._seen or (outside and pieces != self._pieces):
@@ -93,11 +93,11 @@ class Watchdog:
     Time in which the process was stopped (SIGSTOP, a suspended machine) does not count.
 
     Attributes:
-        waiting: says whether the rank waits for others. It then holds still a little longer, so that the one
-            that is stuck is heard: the first to leave ends them all.
-        has_workers: other processes run this rank's partitions.
-        phase: says which phase runs, where that is known better than by the last beat.
-        show_more: prints the stacks of other processes of this rank, its workers, to standard error.
+        waiting: returns whether the rank waits for others. Its limit is then a little longer, so that the
+            stuck rank reports first: the first to exit ends all ranks.
+        has_workers: whether other processes run this rank's partitions.
+        phase: returns the running phase where that is more precise than the last beat, else "".
+        show_more: prints the stacks of this rank's worker processes to standard error.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Watchdog:
             self._thread = None
 
     def beat(self, phase: str, step: int) -> None:
-        """Say that the process moves: it now begins ``phase`` of ``step``. Costs well under a microsecond."""
+        """Report progress: the process now begins ``phase`` of ``step``. Costs well under a microsecond."""
         # A new tuple each time, so that the thread sees a beat of equal content by its identity.
         self._beat = (phase, step)
 
@@ -209,7 +209,7 @@ class Watchdog:
 
 
 def watching(limit: float | None, team: Team) -> Watchdog:
-    """Return the watchdog of this rank of a team, for a ``with`` block; ``limit`` as of `Watchdog`."""
+    """Return the watchdog of this rank of a team, for a ``with`` block; ``limit`` as for `Watchdog`."""
     watchdog = Watchdog(limit, rank=team.rank, host=team.host, leaving=team.leaving)
     watchdog.waiting = lambda: team.waiting
     return watchdog

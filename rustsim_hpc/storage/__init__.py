@@ -1,8 +1,8 @@
 """Checkpoints as files: one logical HDF5 file, written by all ranks, proved before and after reading.
 
-docs/checkpoint_format.md has the tree and the rules. `header` says what a checkpoint tells of itself,
-`proof` has the checksums, `hdf5` the tree, `folder` the names and the publishing, `reading`, `restoring`
-and `writer` what others call.
+docs/checkpoint_format.md has the tree and the rules. `header` has a checkpoint's metadata, `proof` the
+checksums, `hdf5` the tree, `folder` the names and the publishing; `reading`, `restoring` and `writer` are
+what others call.
 """
 
 from rustsim_hpc.storage.folder import (

@@ -39,10 +39,10 @@ def writes_together(team: Team, options: StorageOptions) -> bool:
 
 
 def check_supported(options: StorageOptions, team: Team) -> None:
-    """Check that what is asked for can be written by these ranks with this h5py.
+    """Check that these ranks can write what the options ask for with this h5py.
 
     Raises:
-        JobError: it cannot.
+        JobError: they cannot.
     """
     if team.size == 1 or not options.compresses:
         return
@@ -58,7 +58,7 @@ def check_supported(options: StorageOptions, team: Team) -> None:
             hint='use checkpoint layout "sharded", or an h5py that is built with MPI',
         )
     if "lzf" in options.compression.values():
-        # Its chunks that do not become smaller come back unreadable (seen with HDF5 1.10.8).
+        # Chunks that lzf does not make smaller cannot be read back (seen with HDF5 1.10.8).
         raise JobError("parallel HDF5 does not write lzf safely", hint="use gzip")
 
 
@@ -114,7 +114,7 @@ def _write_piece(
         values = np.frombuffer(column_bytes(view, index, first, last), dataset.dtype)
         source = h5s.create_simple((last - first,))
     else:
-        # HDF5 looks at an array even where nothing of it is selected.
+        # HDF5 requires an array even if nothing of it is selected.
         target.select_none()
         values = np.zeros(1, dataset.dtype)
         source = h5s.create_simple((1,))

@@ -1,11 +1,11 @@
-"""The default ids in a file: chunks that are made compressed, a million ids in some 20 KB and no time.
+"""The default ids in a file: chunks built in compressed form, a million ids in some 20 KB and almost no time.
 
-Where row i has id i, /ids says nothing that the number of the first row does not say. It is there for other
-tools, and must not cost what a column costs: 8 bytes a row are more than many a state has.
+If row i has id i, /ids follows from the number of the first row. It is there for other tools, and must not
+cost as much as a column: 8 bytes a row are more than the whole state of some models.
 
-HDF5's shuffle filter takes a chunk apart into eight planes, the k-th bytes of all its ids. The planes of
+HDF5's shuffle filter splits a chunk into eight planes, the k-th bytes of all its ids. The planes of
 consecutive ids are runs of one byte, except the two lowest, which repeat after 2^16 ids and so are the same
-in every chunk. A deflate stream can be assembled from pieces that were compressed one by one, each flushed
+in every chunk. A deflate stream can be assembled from pieces that were compressed separately, each flushed
 to a whole byte and to an empty window (RFC 1951); so can its Adler-32 (RFC 1950).
 """
 
@@ -76,7 +76,7 @@ def _run(value: int, count: int) -> _Piece:
 
 
 def _repeated(data: bytes, size: int) -> Iterator[bytes]:
-    """Yield ``size`` bytes, of ``data`` again and again: a chunk is never in memory."""
+    """Yield ``size`` bytes of ``data`` repeated, without holding a whole chunk in memory."""
     for start in range(0, size, len(data)):
         yield data[: size - start]
 
@@ -91,7 +91,7 @@ def _compressed(parts: Iterable[bytes]) -> _Piece:
 
 
 def _joined(adler: int, piece: _Piece) -> int:
-    """Return the Adler-32 of some bytes and a piece after them (two sums, the second of the first's)."""
+    """Return the Adler-32 of bytes, given as theirs, followed by a piece."""
     low = (adler & 0xFFFF) + (piece.adler & 0xFFFF) - 1
     high = (adler >> 16) + (piece.adler >> 16) + piece.size * ((adler & 0xFFFF) - 1)
     return high % _ADLER << 16 | low % _ADLER

@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints: names, publishing, listing, sweeping, keeping.
+"""The folder of a run's checkpoints: names, publishing, listing, sweeping, retention.
 
-A checkpoint is there when its first file is: everything else is made durable before that one rename. Where
-one of the same step is replaced, its old proof stays beside the new one until the rename, so that a kill at
-any moment leaves the old checkpoint or the new one, whole.
+A checkpoint exists once its first file does: everything else is made durable before that one rename. When one
+of the same step is replaced, its old proof stays beside the new one until the rename, so that a kill at any
+moment leaves either the old checkpoint or the new one, complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BELONGS = re.compile(r"step_(\d{10,20})\.(proof\.json|previous\.proof\.json|sha
 
 
 def checkpoint_path(folder: Path, step_index: int) -> Path:
-    """Return where the checkpoint of a step lies: `step_0000000100.h5`."""
+    """Return the path of the checkpoint of a step: `step_0000000100.h5`."""
     return folder / f"step_{step_index:010d}.h5"
 
 
@@ -38,7 +38,7 @@ def step_of(path: Path) -> int:
     """Return the step of a checkpoint's path.
 
     Raises:
-        CheckpointFileError: it has not the name of a checkpoint.
+        CheckpointFileError: it is not the name of a checkpoint.
     """
     match = _CHECKPOINT.fullmatch(path.name)
     if match is None:
@@ -54,7 +54,7 @@ def shards_path(path: Path, nonce: str) -> Path:
 
 
 def previous_path(path: Path) -> Path:
-    """Return where the proof of a checkpoint waits while `path` is replaced."""
+    """Return the path of the old proof while the checkpoint `path` is replaced."""
     return path.with_name(f"{path.stem}.previous.proof.json")
 
 
@@ -72,7 +72,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, step: int) -> Path:
-    """Return the published checkpoint of a step; whether it holds is another question.
+    """Return the published checkpoint of a step, without verifying it.
 
     Raises:
         CheckpointFileError: there is none, or the folder cannot be read.
@@ -88,10 +88,10 @@ def find_checkpoint(folder: Path, step: int) -> Path:
 
 
 def manifest_of(path: Path) -> Manifest:
-    """Return the proof that belongs to the checkpoint `path`, checked by itself and against the files' sizes.
+    """Return the proof of the checkpoint `path`, verified by its own checksum and against the files' sizes.
 
     Raises:
-        CheckpointFileError: there is none, it does not hold, or a file is missing or has another size.
+        CheckpointFileError: there is none, it is invalid, or a file is missing or has another size.
     """
     with file_errors(path):
         if path.is_dir():
@@ -102,7 +102,7 @@ def manifest_of(path: Path) -> Manifest:
     if not replaced:
         manifest = read_manifest(proof_path(path))
     else:
-        # A replacement was cut short: which of the two proofs is that of the file, only its bytes can say.
+        # A replacement was interrupted: only the file's bytes tell which of the two proofs is its own.
         try:
             manifest = read_manifest(proof_path(path))
             check_first(path, manifest)
@@ -116,10 +116,10 @@ def manifest_of(path: Path) -> Manifest:
 
 
 def check_first(path: Path, manifest: Manifest) -> None:
-    """Prove the first file of a checkpoint.
+    """Compare the first file of a checkpoint with its proof.
 
     Raises:
-        CheckpointFileError: it does not hold.
+        CheckpointFileError: they do not match.
     """
     first = manifest.files[0]
     check_size(path.parent, first)
@@ -127,19 +127,19 @@ def check_first(path: Path, manifest: Manifest) -> None:
 
 
 def publish(path: Path, first: Path, proof: Path) -> None:
-    """Give a checkpoint's first file and its proof, both durable under temporary names, their names.
+    """Rename a checkpoint's first file and its proof, both durable under temporary names, to their names.
 
-    `settle` makes it last.
+    `settle` makes the renames durable.
 
     Raises:
-        OSError: a rename failed; the checkpoint that had the name is as it was.
+        OSError: a rename failed; an existing checkpoint of that name is as it was.
     """
     previous = previous_path(path)
     if path.exists() and proof_path(path).exists():
         write_atomic(previous, read_bytes(proof_path(path)))
     try:
         proof.replace(proof_path(path))
-        # On the disk before the file that it proves: a crash may keep the later rename only.
+        # The proof must be on disk before its file is: a crash may keep the later rename only.
         fsync_folder(path.parent)
         first.replace(path)
     except BaseException:
@@ -152,7 +152,7 @@ def publish(path: Path, first: Path, proof: Path) -> None:
 
 
 def settle(path: Path) -> None:
-    """Make a checkpoint that has just got its name last, and remove what it replaced.
+    """Make the renames of a checkpoint just published durable, and remove what it replaced.
 
     Raises:
         OSError: the folder cannot be synced. The checkpoint is there all the same.
@@ -165,9 +165,9 @@ def settle(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what killed attempts left in a folder of checkpoints; return it. For its one writer only.
+    """Remove what killed attempts left in a folder of checkpoints; return the paths. For its writer only.
 
-    What belongs to a checkpoint that is there, whole or damaged, stays; so does what was moved aside.
+    Files of a published checkpoint, valid or damaged, stay; so do those that were moved aside.
 
     Raises:
         CheckpointFileError: the folder cannot be read or changed.
@@ -188,7 +188,7 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def _sweep_one(path: Path) -> list[Path]:
-    """Settle a replacement of `path` that was cut short; remove shards of attempts that came to nothing."""
+    """Complete or undo an interrupted replacement of `path`; remove the shards of failed attempts."""
     removed: list[Path] = []
     try:
         if previous_path(path).exists():
@@ -199,7 +199,7 @@ def _sweep_one(path: Path) -> list[Path]:
                 previous_path(path).replace(proof_path(path))
         removed += _remove(_shards(path, keep=_owned_shards(path)))
     except CheckpointFileError:
-        # It does not prove itself: nothing of it is touched here.
+        # It is damaged: none of its files is touched here.
         return removed
     return removed
 
@@ -212,7 +212,7 @@ def _same_text(proof: Path, manifest: Manifest) -> bool:
 
 
 def _owned_shards(path: Path) -> set[str]:
-    """Return the names of the folders that the published checkpoint's shards lie in."""
+    """Return the names of the folders that hold the published checkpoint's shards."""
     return {file.name.split("/", 1)[0] for file in read_manifest(proof_path(path)).files if "/" in file.name}
 
 
@@ -235,7 +235,7 @@ def _remove(paths: Iterable[Path]) -> list[Path]:
 
 
 def move_aside(path: Path, reason: str) -> Path:
-    """Rename all of a checkpoint that does not prove itself to `*.bad`, the reason in a text beside it.
+    """Rename all files of a checkpoint to `*.bad`, and write the reason to a text file beside them.
 
     Returns the new name of its first file.
 
@@ -266,7 +266,7 @@ def _endings() -> Iterable[str]:
 def steps_to_drop(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
     """Return which steps of published checkpoints retention drops, oldest first.
 
-    keep: how many of the newest stay, 0 for all. keep_every: multiples of it stay besides, 0 for none.
+    keep: how many of the newest stay, 0 for all. keep_every: multiples of it stay, too; 0 for none.
     """
     if keep <= 0:
         return []
@@ -275,7 +275,7 @@ def steps_to_drop(steps: Sequence[int], keep: int, keep_every: int) -> list[int]
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, its first file first: what a kill leaves is no checkpoint and swept later.
+    """Remove a checkpoint, its first file first, so that what a kill leaves is swept later.
 
     Raises:
         OSError: a file cannot be removed.

@@ -19,13 +19,13 @@ class Group:
     stop: int
 
     def share(self, rank: int, total: int) -> tuple[int, int]:
-        """Return a rank's run of `total` things that the group shares."""
+        """Return a rank's range [first, end) of `total` items that the group shares."""
         place, size = rank - self.first, self.end - self.first
         return place * total // size, (place + 1) * total // size
 
 
 def groups_of(team: Team, rows: tuple[int, int], population: int, options: StorageOptions) -> list[Group]:
-    """Return the group of every rank, by rank. Collective where shards are a machine's.
+    """Return the group of every rank, by rank. Collective, except for a single file.
 
     rows: this rank's. population: rows of all ranks.
     """
@@ -40,7 +40,7 @@ def _alone(facts: Sequence[tuple[str, int, int, int]]) -> list[Group]:
 
 
 def _by_machine(facts: Sequence[tuple[str, int, int, int]]) -> list[Group]:
-    """Return runs of ranks that are neighbours on a machine and in the rows: they may be dealt out."""
+    """Group ranks that are consecutive on a machine and in the rows; ranks may be placed cyclically."""
     firsts: list[int] = []
     for rank, (host, node_rank, start, _) in enumerate(facts):
         before = facts[rank - 1] if rank else None

@@ -1,8 +1,8 @@
-"""The tree of a checkpoint in HDF5, written and read. The only door of the storage to h5py.
+"""Write and read the HDF5 tree of a checkpoint.
 
-Columns that are not compressed lie in one piece each. Their place in the file is settled when the tree is
-built, in memory; their bytes are then written by `stream`, past HDF5: at the speed of the disk, hashed on
-the way, and without its lock, so that a writer in the background holds up nobody.
+Columns that are not compressed are contiguous. Their offsets are fixed when the tree is built, in memory;
+`stream` then writes their bytes without HDF5: at the speed of the disk, hashed on the way, and without HDF5's
+lock, so that a writer in the background blocks no other thread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FileImage:
 
 
 def link_name(name: str) -> str:
-    """Return how a column is called below /columns: its name, with what HDF5 cannot take as %XX."""
+    """Return a column's name below /columns: its own, with characters that HDF5 does not allow as %XX."""
     escaped = name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
     return {"": "%", ".": "%2E"}.get(escaped, escaped)
 
@@ -85,7 +85,7 @@ def plan_file(
 ) -> FileImage:
     """Build the tree of a file for rows [start, stop) in memory; return it with the places of the columns.
 
-    whole: with default ids, if the state has them. They come last, so that the places are the same without.
+    whole: with default ids, if the state has them. They come last, so the columns' places are the same.
     """
     import h5py
 
@@ -175,13 +175,13 @@ def _text(value: str) -> str:
 
 
 def contiguous(file: Any, path: str, dtype: np.dtype[Any], rows: int) -> Any:
-    """Create a dataset that lies in one piece, its place settled at once."""
+    """Create a contiguous dataset, allocated at once."""
     import h5py
     from h5py import h5d, h5p, h5s, h5t
 
     properties = h5p.create(h5p.DATASET_CREATE)
     properties.set_layout(h5d.CONTIGUOUS)
-    # Early: its place is needed before its bytes. Never filled: all of them are written.
+    # Allocated early: its offset is needed before its bytes. Never filled: all bytes are written.
     properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5d.FILL_TIME_NEVER)
     kind = h5t.py_create(dtype, logical=True)
@@ -211,7 +211,7 @@ def stream(
 ) -> None:
     """Write a whole file in the order of its bytes.
 
-    view: all rows of the file. hasher: sees every byte. go_on: called now and then; what it raises ends it.
+    view: all rows of the file. hasher: gets every byte. go_on: called for each piece; may raise to end it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -234,7 +234,7 @@ def stream_rows(
 ) -> None:
     """Write the rows of `view`, and nothing else, into a file that holds `first_row` rows before them.
 
-    go_on: called now and then; what it raises ends it.
+    go_on: called for each piece; may raise to end it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -275,7 +275,7 @@ def write_chunked(
 ) -> None:
     """Write a file of the view's rows through HDF5, which compresses the columns that `options` names.
 
-    go_on: called now and then; what it raises ends it.
+    go_on: called for each piece; may raise to end it.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -303,7 +303,7 @@ def write_chunked(
 
 
 def add_default_ids(descriptor: int, header: CheckpointHeader) -> None:
-    """Add the default ids, if the state has them, to a file of all rows that lacks nothing else.
+    """Add the default ids, if the state has them, to an otherwise complete file of all rows.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -323,7 +323,7 @@ def add_default_ids(descriptor: int, header: CheckpointHeader) -> None:
 def create_dataset(
     file: Any, path: str, dtype: np.dtype[Any], rows: int, column: Column | None, options: StorageOptions
 ) -> Any:
-    """Create the dataset of a column (None: the ids), compressed if `options` says so, else in one piece."""
+    """Create the dataset of a column (None: the ids), compressed if `options` says so, else contiguous."""
     chosen = options.filter_of(None if column is None else column.name)
     if chosen is None or rows == 0:
         return contiguous(file, path, dtype, rows)
@@ -344,15 +344,15 @@ def read_file(
 ) -> None:
     """Read rows of a proven file into arrays. start: first row wanted, counted in the file.
 
-    out: array of each column wanted (-1: the ids); filled from element `at` on, with as many rows as fit
-    the file. done: called with a column and the elements [first, end) of its array, once they are there.
+    out: array of each column wanted (-1: the ids); filled from element `at` on, with as many rows as the
+    file has. done: called with a column and the elements [first, end) of its array that have been read.
 
     Raises:
         CheckpointFileError: the file lacks a column, or has it in another form.
     """
     import h5py
 
-    # h5py tells what is wrong with a file by errors of many types; the bytes are proven, so none is a crash.
+    # h5py raises errors of many types for a bad file; the bytes are proven, so it does not crash.
     with file_errors(path):
         try:
             with h5py.File(path, "r", locking=False) as file:
@@ -385,7 +385,7 @@ def check_file(
     file_start: the first row of the file. sums: the digests' sums over the rows, the ids' first.
 
     Raises:
-        CheckpointFileError: they are not what they should be.
+        CheckpointFileError: a digest differs.
     """
     first, end = rows
     found = [0] * len(sums)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, apart from its columns, and the settings of how it is stored."""
+"""The header of a checkpoint, which is all but its columns, and the options of how it is stored."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ _FILTERS = ("gzip", "lzf")
 
 @dataclass(frozen=True)
 class CheckpointHeader:
-    """What a checkpoint says about itself.
+    """The metadata of a checkpoint.
 
     Attributes:
-        step_index: steps completed. rows: rows of the whole population. schema: the columns. fingerprint:
-        of the whole state at `step_index`. sequence: number of the checkpoint in its run, from 1. label:
-        the caller's, or None. seed: the run's, or None. parameters, plan, model: what JSON can hold (NumPy
-        scalars become Python's): the model's parameters, the
-            partition plan, and which model this is.
+        step_index: steps completed.
+        rows: rows of the whole population.
+        schema: the columns.
+        fingerprint: of the whole state at `step_index`.
+        sequence: number of the checkpoint in its run, from 1.
+        label: the caller's, or None.
+        seed: the run's, or None.
+        parameters, plan, model: the model's parameters, the partition plan, and which model this is, as
+            values that JSON can hold (NumPy scalars become Python's).
         default_ids: whether row i has id i; /ids holds the numbers all the same.
         digests: the digest's sums over all rows: the ids', then one a column. Filled in when it is written.
-        fingerprint_due: nobody has made the fingerprint yet. Its value is none; the writer makes it
-            from the rows that it writes, behind the running steps. For "fnv1a" one rank must have all rows.
+        fingerprint_due: the fingerprint's value is not computed yet; the writer computes it from the rows
+            that it writes, beside the running steps. For "fnv1a" one rank must have all rows.
     """
 
     step_index: int
@@ -51,7 +55,7 @@ class CheckpointHeader:
     fingerprint_due: bool = False
 
     def with_sums(self, sums: Sequence[int]) -> CheckpointHeader:
-        """Return the header with the digest's sums over all rows, and the fingerprint if that follows."""
+        """Return the header with the digest's sums over all rows, and the digest that is due."""
         fingerprint, due = self.fingerprint, self.fingerprint_due
         if due and fingerprint.scheme == "digest":
             fingerprint, due = self.digest_of(sums), False
@@ -157,7 +161,7 @@ def _count(value: Any) -> int:
 
 
 MOST_ALIGNMENT: Final = 1 << 26
-"""Bytes: what lies between two columns is written, too."""
+"""Bytes; limited since the gaps between columns are written, too."""
 
 
 @dataclass(frozen=True)
@@ -168,16 +172,17 @@ class StorageOptions:
         layout: "single" writes one file, whatever the number of ranks; "sharded" several, and a small master
             that shows them as whole columns; "auto" is "single" for one rank, else "sharded".
         compression: column name ("ids" for the ids, "*" for all others) to "gzip", "gzip:1" to "gzip:9" or
-        "lzf". chunk_rows: rows of a chunk of a compressed column. Others lie in one piece. alignment: file
-        offset, in bytes, that columns of 64 KiB and more start at a multiple of: a multiple of
-            the file system's block or stripe size.
-        keep: how many of the newest checkpoints stay; 0 for all.
-        keep_every: checkpoints whose step is a multiple of this stay besides; 0 for none.
+            "lzf".
+        chunk_rows: rows of a chunk of a compressed column; uncompressed ones are contiguous.
+        alignment: columns of 64 KiB and more start at multiples of so many bytes in the file: best a multiple
+            of the file system's block or stripe size.
+        keep: how many of the newest checkpoints are kept; 0 for all.
+        keep_every: checkpoints whose step is a multiple of this are kept, too; 0 for none.
         hints: MPI-IO hints for the collective writing of a single file by parallel HDF5.
         shards: what writes a shard: each "rank", or all ranks of a "node" together.
 
     Raises:
-        JobError: a value that cannot be right.
+        JobError: a value is invalid.
     """
 
     layout: str = "auto"

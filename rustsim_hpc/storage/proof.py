@@ -1,8 +1,8 @@
-"""The proof beside a checkpoint: checksums over every byte of every file, by block. It checks itself first.
+"""The proof beside a checkpoint: block checksums over every byte of every file, and one over itself.
 
-HDF5 reads flipped bytes as other values, or crashes on them: no file is given to it before its blocks have
-been compared. The checksum is xxh3_128 over blocks of 4 MiB, so that ranks and threads share the reading.
-It finds accidents, not forgery.
+HDF5 reads flipped bytes as other values, or crashes on them, so it never opens a file whose blocks have not
+been verified. The checksum is xxh3_128 over blocks of 4 MiB, so that ranks and threads share the reading.
+It detects accidents, not forgery.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HEX = 32
 _THREADED_BLOCKS = 16
 # Small enough to stay in a core's cache between being read and being hashed.
 _READ_BYTES = 1 << 20
-# Not the content is wrong, but it could not be reached; what these say of a disk's content, nobody knows.
+# The content could not be read at all, which does not mean that it is damaged.
 _OUT_OF_REACH = {
     errno.EACCES,
     errno.EPERM,
@@ -61,7 +61,7 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's header and the proof of its files, the one that is opened first."""
+    """A checkpoint's header and the proofs of its files; the first is the file to open."""
 
     header: CheckpointHeader
     layout: str
@@ -69,13 +69,13 @@ class Manifest:
 
 
 def proof_path(path: Path) -> Path:
-    """Return where the proof of the checkpoint `path` lies."""
+    """Return the path of the proof of the checkpoint `path`."""
     return path.with_suffix(".proof.json")
 
 
 @contextlib.contextmanager
 def file_errors(path: Path, doing: str = "read") -> Iterator[None]:
-    """Turn what goes wrong with a file inside of the block into a `CheckpointFileError` that names it."""
+    """Turn errors with a file inside the block into a `CheckpointFileError` that names it."""
     try:
         yield
     except CheckpointFileError:
@@ -116,10 +116,10 @@ def render_manifest(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """Check the text of a proof and return what it says. path: its file, for the message.
+    """Verify the text of a proof and return its content. path: its file, for the message.
 
     Raises:
-        CheckpointFileError: the text is not whole, not a proof, or of another version.
+        CheckpointFileError: the text is damaged, not a proof, or of another version.
     """
     rest = data[len(_HEAD) + _HEX :]
     said = data[len(_HEAD) : len(_HEAD) + _HEX]
@@ -174,10 +174,10 @@ def _check_cover(manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return the self-checked proof file at `path`.
+    """Return the content of the proof file at `path`, verified by its own checksum.
 
     Raises:
-        CheckpointFileError: there is none, or it does not hold.
+        CheckpointFileError: it is missing or invalid.
     """
     with file_errors(path):
         if not path.exists():
@@ -191,7 +191,7 @@ def block_count(size: int) -> int:
 
 
 class BlockHasher:
-    """Checksums of a file's blocks, from its bytes as they come."""
+    """Computes the checksums of a file's blocks from a stream of its bytes."""
 
     def __init__(self) -> None:
         self.blocks: list[str] = []
@@ -199,7 +199,7 @@ class BlockHasher:
         self._room = BLOCK_BYTES
 
     def update(self, data: memoryview) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         while data:
             part = data[: self._room]
             self._hash.update(part)
@@ -209,7 +209,7 @@ class BlockHasher:
                 self._end_block()
 
     def finish(self) -> tuple[str, ...]:
-        """Return the checksum of every block, the last one as long as it is."""
+        """Return the checksum of every block, the last of which may be shorter."""
         if self._room < BLOCK_BYTES:
             self._end_block()
         return tuple(self.blocks)
@@ -231,7 +231,7 @@ def hash_blocks(path: Path, first: int, last: int) -> list[str]:
         descriptor = open_regular(path)
         try:
             size = os.fstat(descriptor).st_size
-            # Not mapped into memory: a file that is cut meanwhile would end the process.
+            # Not memory-mapped: truncating the file meanwhile would kill the process.
             buffer = memoryview(bytearray(_READ_BYTES))
             for block in range(first, last):
                 offset = block * BLOCK_BYTES
@@ -261,7 +261,7 @@ def check_size(folder: Path, file: FileProof) -> None:
     """
     path = folder / file.name
     with file_errors(path):
-        # Opened, not only looked at: a network file system answers with what it remembers otherwise.
+        # Opened, not only stat'ed: a network file system may answer that from a stale cache.
         descriptor = open_regular(path)
         try:
             status = os.fstat(descriptor)
@@ -278,8 +278,8 @@ def check_blocks(
 ) -> None:
     """Compare blocks of files with their proof.
 
-    work: files with first and last (exclusive) block. beside: what the same threads may do at the same time;
-    not done without threads.
+    work: files with first and last (exclusive) block. beside: calls to make in the same threads; not made
+    if no threads are used.
 
     Raises:
         CheckpointFileError: one differs; the first in the order given.

@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 def read_header(path: Path) -> CheckpointHeader:
-    """Return what a checkpoint says about itself, from its self-checking proof.
+    """Return a checkpoint's header, from its proof file, which has a checksum of itself.
 
     Raises:
-        CheckpointFileError: it is not a checkpoint, its proof does not hold, or a file is missing or cut.
+        CheckpointFileError: it is not a checkpoint, its proof is invalid, or a file is missing or truncated.
     """
     return manifest_of(path).header
 
@@ -34,7 +34,7 @@ def prove(path: Path, team: Team | None = None) -> Manifest:
     """Compare every byte of a checkpoint with its proof, each rank its share; return the proof. Collective.
 
     Raises:
-        CheckpointFileError: it does not hold: the same error on all ranks.
+        CheckpointFileError: they do not match: the same error on all ranks.
     """
     team = SoloTeam() if team is None else team
     manifest = on_first_rank(team, lambda: manifest_of(path))
@@ -47,10 +47,10 @@ def prove_files(
 ) -> None:
     """Compare every byte of a checkpoint with a proof of it, each rank its share. Collective.
 
-    beside: what may be done by the same threads at the same time; not done where there are too few bytes.
+    beside: calls to make in the same threads; not made if there are too few bytes for threads.
 
     Raises:
-        CheckpointFileError: it does not hold: the same error on all ranks.
+        CheckpointFileError: they do not match: the same error on all ranks.
     """
     error = None
     try:
@@ -64,7 +64,7 @@ def on_first_rank(team: Team, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its (small, picklable) result on all ranks. Collective.
 
     Raises:
-        CheckpointFileError: it raised that: the same error on all ranks.
+        CheckpointFileError: the function raised it: the same error on all ranks.
     """
     result, error = None, None
     if team.rank == 0:
@@ -100,12 +100,12 @@ def read_rows(
 ) -> StateView:
     """Return the rows [start, stop) of a checkpoint, from the files that hold them.
 
-    columns: the names wanted, in schema order; None for all. manifest: what `prove` returned, to be taken
-    at its word; without it the files that are opened are proven first. ids: read /ids even where they are
-    the default ones, which else are None.
+    columns: the names wanted, in schema order; None for all. manifest: what `prove` returned, which is
+    trusted; without it the files that are opened are proven first. ids: read /ids even if the ids are the
+    default ones, which are None otherwise.
 
     Raises:
-        CheckpointFileError: it does not hold, or has no such rows or columns.
+        CheckpointFileError: it is damaged, or has no such rows or columns.
     """
     manifest, proven = (manifest_of(path), False) if manifest is None else (manifest, True)
     header = manifest.header
@@ -157,7 +157,7 @@ def read_files(
     out: Mapping[int, NDArray[Any]],
     done: Callable[[int, int, int], object] | None = None,
 ) -> None:
-    """Read the rows from `start` on out of proven files, as many as the arrays hold.
+    """Read rows from proven files into arrays: from row `start` on, as many as the arrays hold.
 
     out: array of each column wanted (-1: the ids). done: called with a column and the elements [first, end)
     of its array that have been read.

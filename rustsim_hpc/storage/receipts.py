@@ -1,4 +1,4 @@
-"""What is checked around the writing: that there is room, and that what all ranks wrote is the population."""
+"""Checks before and after writing: that the disk has room, and that the ranks wrote the whole population."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _U64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a rank has written. sums: the digest's over its rows; segments: their places in a shared file."""
+    """What a rank wrote. sums: the digest's over its rows; segments: the columns' places in a shared file."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Receipt:
 def checked(
     receipts: Sequence[Receipt] | None, header: CheckpointHeader
 ) -> tuple[CheckpointHeader, list[Receipt]]:
-    """Check that receipts cover the population exactly; return the finished header, and them by row.
+    """Check that receipts cover the population exactly; return the finished header and the sorted receipts.
 
     Raises:
         CheckpointFileError: they do not, or the state is not the one that was fingerprinted.
@@ -57,13 +57,13 @@ def checked(
 
 
 def check_room(folder: Path, header: CheckpointHeader, options: StorageOptions) -> None:
-    """Check that the disk has room for a checkpoint, before it takes what the outputs of the run need.
+    """Check that the disk has room for a checkpoint, before it uses up what the outputs of the run need.
 
-    Of compressed columns nobody knows the size. Parallel HDF5 does not recover from a full disk: it may wait
-    for ever in a later call.
+    Compressed columns, whose size is unknown, do not count. Parallel HDF5 does not recover from a full disk:
+    it may wait for ever in a later call.
 
     Raises:
-        CheckpointFileError: it has not.
+        CheckpointFileError: there is not enough room.
     """
     size = sum(
         header.rows * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Restoring a checkpoint: each rank's rows, proven before and after, of the newest one that holds."""
+"""Restore each rank's rows from the newest valid checkpoint, verified before and after reading."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _U64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that proved itself. rows: this rank's."""
+    """A checkpoint that was read and verified. rows: this rank's."""
 
     path: Path
     header: CheckpointHeader
@@ -58,7 +58,7 @@ class LoadedCheckpoint:
 
 
 def fresh_room(header: CheckpointHeader, start: int, stop: int) -> StateView:
-    """Return arrays of their own for the rows [start, stop) of a checkpoint."""
+    """Return new arrays for the rows [start, stop) of a checkpoint."""
     return StateView(
         step_index=header.step_index,
         rows=header.rows,
@@ -76,7 +76,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
     ::
 
         compare every byte with the proof, the threads of all ranks together
-        HDF5 opens the files, and reads each column to where it stays
+        HDF5 opens the files, and reads each column into its final array
         digest each column while the next one is read, and compare
 
     Args:
@@ -84,7 +84,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
         team: the ranks.
         rows_for: returns the rows [start, stop) of this rank; all ranks together must take every row once.
         room_for: returns the arrays to read those rows into, 1-D, contiguous, of the schema's dtypes, and ids
-            unless they are the default ones. What an attempt that fails leaves in them is of no use.
+            unless they are the default ones. After a failure their content is undefined.
 
     Raises:
         CheckpointFileError: it does not hold: the same error on all ranks.
@@ -111,7 +111,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
 
 
 def _touches(room: StateView) -> list[Callable[[], object]]:
-    """Return calls that make the system find the memory of arrays, which takes as long as to fill them."""
+    """Return calls that touch every page of the arrays: page faults take as long as filling the memory."""
     arrays = room.columns if room.ids is None else (*room.columns, room.ids)
     pieces = [
         array.view(np.uint8)[first : first + _TOUCHED_AT_ONCE : _PAGE]
@@ -178,7 +178,7 @@ def _check_value(
     hash_ids: Callable[[int], int],
     hash_columns: Sequence[Callable[[int], int]],
 ) -> None:
-    """Compare the state's fingerprint, made of the sums or by hashing the rows, with the header's."""
+    """Compare the state's fingerprint, computed from the sums or by hashing the rows, with the header's."""
     step, rows, names = header.step_index, header.rows, header.schema.names
     if header.fingerprint.scheme == "digest":
         value = digest_value(step, rows, names, header.schema.dtypes, sums[1:], sums[0])
@@ -243,13 +243,13 @@ def load_newest(
     reject: Callable[[Path, str], object] = move_aside,
     room_for: RoomFor = fresh_room,
 ) -> LoadedCheckpoint | None:
-    """Load the newest checkpoint that proves itself, or None if there is none. Collective.
+    """Load the newest valid checkpoint, or return None if there is none. Collective.
 
-    One that is damaged is rejected and the one before is tried. at: load the one of this step, and no other.
-    reject: called on rank 0 with the path of one that is damaged, and why. room_for: as of `load`.
+    A damaged one is rejected and the previous one is tried. at: load only the checkpoint of this step.
+    reject: called on rank 0 with the path of a damaged one, and why. room_for: as for `load`.
 
     Raises:
-        CheckpointFileError: there is none of step `at` or it does not hold, or one is out of reach.
+        CheckpointFileError: there is none of step `at` or it is damaged, or one cannot be accessed.
     """
     if at is not None:
         return load(on_first_rank(team, lambda: find_checkpoint(folder, at)), team, rows_for, room_for)

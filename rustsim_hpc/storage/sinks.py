@@ -1,8 +1,8 @@
-"""Where HDF5 writes to: objects like files that never fail it.
+"""File-like objects that HDF5 writes to, whose writes never fail.
 
-HDF5 does not take a full disk well: after a failed write, closing its file fails too, and what it still
-holds is written, or crashes, when the interpreter ends. So it writes to a sink, which keeps the metadata in
-memory, or passes them on to a file and remembers the first failure instead of telling.
+HDF5 does not handle a full disk well: after a failed write, closing its file fails too, and its buffers are
+written, or crash, when the interpreter ends. So it writes to a sink, which keeps the bytes in memory, or
+passes them on to a file and records the first failure instead of raising it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WRITEBACK_BYTES = 8 << 20
 
 
 class Abandoned(Exception):
-    """Nobody wants any more what is being written."""
+    """The checkpoint being written was given up, because another rank has failed."""
 
 
 class MemorySink(io.RawIOBase):
@@ -75,7 +75,7 @@ class MemorySink(io.RawIOBase):
         return len(view)
 
     def store(self, offset: int, view: memoryview) -> None:
-        """Keep bytes at an offset."""
+        """Store bytes at an offset."""
         while view:
             page, start = divmod(offset, _PAGE)
             count = min(len(view), _PAGE - start)
@@ -91,7 +91,7 @@ class MemorySink(io.RawIOBase):
 
 
 class FileSink(MemorySink):
-    """A sink that passes everything on to an open file. `failure`: the first error of it, or None."""
+    """A sink that passes everything on to an open file. `failure`: its first error, or None."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -132,16 +132,16 @@ def write_at(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def start_writeback(descriptor: int, start: int, end: int) -> int:
-    """Let the disk begin with bytes [start, end) of a file while others are made; return where to go on.
+    """Start writing bytes [start, end) of a file to disk in the background; return the next `start`.
 
-    Little by little, so that the fsync at the end has next to nothing left to wait for. Few bytes are left
-    for the next call. Where the system has no such call, the fsync does it all.
+    Called regularly, this leaves the final fsync little to wait for. Short ranges are left for the next call.
+    Without `sync_file_range` the fsync does it all.
     """
     if end - start < _WRITEBACK_BYTES:
         return start
     sync = _sync_file_range()
     if sync is not None:
-        # A hint: its failures are those of the fsync, which tells them.
+        # Only a hint: the fsync reports its failures.
         sync(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
     return end
 

@@ -1,4 +1,4 @@
-"""`CheckpointWriter`: checkpoints one after the other, beside the running steps or while they wait."""
+"""`CheckpointWriter`: writes one checkpoint at a time, beside the running steps or while they wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_checkpoint(
 ) -> Path:
     """Write one checkpoint, all ranks together, and return its path. Collective.
 
-    view: this rank's rows; read while it is written, not copied.
+    view: this rank's rows; read during the call, not copied.
 
     Raises:
         CheckpointFileError: it cannot be written: the same error on all ranks, and nothing is left of it.
@@ -40,20 +40,20 @@ def write_checkpoint(
 class CheckpointWriter:
     """Writes checkpoints of a run into `folder`; at most one is under way.
 
-    Asynchronous, the step loop waits for a copy of the columns only; a thread of each rank writes them, and
-    `poll`, which all ranks call after the same steps, moves the attempt on and publishes it. A failure
-    comes out of the next `poll`, `finish` or `submit`, on all ranks at once; what was submitted is then
-    gone, and the writer can go on. A single file that parallel HDF5 writes is always written at once, since
-    no thread may call MPI.
+    If asynchronous, the step loop waits only for a copy of the columns; a thread of each rank writes them,
+    and `poll`, which all ranks call after the same steps, advances the attempt and publishes it. A failure
+    is raised by the next `poll`, `finish` or `submit`, on all ranks at once; that checkpoint is then
+    discarded, and the writer stays usable. A single file that parallel HDF5 writes is always written
+    synchronously, since no thread may call MPI.
 
         writer.submit(header, view)      # when a checkpoint is due
         writer.poll()                    # after every step
         writer.finish()                  # before the end, or to be sure
 
-    paths: what has been published, in order.
+    paths: the published checkpoints, in order.
 
     Raises:
-        JobError: `options` are none that these ranks can write.
+        JobError: these ranks cannot write with `options`.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class CheckpointWriter:
 
     @property
     def done_here(self) -> bool:
-        """Whether this rank has done its part of what is under way, for a caller that sums this up itself."""
+        """Whether this rank has done its part of the current phase, for a caller that sums this up itself."""
         return self._task is None or not self._task.is_alive()
 
     @property
     def failed_here(self) -> bool:
-        """Whether this rank could not do its part of what is under way."""
+        """Whether this rank failed to do its part of the current phase."""
         return self._task is not None and self.done_here and self._task.error is not None
 
     def reserve(self, view: StateView) -> None:
-        """Make room for the copy of the columns of `view` now, so that the first checkpoint does not.
+        """Allocate the copy of the columns of `view` now, so that the first checkpoint need not.
 
-        Nothing is done where checkpoints are written without a copy. Collective.
+        Does nothing if checkpoints are written without a copy. Collective.
 
         Raises:
             CheckpointFileError: there is not enough memory: on all ranks.
@@ -103,12 +103,12 @@ class CheckpointWriter:
         agree(self.team, error)
 
     def submit(self, header: CheckpointHeader, view: StateView, memory: ColumnMemory | None = None) -> None:
-        """Start a checkpoint of this rank's rows, `view`, when the one before is finished. Collective.
+        """Start a checkpoint of this rank's rows, `view`, after the previous one has finished. Collective.
 
-        memory: where the columns of `view` have their places, if their values may be with a keeper.
+        memory: the memory of the columns of `view`, if a keeper may have their current values.
 
         Raises:
-            CheckpointFileError: the one before failed, and this one is not started; or this one cannot be.
+            CheckpointFileError: the previous one failed, so this one is not started; or it cannot be started.
             ExecutorError: the values are lost.
         """
         self.finish()
@@ -120,7 +120,7 @@ class CheckpointWriter:
         elif memory is not None:
             self._all_well(attempt, memory.refresh)
         self._attempt = attempt
-        # Alone there is nobody to agree with, and the phases need no steps in between.
+        # A single rank has nobody to agree with between the phases, so they run as one.
         self._phases = attempt.phases() if self.team.size > 1 else _in_one(attempt)
         first = next(self._phases)
         self._start(first if arrived is None else _after(arrived, first), wait=wait)
@@ -128,11 +128,11 @@ class CheckpointWriter:
             self.finish()
 
     def poll(self, everybody_done: bool | None = None, *, somebody_failed: bool = False) -> Path | None:
-        """Move on what is under way, without waiting; return its path when it has just been published.
+        """Advance the current checkpoint without waiting; return its path if this call published it.
 
         Collective while `busy`. everybody_done: whether `done_here` holds on all ranks, where the caller
         knows. somebody_failed: whether `failed_here` holds on one; the others then stop writing, and the
-        error is raised without waiting for all that they had to write.
+        error is raised without waiting for the rest of their rows.
 
         Raises:
             CheckpointFileError: it failed: the same error on all ranks, and nothing is left of it.
@@ -148,7 +148,7 @@ class CheckpointWriter:
         return self._advance() if everybody_done else None
 
     def finish(self) -> Path | None:
-        """Wait for what is under way; return its path, None if there was nothing. Collective.
+        """Wait for the current checkpoint; return its path, None if there was none. Collective.
 
         Raises:
             CheckpointFileError: it failed: the same error on all ranks, and nothing is left of it.
@@ -159,7 +159,7 @@ class CheckpointWriter:
         return path
 
     def _advance(self) -> Path | None:
-        """End the phase under way on all ranks and start the next one; return the path after the last."""
+        """Finish the current phase on all ranks and start the next one; return the path after the last."""
         attempt, phases, task = self._attempt, self._phases, self._task
         assert attempt is not None  # noqa: S101 (the callers have looked)
         assert phases is not None  # noqa: S101
@@ -192,7 +192,7 @@ class CheckpointWriter:
         self._attempt = self._phases = self._task = None
 
     def _all_well(self, attempt: Attempt, action: Callable[[], Any]) -> Any:
-        """Return what an action gives; if it fails on one rank, take the attempt back on all. Collective."""
+        """Return an action's result; if it fails on one rank, undo the attempt on all. Collective."""
         error: Exception | None = None
         made = None
         try:
@@ -211,7 +211,7 @@ class CheckpointWriter:
     def _snapshot(
         self, view: StateView, attempt: Attempt, memory: ColumnMemory | None
     ) -> tuple[StateView, Callable[[], None] | None]:
-        """Return a view of a copy of the state, and what waits for the copy where there is something left."""
+        """Return a view of a copy of the state, and a function that waits for it if it is incomplete."""
 
         def copy() -> Callable[[], None] | None:
             self._room_for(view)
@@ -234,13 +234,13 @@ class CheckpointWriter:
         if [(array.shape, array.dtype) for array in wanted] != [
             (have.shape, have.dtype) for have in self._buffers
         ]:
-            # First away with the old ones: both may not fit.
+            # Free the old buffers first: there may not be room for both.
             self._buffers = []
             self._buffers = [np.empty_like(array) for array in wanted]
 
 
 class _Task(threading.Thread):
-    """One phase of one rank: what it returned, or what it raised. Ends with the process."""
+    """A thread that runs one phase of one rank, and keeps its result or error. Ends with the process."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__(name="rustsim-checkpoint", daemon=True)
@@ -253,13 +253,13 @@ class _Task(threading.Thread):
         try:
             self.result = self._function()
         except Abandoned:
-            # Because of another rank's error, which is the one to tell.
+            # Caused by another rank's error, which is the one to report.
             self.result = None
         except BaseException as error:  # noqa: BLE001 (kept for the step loop)
             self.error = error
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end, if it was ever started as a thread."""
+        """Wait for the end, if it was started as a thread."""
         if self.ident is not None:
             super().join(timeout)
 
@@ -275,7 +275,7 @@ def _after(arrived: Callable[[], None], phase: Callable[[], Any]) -> Callable[[]
 
 
 def _in_one(attempt: Attempt) -> Phases:
-    """Make all phases of a single rank one."""
+    """Run all phases of a single rank as one."""
 
     def run() -> None:
         phases = attempt.phases()

@@ -1,8 +1,8 @@
-"""Writing checkpoints: all ranks together, whole or not at all, beside the running steps if wanted.
+"""Write checkpoints: all ranks together, whole or not at all, beside the running steps if requested.
 
 A checkpoint is written in phases. In a phase every rank does its part without talking to the others, in a
-thread of its own where the writer is asynchronous; between two phases the ranks agree that all went well,
-and rank 0 gathers their receipts. Only the last phase, on rank 0, gives the checkpoint its name.
+background thread if the writer is asynchronous; between two phases the ranks agree that all succeeded, and
+rank 0 gathers their receipts. Only the last phase, on rank 0, gives the checkpoint its name.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ Phases = Generator[Callable[[], Any], "list[Any] | None", None]
 
 
 class Attempt:
-    """One attempt of a rank to write a checkpoint: its names, its phases, and taking it all back.
+    """One attempt of a rank to write a checkpoint: the file names, the phases, and undoing it.
 
     Collective: rank 0 chooses the names.
 
     Raises:
-        CheckpointFileError: the folder cannot be made: the same error on all ranks.
+        CheckpointFileError: the header is not the state's, the folder cannot be created, or the disk lacks
+            room: the same error on all ranks.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Attempt:
         self.shard = self.shards / f"{options.shards}_{self.group.first:05d}.h5"
 
     def _misfit(self) -> CheckpointFileError | None:
-        """Return why this cannot be written at all."""
+        """Return why this cannot be written at all, or None."""
         header, view = self.header, self.view
         rows = view.row_stop - view.row_offset
         arrays = view.columns if view.ids is None else (*view.columns, view.ids)
@@ -127,7 +128,7 @@ class Attempt:
         return writes_together(self.team, self.options)
 
     def phases(self) -> Phases:
-        """Yield each phase of this rank as a function; gets all ranks' results, None but on rank 0."""
+        """Yield each phase of this rank as a function; is sent all ranks' results on rank 0, else None."""
         if self.sharded and self.options.shards == "node":
             receipts = yield self.write_part
             blocks = yield self.hash_part
@@ -145,7 +146,7 @@ class Attempt:
             yield lambda: self._on_first(lambda: self.publish_shared(header, blocks))
 
     def go_on(self) -> None:
-        """Count a piece; raise Abandoned once another rank has failed: the rest is for nothing then."""
+        """Count a piece; raise Abandoned once another rank has failed, which makes the rest useless."""
         if self.abandoned.is_set():
             raise Abandoned
         PIECES.one_more()
@@ -154,7 +155,7 @@ class Attempt:
         return function() if self.team.rank == 0 else None
 
     def write_shard(self) -> Receipt:
-        """Write this rank's rows as a file of their own, durable."""
+        """Write this rank's rows as a separate file, and sync it."""
         start, stop = self.rows
         self.sums = tuple(digest_sums(self.view))
         if start == stop:
@@ -164,7 +165,7 @@ class Attempt:
         return Receipt(start, stop, self.sums, FileProof(name, size, start, stop, blocks))
 
     def write_alone(self) -> Receipt:
-        """Write the only rank's rows as the whole checkpoint, durable, under its temporary name."""
+        """Write the only rank's rows as the whole checkpoint under its temporary name, and sync it."""
         rows = self.header.rows
         self.sums = tuple(digest_sums(self.view))
         if self.header.fingerprint_due and self.header.fingerprint.scheme == "fnv1a":
@@ -176,7 +177,7 @@ class Attempt:
     def _write_rows(self, path: Path, header: CheckpointHeader) -> tuple[int, tuple[str, ...]]:
         """Write the view's rows to a new file; return its size and its blocks' checksums."""
         with file_errors(path, "write"):
-            # Not through an existing name: what a killed attempt left may be a link to something.
+            # O_EXCL: a file that a killed attempt left may be a link to something else.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 if self.options.compresses:
@@ -194,13 +195,13 @@ class Attempt:
                 os.close(descriptor)
 
     def write_part(self) -> Receipt:
-        """Write this rank's rows into the file of its group, durable."""
+        """Write this rank's rows into the file of its group, and sync it."""
         self.sums = tuple(digest_sums(self.view))
         group, path = self.group, self.shard if self.sharded else self.first
         if group.start == group.stop and self.sharded:
             return Receipt(*self.rows, self.sums)
-        # Digests and the fingerprint are numbers of one width: they have no say in where the columns lie. A
-        # shard has none.
+        # Digests and the fingerprint have a fixed width, so their values do not move the columns. A shard has
+        # none.
         header = self.header if self.sharded else replace(self.header, digests=tuple(0 for _ in self.sums))
         first = self.sharded and self.team.rank == group.first
         image = plan_file(header, group.start, group.stop, self.options, whole=first)
@@ -216,7 +217,7 @@ class Attempt:
         return Receipt(*self.rows, self.sums, segments=image.segments)
 
     def write_together(self) -> Receipt:
-        """Write this rank's rows into the file of all ranks through parallel HDF5, durable. Collective."""
+        """Write this rank's rows into the file of all ranks by parallel HDF5, and sync it. Collective."""
         error = None
         try:
             self.sums = tuple(digest_sums(self.view))
@@ -272,7 +273,7 @@ class Attempt:
     def _of_machines(
         self, receipts: list[Receipt] | None, blocks: list[list[str]] | None
     ) -> tuple[CheckpointHeader, list[Receipt]]:
-        """Make one receipt for each machine's shard of those of its ranks."""
+        """Merge the receipts of each machine's ranks into one for its shard."""
         header, _ = checked(receipts, self.header)
         found = []
         for group in dict.fromkeys(self.groups):
@@ -302,7 +303,7 @@ class Attempt:
         self._publish(header, "single", [receipt.file for receipt in receipts if receipt.file is not None])
 
     def publish_shards(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> None:
-        """Write the master over the shards and publish both."""
+        """Write the master file of the shards and publish both."""
         header, receipts = checked
         files = [receipt.file for receipt in receipts if receipt.file is not None]
         for file in files:
@@ -333,7 +334,7 @@ class Attempt:
     def take_back(self) -> None:
         """Remove what this rank has written, after all ranks know that the attempt failed. Collective."""
         if self.team.bcast(self.published):
-            # It has its name, and only failed after that.
+            # The checkpoint has its name already; the failure came after that.
             return
         with contextlib.suppress(OSError):
             self.shard.unlink(missing_ok=True)
