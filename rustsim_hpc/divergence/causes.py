@@ -1,4 +1,4 @@
-"""Why two runs may differ: what was different before their first step, or where they were made."""
+"""Why two runs may differ: differences in their inputs, or in the environments that they ran in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cause:
 
 
 def causes_of_input(left: RunSide, right: RunSide) -> list[Cause]:
-    """Return in what the two sides' inputs differ: agents, columns, seed, parameters, model."""
+    """Return the differences between the two sides' inputs: agents, columns, seed, parameters, model."""
     found: list[Cause] = []
     if left.agents != right.agents:
         found.append(Cause("agents", f"other number of agents: {left.agents:,} against {right.agents:,}"))
@@ -51,7 +51,7 @@ def _of_columns(left: Mapping[str, str], right: Mapping[str, str]) -> list[Cause
 
 
 def _of_model(left: RunSide, right: RunSide) -> Cause:
-    """Tell another source from other tables: a model's identity covers both."""
+    """Distinguish a changed source from changed tables: a model's identity covers both."""
     modules = [side.record.get("model") for side in (left, right)]
     same_file = modules[0] == modules[1] and modules[0] is not None
     if same_file and left.params != right.params:
@@ -72,7 +72,7 @@ def causes_of_change(side: RunSide, identity_now: str) -> list[Cause]:
 
 
 def causes_of_environment(left: RunSide, right: RunSide) -> list[Cause]:
-    """Return in what the places differ where the two sides were made: versions, CPU, math library."""
+    """Return the differences between the two sides' environments: versions, CPU, math library."""
     lines = environment_differences(left.record, right.record)
     return [
         Cause("environment", f"other {line.replace(' then, ', ' against ').removesuffix(' now')}")
@@ -81,7 +81,7 @@ def causes_of_environment(left: RunSide, right: RunSide) -> list[Cause]:
 
 
 def environment_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return lines that say in what two records' versions, CPUs and math libraries differ."""
+    """Return lines on the differences between two records' versions, CPUs and math libraries."""
     before, after = then.get("versions") or {}, now.get("versions") or {}
     lines = [
         f"version of {name}: {before[name]} then, {after[name]} now"

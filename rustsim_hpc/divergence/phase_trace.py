@@ -1,7 +1,6 @@
-"""One step of a model phase by phase: what each phase made, and the columns as they stand after any of them.
+"""One step of a model phase by phase: the results of each phase, and the columns after any of them.
 
-The step is computed beside the current state and never committed, so it can be taken again and again from the
-same state.
+The step is computed beside the current state and never committed, so it can be repeated from the same state.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What stands after a phase: the sum of each column, and what a reduction or derived value made."""
+    """The state after a phase: each column's digest sum, and the phase's reduction or derived values."""
 
     name: str
     columns: Mapping[str, int]
     values: Mapping[str, Any]
 
     def differing_columns(self, other: PhaseResult) -> tuple[str, ...]:
-        """Return the columns that have other sums, of those that both have."""
+        """Return the columns whose sums differ, of those that both have."""
         return tuple(name for name, value in self.columns.items() if other.columns.get(name, value) != value)
 
     def differing_values(self, other: PhaseResult) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ class PhaseResult:
 
 
 class PhaseTrace:
-    """Takes the step that a plane's state is at, one phase after the other.
+    """Computes the next step of a plane's state, one phase after the other.
 
     Args:
         plane: the state, and the model's phases.
@@ -69,10 +68,10 @@ class PhaseTrace:
         self._held: tuple[int, int, Rows] | None = None
 
     def run(self, keys: Mapping[str, int], cut: int | None = None) -> list[PhaseResult]:
-        """Return what stands after each phase, in order. Collective.
+        """Return the result of each phase, in order. Collective.
 
-        keys: key index of each column to look at. cut: the number of partitions that each rank's rows are cut
-        into for once; None for the plan's.
+        keys: key index of each column to compare. cut: the number of partitions that each rank's rows are
+        cut into for this call; None for the plan's.
 
         Raises:
             RustsimError: a phase failed; the same on every rank.
@@ -95,7 +94,7 @@ class PhaseTrace:
         return results
 
     def hold(self, count: int) -> Rows:
-        """Run the first ``count`` phases and return the columns as they stand then. Collective.
+        """Run the first ``count`` phases and return the columns after them. Collective.
 
         They are views, valid until the next call or step.
 
@@ -142,9 +141,9 @@ class PhaseTrace:
 
 
 def one_by_one(program: Program) -> Program:
-    """Return a program that does the same, with a segment of its own for each phase.
+    """Return a program that computes the same, with a separate segment for each phase.
 
-    A row kernel depends on its row alone, so that the tiles of a stage may as well be visited once a kernel.
+    A row kernel depends on its row alone, so each kernel of a stage may make its own pass over the tiles.
     """
     segments: list[Segment] = []
     for segment in program.segments:
@@ -197,7 +196,7 @@ def _cut(work: Work, pieces: int) -> tuple[Task, ...]:
 
 
 class _Watched:
-    """A session that tells when a segment is complete: its rows written, its results met and finished."""
+    """A session that reports when a segment is complete: rows written, reductions combined and finished."""
 
     def __init__(self, session: ResidentSession, after: Callable[[int, Frame], None]) -> None:
         self._session = session
@@ -219,13 +218,13 @@ class _Watched:
         return self._session.compile_seconds
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """Tell of the segment before, then run one."""
+        """Report the previous segment, then run one."""
         self.finish()
         self._last = segment, frame
         return self._session.run(segment, frame)
 
     def finish(self) -> None:
-        """Tell of the last segment that was run."""
+        """Report the last segment that was run."""
         if self._last is not None:
             last, self._last = self._last, None
             self._after(*last)

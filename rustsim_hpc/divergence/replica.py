@@ -37,7 +37,7 @@ Beat = Callable[[str, int], None]
 
 
 class Replica:
-    """A side's run, alive again at some step; its states are held against what is known of them."""
+    """A side's run, repeated up to some step; its states are compared with what is known of them."""
 
     def __init__(self, side: RunSide, prepared: Prepared, store: DeviceSoaStore, step: int) -> None:
         self.side = side
@@ -60,12 +60,12 @@ class Replica:
         return self.plane.runtime.step_index
 
     def known(self) -> Known:
-        """Return what this state is: its digest, and the sum of each column. Collective."""
+        """Return the digest of this state, and the digest's sum of each column. Collective."""
         value = self.plane.fingerprint().value
         return Known(value, "digest", dict(self.plane.column_values()))
 
     def known_next(self, sums: Mapping[str, int]) -> Known:
-        """Return what the next state is, from the sums of its columns after the last phase. Collective."""
+        """Return the same for the next state, from its columns' sums after the last phase. Collective."""
         model, ids = self.prepared.model, self.known().columns[IDS]
         names, dtypes = model.schema.names, [column.dtype for column in model.schema.columns]
         values = [sums[name] for name in names]
@@ -73,7 +73,7 @@ class Replica:
         return Known(value, "digest", {IDS: ids, **dict(zip(names, values, strict=True))})
 
     def advance(self, beat: Beat) -> Known:
-        """Make one step and return what the state is then. Collective.
+        """Make one step and return what is `known` of the new state. Collective.
 
         Raises:
             EngineControlPlaneError: a phase failed.
@@ -90,7 +90,7 @@ class Replica:
         return self.trace.hold(0)
 
     def check(self, rows: Rows, step: int) -> None:
-        """Hold a state of whose known one there is nothing but an FNV-1a value against that. Collective."""
+        """Compare a state with the known FNV-1a value, if that is all that is known of it. Collective."""
         stated = self.side.known.get(step)
         if stated is None or stated.columns or stated.scheme == "digest":
             return
@@ -103,17 +103,17 @@ class Replica:
         self.side.compare(step, Known(value, "fnv1a"))
 
     def close(self) -> None:
-        """Let go of threads and memory."""
+        """Release threads and memory."""
         self.plane.close()
         self.plane.runtime.device_store().close()
 
 
 class Bench:
-    """Keeps the replicas of two sides: both where there is room for both, else the one that is asked for.
+    """Keeps the replicas of two sides: both if there is memory for both, else the one last used.
 
     Args:
         team: the ranks.
-        beat: told of each step, so that a watchdog knows that the process moves.
+        beat: called for each step, to tell a watchdog of progress.
     """
 
     def __init__(self, team: Team, beat: Beat) -> None:
@@ -146,14 +146,14 @@ class Bench:
         self.both = sum(sizes) < room * 0.9
 
     def prepared(self, side: RunSide) -> Prepared:
-        """Return a side's bound model and cut."""
+        """Return a side's bound model and partitions."""
         return self._prepared[id(side)]
 
     def at(self, side: RunSide, step: int) -> Replica:
         """Return a side's replica at a step. Collective.
 
         Raises:
-            CheckpointFileError: there is no state that it could start from.
+            CheckpointFileError: there is no state to start from.
             EngineControlPlaneError: a phase failed on the way.
         """
         replica = self._alive.get(id(side))
@@ -170,7 +170,7 @@ class Bench:
         """Return a side's columns after ``phases`` phases from the state at ``step`` on. Collective.
 
         Raises:
-            RustsimError: as `at`.
+            RustsimError: as for `at`.
         """
         replica = self.at(side, step)
         if phases:
@@ -178,7 +178,7 @@ class Bench:
         return replica.trace.hold(phases)
 
     def close(self) -> None:
-        """Let go of all replicas."""
+        """Release all replicas."""
         for replica in self._alive.values():
             replica.close()
         self._alive = {}
@@ -189,7 +189,7 @@ class Bench:
             replica.close()
 
     def _start(self, side: RunSide, step: int) -> Replica:
-        """Restore the nearest checkpoint that proves itself, at or before a step; else initialise."""
+        """Restore the nearest valid checkpoint at or before a step; else initialise."""
         prepared = self.prepared(side)
         for at, path in sorted(side.checkpoints, reverse=True):
             if at > step:
@@ -231,7 +231,7 @@ def checkpoint_rows(path: Path, team: Team) -> Rows:
 
 
 def available_memory() -> int:
-    """Return the bytes that this machine, or the group that this process is in, has left."""
+    """Return the bytes that this machine, or this process's control group, has left."""
     left = [info["MemAvailable"]] if (info := _memory_info()) else []
     group = Path("/sys/fs/cgroup")
     try:

@@ -34,7 +34,7 @@ class TableRow:
     right_name: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it in JSON's types; a value as text that gives it back, as its raw bits, and by its name."""
+        """Return it in JSON's types; each value as exact text, as its raw bits, and by its name."""
         names = {} if self.left_name is None else {"left_name": self.left_name}
         names |= {} if self.right_name is None else {"right_name": self.right_name}
         return {
@@ -60,7 +60,7 @@ class ValueDifference:
 
 @dataclass
 class DivergenceReport:
-    """Where two runs differ, as far as it could be found out.
+    """Where two runs differ, as far as could be determined.
 
     Attributes:
         left, right: the sides.
@@ -238,7 +238,7 @@ def _ranges(found: RowDifference) -> str:
 
 
 def value_difference(name: str, left: Any, right: Any) -> ValueDifference:
-    """Return how two results differ, in few words."""
+    """Return a short description of how two results differ."""
     import numpy as np
 
     one, other = np.asarray(left), np.asarray(right)

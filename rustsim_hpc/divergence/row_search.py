@@ -1,8 +1,8 @@
 """Find the rows in which two states differ, by partial digests: sums travel between ranks, columns never do.
 
-A digest's sum over a range of rows adds up over any cut, so that all ranks together learn one number for each
-range. Ranges whose sums are equal are put aside, the others are split, until they are short enough for their
-values to be looked at.
+A digest's sum over a range of rows is the sum over its parts, so that all ranks together get one number for
+each range. Ranges whose sums are equal are dropped, the others are split, until they are short enough to
+compare their values.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RowDifference:
     """Where a column differs.
 
     ranges: of global rows, [start, stop), in order. exact: whether every row of them differs; else there are
-    too many to look at each, and each of the later ranges has at least one row that differs.
+    too many to compare each, and each of the later ranges has at least one row that differs.
     first: the first rows that differ, with the two values.
     """
 
@@ -126,7 +126,7 @@ def differing_rows(
 ) -> RowDifference | None:
     """Return where a column of two states of ``total`` rows differs, or None if nowhere. Collective.
 
-    left, right: called before each look; what was returned before need not be valid any more.
+    left, right: called before each use; what they returned earlier may be invalid by then.
     """
     ranges: list[Range] = [(0, total)] if total else []
     coarse: list[Range] = []
@@ -168,7 +168,7 @@ def _bits(array: Array) -> Array:
 
 
 def _split(whole: Range, parts: int) -> list[Range]:
-    """Return a range cut into equal pieces: as many as asked for, but none needlessly short."""
+    """Return a range cut into equal pieces: at most as many as requested, and none needlessly short."""
     start, stop = whole
     count = max(1, min(parts, -(-(stop - start) // _LEAF_ROWS)))
     bounds = [start + (stop - start) * k // count for k in range(count + 1)]

@@ -1,4 +1,4 @@
-"""The rows in which two runs differ: in states that are made present, or in checkpoints that they left."""
+"""The rows in which two runs differ: in repeated states, or in checkpoints that they left."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RowsOf = Callable[[RunSide], Rows]
 def find_rows(
     report: DivergenceReport, where: str, rows_of: RowsOf, columns: tuple[str, ...], team: Team
 ) -> bool:
-    """Bisect the rows of columns, and put what differs into the report. Collective.
+    """Bisect the rows of columns, and add the differing ones to the report. Collective.
 
-    where: what the report says of the states. Returns whether any row differs.
+    where: how the report names the states. Returns whether any row differs.
     """
     left, right = report.left, report.right
 
@@ -64,8 +64,8 @@ def rows_from_checkpoints(
 ) -> None:
     """Find rows in the nearest checkpoint at or after a step. Collective.
 
-    The other side is its own checkpoint of that step or, where can_run says that it may be, it run again: not
-    one that does not repeat its own record, since the state that it was in does not come back.
+    The other side is its own checkpoint of that step or, if ``can_run``, its repetition, unless that does not
+    reproduce its own record, since then the state that it was in is lost.
     """
     sides = (report.left, report.right)
     for at in sorted({at for side in sides for at, _ in side.checkpoints if at >= step}):
@@ -90,7 +90,7 @@ def rows_from_checkpoints(
 
 
 def _repeats(side: RunSide, step: int) -> bool:
-    """Return whether a side that is run again has, as far as is known, the state of a step that it was in."""
+    """Return whether a side's repetition has, as far as is known, the state that the side had at a step."""
     return side.strayed is None or step < side.strayed[0]
 
 

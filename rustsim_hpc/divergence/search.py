@@ -37,8 +37,8 @@ def investigate(
 ) -> DivergenceReport:
     """Compare two runs as far as both go, and find out where they first differ. Collective.
 
-    say: told what is being done, where it may take a while. beat: told of each step. columns: those that are
-    known to differ where the sides' streams do.
+    say: called with what is being done, where it may take a while. beat: called for each step. columns:
+    those that are known to differ at the first step where the sides' streams differ.
 
     Raises:
         RunFolderError: it is unknown whether they are equal.
@@ -57,14 +57,14 @@ class _Investigation:
         self.report = DivergenceReport(left, right)
         self.first = max(left.origin, right.origin)
         self.far = min(left.reached, right.reached)
-        # Where one is not known there are only fingerprints, and those tell layouts apart.
+        # If a layout is not known there are only fingerprints, which differ for different layouts.
         self.same_layout = None in (left.layout, right.layout) or left.layout == right.layout
         self.keys: dict[str, int] = {}
         self.can_run = False
         self.proven: list[Cause] = []
 
     def run(self, columns: tuple[str, ...]) -> DivergenceReport:
-        """Find out what can be found out."""
+        """Return the report of what can be found out."""
         left, right = self.sides
         report = self.report
         report.compared_to = self.far
@@ -113,7 +113,7 @@ class _Investigation:
                 ) from error
             report.notes.append(f"not followed further: {error}")
         if report.step is None and self._other_columns():
-            # Where the columns that both have never differ, the runs do from their first state on.
+            # The columns that both have never differ, but the layouts do from the first state on.
             report.step, report.columns, report.equal_at = self.first, self._other_columns(), None
         elif report.step is not None and not report.rows:
             rows_from_checkpoints(report, report.step, self.bench, self.team, can_run=self.can_run)
@@ -128,7 +128,7 @@ class _Investigation:
     # -- the step ------------------------------------------------------------------------------------
 
     def _from_what_is_known(self) -> tuple[int | None, int | None]:
-        """Return the last step known to be equal before the first that is known to differ, and that one."""
+        """Return the last step known to be equal before the first known to differ, and the latter."""
         left, right = self.sides
         equal = None
         for step in sorted(left.known.keys() & right.known.keys()):
@@ -170,7 +170,7 @@ class _Investigation:
         self.can_run = True
 
     def _find_step(self, equal: int | None, differs: int | None) -> None:
-        """Run both in lockstep where more than one step is left in which they may part."""
+        """Run both in lockstep if more than one step is left in which they may diverge."""
         report = self.report
         stop = self.far if differs is None else differs
         start = self.first if equal is None else equal
@@ -253,7 +253,7 @@ class _Investigation:
         )
 
     def _trace(self, side: RunSide, step: int) -> list[PhaseResult] | None:
-        """Take a side through the step twice; None where a phase does not do the same again."""
+        """Run a side's step twice; return None if a phase does not give the same result again."""
         replica = self.bench.at(side, step)
         keys = self.keys
         results, again = replica.trace.run(keys), replica.trace.run(keys)
@@ -271,7 +271,7 @@ class _Investigation:
         return results
 
     def _hold_against_known(self, side: RunSide, step: int, results: list[PhaseResult]) -> None:
-        """See whether the repeated step leads to what the side's log has for it."""
+        """Compare the result of the repeated step with what is known of the side."""
         if not results:
             return
         replica = self.bench.at(side, step)
@@ -280,7 +280,7 @@ class _Investigation:
         replica.check(self.bench.rows(side, step, len(results)), step + 1)
 
     def _note_strays(self) -> bool:
-        """Say which side does not repeat what it recorded; return whether one does not."""
+        """Note which sides do not reproduce what they recorded; return whether there are any."""
         strayed = [side for side in self.sides if side.strayed is not None]
         for side in strayed:
             assert side.strayed is not None  # noqa: S101
@@ -295,7 +295,7 @@ class _Investigation:
         return bool(strayed)
 
     def _check_partitions(self, step: int) -> None:
-        """Where a cut may matter, take a side through the step with other cuts."""
+        """If the partitions may matter, run a side's step with other numbers of them."""
         cuts = {side.record.get("partitions") for side in self.sides}
         if len(cuts) == 1 and not any(side.strayed for side in self.sides):
             return

@@ -35,7 +35,7 @@ class Known:
     columns: Mapping[str, int] = field(default_factory=dict)
 
     def differs(self, other: Known) -> bool | None:
-        """Return whether two states of one layout differ; None where what is known does not tell."""
+        """Return whether two states of one layout differ; None if what is known does not decide it."""
         if self.columns and other.columns:
             return bool(differing_columns(self.columns, other.columns))
         return self.value != other.value if self.scheme == other.scheme else None
@@ -49,16 +49,16 @@ class RunSide:
         name: what reports call it.
         folder: the run's folder, or None.
         spec: the job as it is run again (digest, threads, the recorded number of partitions), or None.
-        record: the run's record (run.json), or what stands for it.
+        record: the run's record (run.json), or a substitute for it.
         model: identity of the model that ran, "" if unknown.
-        agents, seed, params, layout: of the run; layout None where nothing tells it.
-        known: by step.
+        agents, seed, params, layout: of the run; layout None if it is unknown.
+        known: what is known of its states, by step.
         checkpoints: (step, path), oldest first.
         origin: the step that the run began with: that of a fork's state, else 0.
         reached: the last step that is known to be reached.
         why_not: why it cannot be run again, "" if it can.
-        notes: what was odd, for the report.
-        strayed: the first step at which a repetition was not what is known of the run, and the columns.
+        notes: anything unusual, for the report.
+        strayed: the first step at which a repetition differed from what is known of the run, and the columns.
     """
 
     name: str
@@ -79,7 +79,7 @@ class RunSide:
     strayed: tuple[int, tuple[str, ...]] | None = None
 
     def compare(self, step: int, found: Known) -> bool:
-        """Hold what a repetition found against what is known of a step; return whether they may be equal."""
+        """Compare a repetition's state with what is known of a step; return whether they may be equal."""
         stated = self.known.get(step)
         if stated is None or not stated.differs(found):
             return True
@@ -89,7 +89,7 @@ class RunSide:
 
 
 def first_rank(team: Team, make: Callable[[], T]) -> T:
-    """Return what ``make`` returns on rank 0, on all ranks: files may change between two ranks' looks.
+    """Return on all ranks what ``make`` returns on rank 0: files may change between two ranks' reads.
 
     Raises:
         RustsimError: what ``make`` raised; the same on every rank.
@@ -117,7 +117,7 @@ def folder_of(log: Path) -> Path | None:
 
 
 def side_of_folder(folder: Path) -> RunSide:
-    """Read what a run's folder tells.
+    """Return the side that a run's folder describes.
 
     Raises:
         RunFolderError: it is no run's folder, or its record is damaged.
@@ -150,7 +150,7 @@ def _read_side(run: Run) -> RunSide:
 
 
 def side_of_log(log: ReplayLog, repeatable_as: RunSide | None = None) -> RunSide:
-    """Return the side of a log that has no folder; another side's job runs it again, if of the same model."""
+    """Return the side of a log without a folder; another side's job can repeat it, if of the same model."""
     header = log.header
     side = RunSide(str(log.path), params=dict(header.params), agents=header.agents, seed=header.seed)
     side.model, side.layout = header.model, header.columns
@@ -166,14 +166,14 @@ def side_of_log(log: ReplayLog, repeatable_as: RunSide | None = None) -> RunSide
 
 
 def learn(side: RunSide, log: ReplayLog) -> None:
-    """Add what a log tells of the states."""
+    """Add what a log says about the states."""
     side.layout = log.header.columns
     for entry in log.entries:
         side.known[entry.step_index] = Known(entry.value, entry.scheme, dict(entry.columns))
 
 
 def repeatable(spec: JobSpec, record: Mapping[str, Any]) -> JobSpec:
-    """Return a job as a repetition in this process runs it: it computes the same and keeps nothing.
+    """Return a job changed to be repeated in this process: it computes the same and writes nothing.
 
     The number of partitions is the recorded one: a phase may look at whole partitions.
     """
@@ -191,7 +191,7 @@ def repeatable(spec: JobSpec, record: Mapping[str, Any]) -> JobSpec:
 
 
 def known_of(header: CheckpointHeader) -> Known:
-    """Return what a checkpoint's header tells of its state."""
+    """Return what a checkpoint's header says about its state."""
     names = (IDS, *header.schema.names)
     columns = dict(zip(names, header.digests, strict=True)) if header.digests else {}
     return Known(header.fingerprint.value, header.fingerprint.scheme, columns)
@@ -215,7 +215,7 @@ def _learn_from_log(side: RunSide, run: Run) -> None:
 
 
 def _learn_from_checkpoints(side: RunSide, folder: Path) -> None:
-    """Note the checkpoints that say what the log says; whether they hold is proved when they are read."""
+    """Note the checkpoints that agree with the log; they are verified when they are read."""
     for path in reversed(list_checkpoints(folder)):
         step = step_of(path)
         try:
@@ -236,7 +236,7 @@ def _learn_from_checkpoints(side: RunSide, folder: Path) -> None:
 
 
 def _find_origin(side: RunSide, run: Run) -> None:
-    """Find the state that a fork began with: its own copy, its parent's, or the first that it has left."""
+    """Find the state that a fork began with: its own copy, its parent's, or else its first checkpoint."""
     lineage = run.lineage
     if not lineage:
         return

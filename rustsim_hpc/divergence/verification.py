@@ -1,6 +1,6 @@
 """Run a job again against a log, and compare two runs: what `rustsim-hpc verify` and `diff` call.
 
-Neither changes anything in a run's folder but the report that it writes there.
+Neither changes anything in a run's folder, except for the report that it writes there.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def verify_run(
     Args:
         folder: the run's folder; only the report is written there.
         against: the log, or the folder of the run that recorded it.
-        spec: the folder's job, with what the caller sets over it.
+        spec: the folder's job, with the caller's overrides.
         options: of this start.
         team: the ranks.
         steps: the step to reach; that of the run by default.
@@ -176,7 +176,7 @@ def diff_runs(
 
 
 def _spec(spec: JobSpec, own: RunSide, log: ReplayLog, steps: int | None) -> JobSpec:
-    """Return the job as it is verified: with the log's scheme and interval, up to where the run went."""
+    """Return the job to verify: with the log's scheme and interval, up to the step that the run reached."""
     target = max(spec.run.steps, int(own.record.get("steps") or 0)) if steps is None else steps
     replay = ReplayTable(fingerprint=log.header.scheme, interval=log.header.interval)  # type: ignore[arg-type]
     run = spec.run.model_copy(update={"steps": target})
@@ -184,7 +184,7 @@ def _spec(spec: JobSpec, own: RunSide, log: ReplayLog, steps: int | None) -> Job
 
 
 def _same_cut(prepared: Prepared, own: RunSide, log: ReplayLog, team: Team) -> Prepared:
-    """Take the recorded number of partitions, unless the job gives one, where phases look at whole ones."""
+    """Use the recorded number of partitions, unless the job gives one, if phases look at whole partitions."""
     spec = prepared.spec
     bound = any(isinstance(phase, ColumnPhase) and not phase.row_local for phase in prepared.model.phases)
     if spec.run.partitions is not None or not bound:
@@ -197,7 +197,7 @@ def _same_cut(prepared: Prepared, own: RunSide, log: ReplayLog, team: Team) -> P
 def _run(
     prepared: Prepared, own: RunSide, log: ReplayLog, folder: Path, options: RunOptions, watchdog: Watchdog
 ) -> Verification:
-    """Make the steps; stop at the first that is not as the log has it."""
+    """Make the steps; stop at the first that differs from the log."""
     spec, team = prepared.spec, prepared.team
     store, start = _first_state(prepared, own)
     executor = executor_of(prepared)
@@ -284,7 +284,7 @@ def _with_hint(error: EngineControlPlaneError, log: ReplayLog) -> EngineControlP
 
 
 def _side_of_log(log: ReplayLog, own: RunSide) -> RunSide:
-    """Return the side of the log: the run whose folder it lies in, or what its header tells of one."""
+    """Return the side of the log: the run whose folder it lies in, or what its header says about one."""
     folder = folder_of(log.path)
     side = side_of_log(log, own) if folder is None else side_of_folder(folder)
     if folder is not None:
@@ -294,7 +294,7 @@ def _side_of_log(log: ReplayLog, own: RunSide) -> RunSide:
 
 
 def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> RunSide:
-    """Return the side of what is run here and now."""
+    """Return the side of the run that is repeated here."""
     hosts = team.gather(host_facts(device_of(prepared)))
     record: dict[str, Any] = {
         "versions": versions(),
@@ -321,7 +321,7 @@ def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> R
 def _learn_from_repetition(
     left: RunSide, right: RunSide, own: RunSide, failure: ReplayDivergence, log: ReplayLog
 ) -> None:
-    """Add what the repetition told: its states are the log's, up to the one that is not."""
+    """Add what the repetition showed: its states are the log's, up to the first that differs."""
     end = failure.step_index
     right.reached = end
     checked = (entry.step_index for entry in log.entries if right.origin < entry.step_index < end)
@@ -338,7 +338,7 @@ def _learn_from_repetition(
 
 
 def _write(report: DivergenceReport, path: Path, team: Team) -> None:
-    """Write the report on rank 0; a folder that cannot be written to is no reason not to show it."""
+    """Write the report on rank 0; it is shown even if it cannot be written."""
     try:
         on_all(team, lambda: report.write(path) if team.rank == 0 else None)
         report.path = path

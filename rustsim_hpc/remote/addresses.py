@@ -39,11 +39,11 @@ def parse_endpoint(endpoint: str, *, to_bind: bool = False) -> Address:
     """Return the address that an endpoint names.
 
     Args:
-        endpoint: ``tcp://HOST:PORT``; IPv6 numbers stand in brackets.
+        endpoint: ``tcp://HOST:PORT``; IPv6 addresses are in brackets.
         to_bind: ``*`` may stand for the host (all interfaces) and for the port (any that is free).
 
     Raises:
-        RemoteError: it is none.
+        RemoteError: it is not an endpoint.
     """
     match = _ENDPOINT.fullmatch(endpoint)
     hint = "write tcp://HOST:PORT, as in tcp://127.0.0.1:5555 or tcp://[::1]:5555"
@@ -55,13 +55,13 @@ def parse_endpoint(endpoint: str, *, to_bind: bool = False) -> Address:
         raise RemoteError(f'"{endpoint}" names no single worker to connect to', hint=hint)
     if port is not None and not 0 < port < 2**16:
         raise RemoteError(f'"{endpoint}": a port lies in 1..65535', hint=hint)
-    if host == "localhost":  # never asked of a name server, which might say something else
+    if host == "localhost":  # never resolved by a name server, which might answer differently
         host = _LOCAL
     return Address(host, port, _is_loopback(host))
 
 
 def _is_loopback(host: str) -> bool:
-    """Return whether a host is this machine for sure; of names that is not known."""
+    """Return whether a host is certainly this machine, which is unknown for names."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""A client's links to the workers of its shares: begun when they are needed, given up when they are lost."""
+"""A client's links to the workers of its shares: opened when they are needed, closed when they are lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Question(Protocol[T_co]):
     """Returns a conversation with the worker of a share."""
 
     def __call__(self, share: Share, *, again: bool) -> Talk[T_co]:
-        """``anew``: it has heard nothing of the step under way but its rows and what it made of them."""
+        """``again``: the worker has only its rows and what it has repeated of the current step."""
         ...
 
 
@@ -36,7 +36,7 @@ class Contacts:
         patience: how long to wait.
 
     Attributes:
-        machines: what workers have said of theirs, by endpoint.
+        machines: what workers have reported about theirs, by endpoint.
 
     Raises:
         ExecutorError: the phases are not those of a model that workers could have.
@@ -61,16 +61,16 @@ class Contacts:
         return share.link
 
     def loading(self, share: Share, step: int, side: int, *, fresh: bool) -> Talk[Mapping[str, Any] | None]:
-        """Bring a worker the rows that are on the current sides here; ``fresh``: open its session first.
+        """Send a worker the rows that are on the current sides here; ``fresh``: open its session first.
 
         Args:
-            share: whose rows.
-            step: whose state they are.
+            share: the worker's share.
+            step: step index of the state.
             side: parity of the written columns, which is the worker's side 0 from now on.
-            fresh: the session is to be opened.
+            fresh: whether the session has to be opened.
 
         Returns:
-            What the worker says of its machine, where its session was opened.
+            What the worker reports about its machine, if its session was opened.
         """
         work, rows, memory, link = self._work, share.rows, self._work.memory, self[share]
         share.base = side
@@ -97,7 +97,7 @@ class Contacts:
         )
 
     def new_differences(self) -> list[str]:
-        """Return what was not returned before of how the known machines differ, in words."""
+        """Return lines on how the known machines differ, without those returned before."""
         known = [{"endpoint": name, **found} for name, found in self.machines.items()]
         lines = mixtures([worker_facts(), *known], "this process and its remote workers have")
         news = [line for line in lines if line not in self._differ]
@@ -105,7 +105,7 @@ class Contacts:
         return news
 
     def give_up(self, share: Share) -> None:
-        """Let go of a worker; another session is begun when it is needed again."""
+        """Drop a worker's link; a new session is opened when it is needed again."""
         share.loaded = False
         self._links.pop(share.places.start, None)
         if share.link is not None:

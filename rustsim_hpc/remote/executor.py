@@ -22,25 +22,25 @@ from rustsim_hpc.state.partition import PartitionExecutionBackend
 class RemotePartitionExecutor:
     """Runs partitions on workers started by ``rustsim-hpc worker``, where they stay between steps.
 
-    A step sends bytes of control and the results of reductions; columns travel when the first step is made,
-    when the state is asked for here (a checkpoint, ``store.columns``), and when a worker is lost. Every
+    A step sends only control messages and the results of reductions; columns travel when the first step is
+    made, when the state is needed here (a checkpoint, ``store.columns``), and when a worker is lost. Every
     partition's worker must be ``PartitionWorker.external(label, endpoint)``; phases must be those of a model
     that was loaded by its reference, and that the workers have installed.
 
     Args:
         keys: a folder made by ``rustsim-hpc worker --make-keys``, or None for workers on the loopback.
-        connect_seconds: until a connection must stand.
-        answer_seconds: until a request must be answered; compiling is part of the first.
+        connect_seconds: time in which a connection must be established.
+        answer_seconds: time in which a request must be answered; the first one includes compiling.
         retries: how often an unanswered request is sent again before its worker counts as dead, and how
-            often in a request a worker that was restarted is brought its rows again; 0: never.
-        rejoin_seconds: until a connection that broke must stand again. A worker that has died may be started
-            again at its endpoint meanwhile: it gets its rows again, and the step goes on.
-        keep_steps: after so many steps the state is brought here; of a worker that is lost, no more steps
-            than these have to be made again.
+            often per request a restarted worker is sent its rows again; 0: never.
+        rejoin_seconds: time in which a broken connection must be established again. A worker that has died
+            may be restarted at its endpoint meanwhile: it gets its rows again, and the step continues.
+        keep_steps: after so many steps the state is fetched; no more steps than these have to be repeated
+            if a worker is lost.
         tell: called with a line that the user should read; a RuntimeWarning if None.
 
     Raises:
-        InvalidConfig: a number that cannot be right, keys that cannot be read, or pyzmq is missing.
+        InvalidConfig: a number is invalid, keys cannot be read, or pyzmq is missing.
     """
 
     name = "remote"
@@ -66,20 +66,20 @@ class RemotePartitionExecutor:
     def attach(self, work: Work) -> RemoteSession:
         """Bind to a rank's work (see :class:`~rustsim_hpc.executors.base.ResidentExecutor`).
 
-        Workers are spoken to when the first step is made.
+        Workers are contacted when the first step is made.
 
         Raises:
             ExecutorError: a partition's backend is not external, or the phases are not those of a model.
-            InvalidConfig: an endpoint that is none, or that needs keys.
+            InvalidConfig: an endpoint is invalid, or needs keys.
         """
         contacts = Contacts(work, self._keys, self._patience)
         return RemoteSession(work, self._shares(work), contacts, keep_steps=self._keep_steps, tell=self._tell)
 
     def require(self, endpoints: Iterable[str]) -> None:
-        """Check that this executor could speak to workers, as far as that is known without speaking to them.
+        """Check that this executor could use the workers, as far as that is known without contacting them.
 
         Raises:
-            InvalidConfig: an endpoint that is none, or that needs keys.
+            InvalidConfig: an endpoint is invalid, or needs keys.
         """
         for endpoint in endpoints:
             self._address(endpoint)
@@ -118,7 +118,7 @@ def _warn(line: str) -> None:
 
 
 def client_keys(folder: str | Path | None) -> ClientKeys | None:
-    """Return the keys of a client, None where there is no folder of them.
+    """Return the keys of a client, None without a folder of them.
 
     Raises:
         InvalidConfig: they cannot be read, or pyzmq is missing.

@@ -38,9 +38,9 @@ _IDS = -1
 class HeldPartitions:
     """One session's partitions.
 
-    A worker does not hear of commits. The client says with each request which side of the columns that a step
-    writes is the current one, and which step it takes to stand there; the worker compares. So a step that was
-    undone, wherever, needs no message, and a worker that has lost count is found out.
+    A worker is not told of commits. Each request says which side of the columns that a step writes is the
+    current one, and which step's state the client expects there; the worker compares. So a step that was
+    undone, wherever, needs no message, and a worker that is out of step is detected.
 
     Args:
         work: the bound program; its memory is empty.
@@ -52,7 +52,7 @@ class HeldPartitions:
         self._session = LocalSession(work) if threads == 1 else ThreadedSession(work, threads)
         self._compile_ns = 0
         self._names = value_names(work.program)
-        # Compiled code does not look whether an index lies within what a client has sent.
+        # Compiled code does not check whether an index is within the arrays that a client has sent.
         self._shapes = {
             reduction.name: [bins] if bins else []
             for reduction, bins in zip(work.program.reductions, work.bins, strict=True)
@@ -60,11 +60,11 @@ class HeldPartitions:
         self._values: dict[str, Any] = {}
         self._active = [place for place, segment in enumerate(work.program.segments) if segment.items]
         self._side = 0
-        # Which step's state stands on each side of the written columns; None for no whole state.
+        # Which step's state is on each side of the written columns; None for no complete state.
         self._steps: list[int | None] = [None, None]
         self._under_way: tuple[int, int, int] | None = None
         for column in work.program.swapped:
-            work.memory.other(column)  # a lack of memory is to be found now
+            work.memory.other(column)  # so that a lack of memory is detected now
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +72,7 @@ class HeldPartitions:
         return self.work.memory.allocated_bytes + self._session.board.nbytes
 
     def close(self) -> None:
-        """Let go of threads and memory."""
+        """Release threads and memory."""
         self._session.close()
         self.work.memory.close()
 
@@ -208,7 +208,7 @@ class HeldPartitions:
         return "fetched", {"digest": digest}, [packed(array)]
 
     def hash(self, fields: Mapping[str, Any], data: Sequence[Frame]) -> Reply:
-        """Carry a FNV-1a chain on over a column of the current state, or of the one that a step has made."""
+        """Continue a FNV-1a chain over a column of the current state, or of the one that a step has made."""
         arrays_of(data, [])
         column = fields["column"]
         self._require_column(column)

@@ -1,4 +1,4 @@
-"""The models that a worker has installed, and what a request makes of them: never code of a client's."""
+"""The models that a worker has installed, and the work that a request asks of them: never a client's code."""
 
 from __future__ import annotations
 

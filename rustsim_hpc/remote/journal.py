@@ -1,8 +1,7 @@
-"""What makes a lost worker's rows again: the state from which it set out, and the values of the steps since.
+"""Recompute a lost worker's rows, from the state that it started from and the values of the steps since.
 
 A worker's share of a step depends on its own rows and on results of reductions and derived values, which the
-client knows: it can make the steps again by itself, with the same bits, when the worker that made them is
-gone.
+client knows: it can repeat the steps by itself, with the same bits, when the worker that made them is lost.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Journal:
         self.nbytes += made.nbytes
 
     def clear(self) -> None:
-        """Forget all steps: the state of now is here."""
+        """Forget all steps: the current state is here."""
         self._steps, self.nbytes = [], 0
 
     def since(self, step: int) -> list[StepMade]:
@@ -70,9 +69,9 @@ class Journal:
 
 
 def make_again(work: Work, places: range, steps: Sequence[StepMade]) -> None:
-    """Make steps of some partitions again, here; the rows of the state before them are on its current sides.
+    """Repeat steps of some partitions here; their rows of the state before must be on the current sides.
 
-    Afterwards those rows of the state after them are on the sides that are current then.
+    Afterwards their rows of the state after the steps are on the sides that are current then.
 
     Raises:
         ExecutorError: a phase fails that did not fail before.

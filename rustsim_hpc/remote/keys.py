@@ -29,7 +29,7 @@ _PUBLIC = 0o644
 
 @dataclass(frozen=True)
 class WorkerKeys:
-    """What a worker needs: its own pair, and the public keys of the clients that it lets in."""
+    """A worker's keys: its own pair, and the public keys of the clients that it lets in."""
 
     public: str
     secret: str = field(repr=False)
@@ -38,7 +38,7 @@ class WorkerKeys:
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client needs: its own pair, and the workers' public key."""
+    """A client's keys: its own pair, and the workers' public key."""
 
     public: str
     secret: str = field(repr=False)
@@ -79,7 +79,7 @@ def make_keys(folder: Path) -> list[Path]:
 
 
 def read_worker_keys(folder: Path) -> WorkerKeys:
-    """Return what a worker needs.
+    """Return a worker's keys.
 
     Raises:
         RemoteError: a file is missing, unreadable, no key, or a secret that others can read.
@@ -92,7 +92,7 @@ def read_worker_keys(folder: Path) -> WorkerKeys:
 
 
 def read_client_keys(folder: Path) -> ClientKeys:
-    """Return what a client needs.
+    """Return a client's keys.
 
     Raises:
         RemoteError: as for :func:`read_worker_keys`.
@@ -102,7 +102,7 @@ def read_client_keys(folder: Path) -> ClientKeys:
 
 
 def _write(path: Path, mode: int, text: str) -> None:
-    # Created with its mode: a secret must not be readable for a moment, either.
+    # Created with its mode, so that a secret is never readable by others, not even for a moment.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.write(text)
 

@@ -1,8 +1,8 @@
-"""A client's conversation with one worker: numbered requests, deadlines, fresh connections, and who lies.
+"""A client's conversation with one worker: numbered requests, deadlines, new connections, wrong answers.
 
-A request that was not answered is sent again over a fresh connection. That is safe whatever became of the
-first one: the worker answers a request whose number it has seen from what it kept, and drops older ones.
-Several conversations run side by side, see :func:`converse`.
+A request that was not answered is sent again over a new connection. That is safe whatever happened to the
+first one: the worker answers a request whose number it has seen with the stored answer, and drops older ones.
+Several conversations run concurrently, see :func:`converse`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Patience:
     """How long a client waits for a worker.
 
     Attributes:
-        connect: seconds until a connection must stand.
-        answer: seconds until a request must be answered; compiling a model's kernels is part of the first.
-        retries: how often a request is sent again, over a fresh connection, before the worker counts as dead.
-        rejoin: seconds until a connection that broke must stand again: a worker that has died may be started
-            again meanwhile.
+        connect: seconds in which a connection must be established.
+        answer: seconds in which a request must be answered; the first one includes compiling the kernels.
+        retries: how often a request is sent again, over a new connection, before the worker counts as dead.
+        rejoin: seconds in which a broken connection must be established again: a worker that has died may be
+            restarted meanwhile.
     """
 
     connect: float = 10.0
@@ -71,7 +71,7 @@ class Patience:
 
 
 class LinkError(Exception):
-    """A worker cannot be used: it is not there, does not answer, or answers what cannot be.
+    """A worker cannot be used: it is unreachable, does not answer, or answers something invalid.
 
     ``hint`` says what to do, where that is known.
     """
@@ -82,7 +82,7 @@ class LinkError(Exception):
 
 
 class Refused(LinkError):
-    """A worker says no; ``code`` is one of those in :mod:`rustsim_hpc.remote.messages`."""
+    """A worker refuses a request; ``code`` is one of those in :mod:`rustsim_hpc.remote.messages`."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -90,7 +90,7 @@ class Refused(LinkError):
 
     @property
     def lost_session(self) -> bool:
-        """Whether the worker is there but knows nothing of the session: it was restarted, or ended it."""
+        """Whether the worker runs but does not know the session: it was restarted, or ended it."""
         return self.code == "unknown"
 
 
@@ -133,7 +133,7 @@ class Link:
         return Message(kind, self._session, self._number, fields, data)
 
     def send(self, request: Message) -> None:
-        """Send a request; the session has no other one under way that still matters."""
+        """Send a request; the session must not wait for the answer to another one."""
         self._sent, self._tries, self._trouble = request, 0, ""
         for event in self.socket.events():  # of the time when nothing was asked
             self._take(event)
@@ -156,7 +156,7 @@ class Link:
         """Return the answer to the last request if it has arrived; late answers to others are dropped.
 
         Raises:
-            LinkError: something has arrived that is no answer.
+            LinkError: what has arrived is not a valid answer.
             Refused: the worker refuses the request.
         """
         sent = self._sent
@@ -181,10 +181,10 @@ class Link:
         return None
 
     def look(self) -> None:
-        """See what has become of the connection; ask again over a fresh one where that may help.
+        """Check the state of the connection; send the request again over a new one where that may help.
 
         Raises:
-            LinkError: the worker cannot be reached, shuts the door, or has not answered in time.
+            LinkError: the worker cannot be reached, rejects the connection, or has not answered in time.
         """
         now, sent = time.monotonic(), self._sent
         if sent is None:
@@ -217,7 +217,7 @@ class Link:
         self._open = self._stood = True
 
     def _again(self, request: Message, trouble: str) -> None:
-        """Send a request again over a fresh connection; raise LinkError if that was done often enough."""
+        """Send a request again over a new connection; raise LinkError if the retries are used up."""
         if self._tries >= self._patience.retries:
             raise LinkError(trouble, hint=_START_IT)
         self._tries += 1
@@ -226,7 +226,7 @@ class Link:
         self._post(request)
 
     def close(self, *, politely: bool = False) -> None:
-        """End the session; ``politely`` tells the worker, which then lets go of what it holds for it."""
+        """End the session; ``politely`` tells the worker, which then frees what it holds for it."""
         if politely and self._open:
             self.socket.send(self.ask("close").frames())
         self._sent, self._open = None, False
@@ -234,7 +234,7 @@ class Link:
 
 
 def converse(talks: Sequence[tuple[Link, Talk[T]]]) -> list[T | LinkError]:
-    """Lead several conversations at the same time, each over a link of its own; return what came of each."""
+    """Run several conversations concurrently, each over its own link; return the result of each."""
     results: list[Any] = [None] * len(talks)
     running: dict[int, tuple[Link, Talk[T]]] = {}
 

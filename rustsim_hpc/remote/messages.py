@@ -1,9 +1,9 @@
 """Messages between a control plane and its remote workers: one strict header, raw frames behind it.
 
 The first frame is ``rustsim-hpc remote VERSION`` and, on the next line, a JSON object whose fields are
-declared here, by kind; anything else in it makes the whole message invalid. Columns, values of reductions and
-what a worker reports follow as raw little-endian bytes, one frame each. Nothing here is code, and nothing is
-pickled. docs/remote.md prints the same as tables.
+declared here, by kind; any other field makes the whole message invalid. Columns, values of reductions and
+what a worker reports follow as raw little-endian bytes, one frame each. Messages contain no code and no
+pickles. docs/remote.md shows the same as tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FAILURES_BYTES = 512 << 10
 
 
 class Malformed(Exception):
-    """A message that is none of ours; its text says why."""
+    """A message that does not follow the protocol; its text says why."""
 
 
 class OtherVersion(Malformed):
@@ -57,7 +57,7 @@ class Message:
         session: 32 hexadecimal digits that name a client's conversation with a worker.
         number: of the request in its session; an answer has its request's.
         fields: as declared for the kind.
-        data: arrays as raw bytes; of a message that was read, its frames, for :func:`arrays_of`.
+        data: arrays as raw bytes; for a received message its frames, for :func:`arrays_of`.
     """
 
     kind: str
@@ -243,7 +243,7 @@ BARE = frozenset(
 
 
 def read_message(frames: Sequence[Frame], kinds: Mapping[str, Mapping[str, Check]]) -> Message:
-    """Return the message that frames make.
+    """Return the message in some frames.
 
     Args:
         frames: as received.
@@ -323,7 +323,7 @@ def arrays_of(frames: Sequence[Frame], wanted: Sequence[tuple[Any, Sequence[int]
     """
     arrays, place = [], 0
     for dtype, shape in wanted:
-        # Python's integers: a product that does not fit must not pass for a small one.
+        # Python's integers: a product that overflows must not look like a small one.
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         count = max(1, -(-nbytes // MAX_FRAME))
         pieces = [memoryview(frame) for frame in frames[place : place + count]]
@@ -367,18 +367,18 @@ def clipped_failure_text(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return what a peer has written as one line that cannot write to a terminal."""
+    """Return a peer's text as one line without control characters for a terminal."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def clipped_trace(text: str) -> str:
-    """Return a traceback as it may travel: its end says most."""
+    """Return a traceback as it may travel: its end, which says most."""
     return text[-_FAILURE_TRACE:]
 
 
 def clipped_failures(failures: Iterable[list[Any]]) -> list[list[Any]]:
-    """Return the first failures, so many as a header takes; the first one always."""
+    """Return the first failures, as many as fit into a header; at least the first one."""
     room, kept = _FAILURES_BYTES, list[list[Any]]()
     for failure in failures:
         room -= len(json.dumps(failure))

@@ -1,4 +1,4 @@
-"""What a client's requests "run" say, and which values of reductions the workers know already."""
+"""The content of a client's "run" requests, and which values of reductions the workers know already."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Request = tuple[dict[str, Any], list[RawFrame]]
 
 
 class RunRequests:
-    """Makes the requests of one client's sessions, which all hear the same.
+    """Makes the requests of one client's sessions, which all get the same.
 
     Args:
         first: the first segment of a step that workers run.
@@ -32,7 +32,7 @@ class RunRequests:
         self._sent: dict[str, Any] = {}
 
     def forget(self) -> None:
-        """Take it that workers know no values."""
+        """Assume from now on that the workers know no values."""
         self._values = None
 
     def following(self, segment: int, frame: Frame) -> Request:
@@ -52,7 +52,7 @@ class RunRequests:
         return request
 
     def again(self, segment: int, frame: Frame, values: Mapping[str, Any]) -> Request:
-        """Return a request of the step under way to one worker that has heard nothing of it.
+        """Return a request of the current step for one worker that knows nothing of it.
 
         Raises:
             LinkError: a value cannot travel.
@@ -74,7 +74,7 @@ class RunRequests:
 
 
 def values_of(program: Program, segment: Segment) -> list[str]:
-    """Return the names of the values that are known once a segment is made."""
+    """Return the names of the values that are known after a segment."""
     reduced = [program.reductions[slot].name for slot in segment.reductions]
     return reduced + [name for _, derive in segment.derives for name in derive.names]
 

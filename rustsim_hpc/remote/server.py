@@ -1,4 +1,4 @@
-"""The loop of a worker: take a request, check it, serve it, answer; drop what is none."""
+"""The loop of a worker: receive a request, check it, serve it, answer; drop invalid messages."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _NOBODY = "0" * 32
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What a worker gives away at most.
+    """Limits on what a worker provides.
 
     Attributes:
         memory: bytes of columns and reductions, all sessions together.
         sessions: how many sessions.
-        idle_seconds: after which a session that asks nothing is ended.
+        idle_seconds: after which a session without requests is ended.
         threads: that run a session's partitions.
     """
 
@@ -49,9 +49,9 @@ class WorkerLimits:
 
 @dataclass
 class _Session:
-    """A session of a client: whose it is, what it holds, and its last answer, should that be asked for again.
+    """A session of a client: its owner, what it holds, and its last answer, in case it is requested again.
 
-    What is kept has an end: one answer a session, and so many sessions and bytes as the limits say.
+    Storage is bounded: one answer a session, and as many sessions and bytes as the limits allow.
     """
 
     peer: Peer
@@ -68,7 +68,7 @@ class WorkerServer:
         endpoint: where to listen; see :class:`~rustsim_hpc.remote.sockets.WorkerSocket`.
         keys: its keys, or None on the loopback.
         models: what it can run.
-        limits: what it gives away.
+        limits: on what it provides.
         tell: called with a line where there is something to tell.
 
     Raises:
@@ -105,7 +105,7 @@ class WorkerServer:
                 return
 
     def close(self) -> None:
-        """Stop listening and let go of everything."""
+        """Stop listening and release everything."""
         for session in self._sessions.values():
             session.held.close()
         self._sessions.clear()
@@ -192,7 +192,7 @@ class WorkerServer:
                 self._sessions.pop(name).held.close()
 
     def _tell_once(self, peer: str, line: str) -> None:
-        """Tell what a peer did wrong, its first time only, and of so many peers only."""
+        """Report a peer's mistake, only its first one and only for a limited number of peers."""
         if peer not in self._reported and len(self._reported) < _PEERS_REPORTED:
             self._reported.add(peer)
             self._tell(shown(line))

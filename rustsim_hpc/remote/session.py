@@ -34,23 +34,22 @@ T = TypeVar("T")
 
 
 class RemoteSession:
-    """A rank's partitions on remote workers; the columns here lag behind, and are brought up on demand.
+    """A rank's partitions on remote workers; the columns here lag behind, and are updated on demand.
 
-    While workers hold the state, this session keeps it (see :class:`~rustsim_hpc.state.memory.Keeper`). A
-    worker is told of a commit by the side that the next request calls the current one. Of a worker that is
-    lost, the rows are made again here, from the state that was here last and the values of the steps since;
-    where it has been restarted meanwhile, it gets them, makes its part of the step under way once more,
-    and the step goes on.
+    While workers hold the state, this session is its keeper (:class:`~rustsim_hpc.state.memory.Keeper`). A
+    worker learns of a commit from the side that the next request names as the current one. The rows of a lost
+    worker are recomputed here, from the last state that was here and the values of the steps since; if it has
+    been restarted meanwhile, it gets them, repeats its part of the current step, and the step continues.
 
     Args:
         work: the bound program.
         shares: its partitions by worker.
-        contacts: how its workers are reached.
-        keep_steps: steps after which the state is brought here without being asked for.
+        contacts: the links to its workers.
+        keep_steps: steps after which the state is fetched without being asked for.
         tell: called with a line that the user should read.
 
     Attributes:
-        machines: what workers have said of theirs, by endpoint.
+        machines: what workers have reported about theirs, by endpoint.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class RemoteSession:
             self.board.states[slot][places] = states
         self.compile_seconds = max(self.compile_seconds, result.compile_seconds)
         if result.failures and not self.work.program.swapped:
-            self._contacts.give_up(share)  # its rows are half made, in place
+            self._contacts.give_up(share)  # its rows are partly updated, in place
         return result.failures
 
     # -- where the state is --------------------------------------------------------------------------
@@ -141,13 +140,13 @@ class RemoteSession:
         return int(self.work.memory.parity[swapped[0]]) if swapped else 0
 
     def _prepare(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """See to it that every worker holds the state that a segment sets out from."""
+        """Make sure that every worker holds the state that a segment starts from."""
         memory, swapped = self.work.memory, self.work.program.swapped
         made = self._made
         if segment == OBSERVE and not (
             made is not None and made.after == frame.step_index and made.side == self._side()
         ):
-            # The stepper has put the current state where an observation looks for the next one.
+            # The stepper has put the current state where an observation expects the next one.
             memory.swap(swapped)
             try:
                 return self._ready(frame.step_index)
@@ -173,7 +172,7 @@ class RemoteSession:
         return failures
 
     def _start_over(self, step: int) -> None:
-        """Begin with the state that is here; what workers hold is void."""
+        """Start from the state that is here; what workers hold is invalid."""
         self._journal.clear()
         self._made, self._step, self._lost = None, step, ""
         for share in self._shares:
@@ -181,7 +180,7 @@ class RemoteSession:
             share.home, share.home_side = step, self._side()
 
     def _settle(self, step: int | None = None) -> None:
-        """Find out whether the last step was committed; ``step``: the next one, None between steps."""
+        """Determine whether the last step was committed; ``step``: the next one, None between steps."""
         made = self._made
         if made is None:
             return
@@ -200,7 +199,7 @@ class RemoteSession:
         """Bring the columns here up to date with the last committed step.
 
         Raises:
-            ExecutorError: a worker is lost, and its rows cannot be made again.
+            ExecutorError: a worker is lost, and its rows cannot be recomputed.
         """
         self._settle()
         behind = [share for share in self._shares if share.home != self._step]
@@ -240,7 +239,7 @@ class RemoteSession:
         return fetched
 
     def _make_again(self, share: Share) -> None:
-        """Make the rows of a share up to the last committed step, from those that are here."""
+        """Recompute the rows of a share up to the last committed step, from those that are here."""
         if self._lost:
             raise ExecutorError(Worker(share.tasks[0].assignment.partition_id, self._lost))
         if share.home == self._step or not self.work.program.written:
@@ -249,7 +248,7 @@ class RemoteSession:
         now = memory.parity.copy()
         if share.home_side != self._side():
             memory.swap(self.work.program.swapped)
-        memory.keeper = None  # here the columns are to be worked on
+        memory.keeper = None  # the columns are modified here
         try:
             make_again(self.work, share.places, self._journal.since(share.home))
         except ExecutorError as error:
@@ -261,7 +260,7 @@ class RemoteSession:
         share.home, share.home_side = self._step, self._side()
 
     def fnv1a(self, state: int, column: int, *, other: bool) -> int:
-        """Carry a FNV-1a chain on over the rows of a column of the state that was made last.
+        """Continue a FNV-1a chain over the rows of a column of the state that was made last.
 
         Raises:
             ExecutorError: a worker is lost.
@@ -290,11 +289,11 @@ class RemoteSession:
     # -- workers come and go -------------------------------------------------------------------------
 
     def _ask(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
-        """Lead a conversation with the worker of each share; again with one that was restarted."""
+        """Run a conversation with the worker of each share; again with one that was restarted."""
         results = converse([(self._contacts[share], talk(share, again=False)) for share in shares])
         for _ in range(self._contacts.patience.retries):
             again = [place for place, result in enumerate(results) if _lost_session(result)]
-            # A step that has failed elsewhere is not worth the trouble.
+            # Not for a step that has failed elsewhere.
             if not again or any(_failed(result) for result in results):
                 break
             fresh = self._begin_again([shares[place] for place in again], talk, segment)
@@ -303,9 +302,9 @@ class RemoteSession:
         return results
 
     def _begin_again(self, shares: Sequence[Share], talk: Question[T], segment: int) -> list[T | LinkError]:
-        """Bring workers that have forgotten everything to where the others are, and ask them once more."""
+        """Bring restarted workers to the state of the others, and ask them once more."""
         self._settle()
-        # What the step under way has made so far; of one that is made but not committed, everything.
+        # The segments of the current step made so far; all of them if it is made but not committed.
         behind = max(segment, 0) if self._made is None else self._last + 1
         aside = self.work.program.swapped if segment == OBSERVE and self._made is None else ()
         self.work.memory.swap(aside)  # see `_prepare`
@@ -329,11 +328,11 @@ class RemoteSession:
         return results
 
     def _catching_up(self, share: Share, talk: Question[T], behind: int) -> Talk[T]:
-        """Bring a fresh session a share's rows, let it make the first segments of the step, and ask it."""
+        """Send a new session a share's rows, let it repeat the first segments of the step, and ask it."""
         facts = yield from self._loading(share, fresh=True)
         frame, known = self._frame, dict[str, Any]()
         for number, segment in enumerate(self.work.program.segments[:behind]):
-            assert frame is not None  # noqa: S101 (a step is under way)
+            assert frame is not None  # noqa: S101 (a step is in progress)
             if segment.items:
                 request = self._requests.again(number, frame, known)
                 reports = yield from self._running(share, request, self._side(), segment.reductions)
@@ -345,7 +344,7 @@ class RemoteSession:
         return (yield from talk(share, again=True))
 
     def _load(self, shares: Sequence[Share]) -> list[PhaseFailure]:
-        """Bring workers the rows of their shares, in new sessions where there are none."""
+        """Send workers the rows of their shares, in new sessions where there are none."""
         self._requests.forget()
         failures, left = list[PhaseFailure](), self._contacts.patience.retries
         while shares:
@@ -371,7 +370,7 @@ class RemoteSession:
         return self._contacts.loading(share, self._step, self._side(), fresh=fresh)
 
     def _have(self, share: Share, facts: Mapping[str, Any] | None) -> None:
-        """Note that a worker has its rows; ``facts``: of its machine, where its session is fresh."""
+        """Note that a worker has its rows; ``facts``: of its machine, if its session is new."""
         share.loaded = True
         if facts is not None:
             self.machines[share.address.endpoint] = facts
@@ -381,7 +380,7 @@ class RemoteSession:
             self._tell(line)
 
     def close(self) -> None:
-        """Bring the state here and end the sessions; calling it again does nothing."""
+        """Fetch the state and end the sessions; calling it again does nothing."""
         try:
             if self.work.memory.keeper is self:
                 self.work.memory.take_back()

@@ -1,4 +1,4 @@
-"""Partitions that lie with one remote worker: where they stand, and what is said of the worker."""
+"""Partitions that one remote worker holds: their state, and the errors about the worker."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rustsim_hpc.remote.link import Link, LinkError
 
 @dataclass
 class Share:
-    """Partitions that follow one another and belong to one worker.
+    """Consecutive partitions that belong to one worker.
 
     Attributes:
         places: in the list of tasks.
         tasks: the partitions.
         endpoint: of the worker, as the plan has it.
-        address: the same, understood.
+        address: the same, parsed.
         link: the session, or None where there is none.
         loaded: whether the worker holds the rows of the last committed step.
         base: parity of the written columns, here, that is the worker's side 0.
@@ -60,10 +60,10 @@ class Share:
 
 
 def model_of(work: Work) -> ModelReference:
-    """Return which model a work's phases are of.
+    """Return the reference of the model that a work's phases belong to.
 
     Raises:
-        ExecutorError: they are of none that a worker could have installed.
+        ExecutorError: they belong to none that a worker could have installed.
     """
     if isinstance(work.model, ModelReference):
         return work.model
@@ -74,7 +74,7 @@ def model_of(work: Work) -> ModelReference:
 
 
 def failure_of(error: Any) -> PhaseFailure:
-    """Return a worker's failure as data; it keeps what the error says of it."""
+    """Return a worker's failure as data, with the facts of the error."""
     return PhaseFailure(
         partition=error.partition,
         worker=None,

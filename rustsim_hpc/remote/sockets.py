@@ -63,13 +63,13 @@ def new_key_pair() -> tuple[str, str]:
 
 @functools.cache
 def _context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return what all clients of this process share: one thread for input and output."""
+    """Return the context that all clients of this process share, with one I/O thread."""
     context: zmq.Context[zmq.Socket[bytes]] = library().Context()
     return context
 
 
 def _prepare(socket: zmq.Socket[bytes]) -> None:
-    """Set what both sides have in common; before anything is connected, and so without a default left."""
+    """Set the options that both sides share; call this before the socket is connected or bound."""
     zmq = library()
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)  # of one frame
@@ -115,7 +115,7 @@ class ClientSocket:
         self._socket.connect(address.endpoint)
 
     def send(self, frames: Sequence[Frame]) -> bool:
-        """Queue a message, which goes when there is a connection; return whether there was room for it."""
+        """Queue a message, which is sent once connected; return whether there was room for it."""
         zmq = library()
         try:
             self._socket.send_multipart(frames)
@@ -132,7 +132,7 @@ class ClientSocket:
             return None
 
     def events(self) -> list[str]:
-        """Return what has become of the connection since the last call: open, shut, refused."""
+        """Return the events of the connection since the last call: open, shut, refused."""
         zmq = library()
         words = {zmq.EVENT_HANDSHAKE_SUCCEEDED: "open", zmq.EVENT_DISCONNECTED: "shut"}
         found = []
@@ -172,7 +172,7 @@ class Peer:
 
     @property
     def owner(self) -> str:
-        """What its sessions are known by: a client with a key may come from several addresses."""
+        """The owner of its sessions: a client with a key may come from several addresses."""
         return self.key or self.address
 
     def __str__(self) -> str:
@@ -186,8 +186,8 @@ class WorkerSocket:
     Args:
         endpoint: ``tcp://HOST:PORT``; ``*`` for any free port.
         keys: None to let in everybody who can reach it, which is allowed on the loopback alone.
-        tell: called with who and a line for each peer that is not let in or sends without end; once a peer is
-            the callee's business. It may be called from other threads.
+        tell: called with the peer and a line for each peer that is rejected or sends without end; the callee
+            has to limit it to once a peer. It may be called from other threads.
 
     Attributes:
         endpoint: with the port that was taken.
@@ -214,7 +214,7 @@ class WorkerSocket:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
             self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-            # Should nobody be at the gate, then nobody is let in.
+            # Without a running authenticator nobody is let in.
             self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -244,7 +244,7 @@ class WorkerSocket:
         return bytes(route.buffer), _peer(route), [frame.buffer for frame in frames]
 
     def send(self, route: bytes, frames: Sequence[Frame]) -> None:
-        """Send an answer; one that its client is not there to take, or takes too slowly, is dropped."""
+        """Send an answer; it is dropped if its client is gone or receives too slowly."""
         zmq = library()
         try:
             self._socket.send_multipart([route, *frames], copy=False)
@@ -295,7 +295,7 @@ def _gate(context: Any, keys: WorkerKeys, tell: Callable[[str, str], None]) -> A
 
 
 class _Allowed:
-    """Says which keys are let in, and tells of the others."""
+    """Says which keys are let in, and reports the others."""
 
     def __init__(self, keys: frozenset[str], tell: Callable[[str, str], None]) -> None:
         self._keys = keys

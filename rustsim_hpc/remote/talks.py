@@ -32,10 +32,10 @@ _IDS = -1
 
 @dataclass(frozen=True)
 class Opening:
-    """What a worker has to know of a run of partitions before it gets their rows.
+    """What a worker has to know about consecutive partitions before it gets their rows.
 
     Attributes:
-        work: the program, its parameters, tables and seed; its memory is not looked at.
+        work: the program, its parameters, tables and seed; its memory is not used.
         tasks: the partitions, one after the other.
         model: SHA-256 of the model's source file.
         phases: names of the phases to run.
@@ -88,7 +88,7 @@ class Opening:
 
 
 def open_talk(link: Link, opening: Opening, endpoint: str) -> Talk[Mapping[str, Any]]:
-    """Open a session; returns what the worker says of its machine."""
+    """Open a session; return what the worker reports about its machine."""
     answer = yield opening.request(link, endpoint)
     return answer.fields
 
@@ -96,7 +96,7 @@ def open_talk(link: Link, opening: Opening, endpoint: str) -> Talk[Mapping[str, 
 def load_talk(
     link: Link, ids: Array | None, columns: Sequence[Array], first_row: int, step: int
 ) -> Talk[None]:
-    """Send ids and columns as the state of a step, and see that they have arrived as they are."""
+    """Send ids and columns as the state of a step, and verify that they arrived unchanged."""
     wanted = [0 if ids is None else digest_column(ids, first_row, 0)]
     wanted += [digest_column(column, first_row, place + 1) for place, column in enumerate(columns)]
     sources = [*([(_IDS, ids)] if ids is not None else []), *enumerate(columns)]
@@ -118,7 +118,7 @@ def fetch_talk(
     step: int,
     side: int,
 ) -> Talk[list[list[Array]]]:
-    """Fetch columns of the state of a step, in pieces; each is proved by its digest."""
+    """Fetch columns of the state of a step, in pieces; each is verified by its digest."""
     fetched = []
     for column, dtype in columns:
         pieces = []
@@ -133,7 +133,7 @@ def fetch_talk(
 
 
 def hash_talk(link: Link, step: int, side: int, column: int, *, other: bool, state: int) -> Talk[int]:
-    """Carry a FNV-1a chain on over a column; returns its new state."""
+    """Continue a FNV-1a chain over a column; return its new state."""
     answer = yield link.ask("hash", step=step, side=side, column=column, other=other, state=state)
     return int(answer.fields["state"])
 
@@ -149,7 +149,7 @@ def digest_of_pieces(pieces: Sequence[Array], first_row: int, column: int) -> in
 
 @dataclass(frozen=True)
 class Reports:
-    """What a worker reports of a segment; arrays as on a board, one row a partition."""
+    """What a worker reports about a segment; arrays as on a board, one row a partition."""
 
     times: Array
     digests: Array

@@ -1,4 +1,4 @@
-"""The client of self-contained tasks: a partition's rows go out with each task, and come back changed."""
+"""The client of self-contained tasks: a partition's rows are sent with each task, and come back changed."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class _Desk:
 class ZmqPartitionClient:
     """Runs tasks at workers started by ``rustsim-hpc worker``; a client of ``EndpointPartitionExecutor``.
 
-    Each task carries the partition's rows there and back; workers need not remember anything. A session that
-    a worker does not know any more (it was restarted) is opened again. Phases are column phases of a model
-    that the workers have installed: names travel, and the model's hash, never functions.
+    Each task carries the partition's rows both ways; workers keep no state between tasks. A session that
+    a worker no longer knows (it was restarted) is opened again. Phases are column phases of a model that
+    the workers have installed: names and the model's hash are sent, never functions.
 
     Args:
         model: the model's module, as a job names it: the path of a Python file, or an importable name.
@@ -59,7 +59,7 @@ class ZmqPartitionClient:
             :class:`~rustsim_hpc.remote.executor.RemotePartitionExecutor`.
 
     Raises:
-        InvalidConfig: a number that cannot be right, keys that cannot be read, or pyzmq is missing.
+        InvalidConfig: a number is invalid, keys cannot be read, or pyzmq is missing.
         ModelError: the model cannot be loaded.
     """
 
@@ -140,7 +140,7 @@ class ZmqPartitionClient:
         state: DeviceSoaCheckpoint,
         phases: Sequence[PartitionExecutablePhase],
     ) -> None:
-        """Raise Worker unless a worker with this client's model does what the task asks for."""
+        """Raise Worker unless a worker with this client's model can do the task."""
         partition = context.partition_id
         own = {phase.name: phase for phase in model.phases if isinstance(phase, ColumnPhase)}
         for phase in phases:
@@ -158,7 +158,7 @@ class ZmqPartitionClient:
     # -- the conversation ----------------------------------------------------------------------------
 
     def _tried(self, desk: _Desk, endpoint: str, checkpoint: PartitionCheckpoint) -> Any:
-        """Lead the conversation; once more, from the start, where the worker does not know its session."""
+        """Run the conversation; once more, from the start, if the worker does not know its session."""
         for _ in range(2):
             [result] = converse([(desk.link, _whole_task(desk, endpoint, checkpoint))])
             if not isinstance(result, LinkError):
@@ -211,7 +211,7 @@ class ZmqPartitionClient:
 
 
 def _work_of(model: BoundModel, task: Task, names: Sequence[str]) -> Work:
-    """Return the work that a worker will plan: the named phases alone, over no rows of ours."""
+    """Return the work as a worker will plan it: the named phases alone, without rows here."""
     by_name = {phase.name: phase for phase in model.phases}
     options = model.program_options() | {"checks": (), "outputs": ()}
     program = plan_program(model.schema, [by_name[name] for name in names], two_sided=True, **options)

@@ -1,9 +1,9 @@
-"""A thread beside a worker's loop: connections that send without end, and peers that speak something else.
+"""A thread beside a worker's loop that watches for endless messages and for peers with another protocol.
 
-libzmq limits the length of a frame and the number of whole messages that wait, but not the frames of one
-message, which it collects before anybody sees them; and a worker may be busy with a step meanwhile. So this
-thread asks the kernel how much each connection has sent since its last message was taken, and breaks off
-those that have sent more than a message may be long.
+libzmq limits the length of a frame and the number of queued messages, but not the frames of one message,
+which it collects before the worker sees any; and the worker may be busy with a step meanwhile. So this thread
+asks the kernel how much each connection has sent since its last message was taken, and closes those that have
+sent more than the longest message.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Watch:
             self._break_off()
 
     def _break_off(self) -> None:
-        """Break connections off that have sent too much, the worst first."""
+        """Close connections that have sent too much, the worst first."""
         unread: dict[_Peer, int] = {}
         with self._lock:
             for peer, connection in self._connections():
@@ -99,7 +99,7 @@ class Watch:
 
 
 def _socket_of(descriptor: int) -> socket.socket:
-    """Return a socket object of its own for a descriptor."""
+    """Return a new socket object for a descriptor."""
     own = os.dup(descriptor)
     try:
         return socket.socket(fileno=own)

@@ -1,14 +1,14 @@
-"""Samples of arrays as an HDF5 file that no kill can spoil.
+"""Samples of arrays as an HDF5 file that survives a kill at any moment.
 
 An HDF5 file that is open for writing when its process dies is lost, or marked as open for ever (SWMR mode
 does not change that). So none is ever changed in place. Each sample is first appended to a journal,
-``.NAME.journal`` beside the file: whole records with a checksum, that a kill can only tear at the end. Now
-and then the journal is folded: the HDF5 file is copied, the journal's samples are added to the copy, and the
-copy takes the name by fsync and rename; only then is the journal emptied. A kill at any of these moments
-leaves a whole HDF5 file and a journal that together hold every sample; those that are in both are recognised
-by their step. A fold happens when the journal has reached half the size of the file (and at each flush while
-the file is small), so that all copying together costs a small multiple of what is written. Closing folds the
-rest and removes the journal.
+``.NAME.journal`` beside the file, as a record with a checksum; a kill can tear only the last record. From
+time to time the journal is folded: the HDF5 file is copied, the journal's samples are added to the copy, and
+the copy replaces the file by fsync and rename; only then is the journal emptied. A kill at any of these
+moments leaves an intact HDF5 file and a journal that together hold every sample; those that are in both are
+recognised by their step. A fold happens when the journal has reached half the size of the file (and at each
+flush while the file is small), so that all copying together costs a small multiple of what is written.
+Closing folds the rest and removes the journal.
 
 The HDF5 file, for any tool::
 
@@ -106,14 +106,14 @@ class ArrayFile:
         self.last_step = self._layout = None
 
     def resume(self, step: int) -> npt.NDArray[np.int64]:
-        """Go on after ``step``: samples of later steps, and a torn one, are cut off; return the steps kept.
+        """Continue after ``step``: later samples, and a torn one, are cut off; return the steps kept.
 
         Raises:
             OSError: it cannot be read or written.
             ValueError: the HDF5 file is not one of samples.
         """
         stored, layout = _stored(self.path)
-        # The journal first: were the file cut first, a kill in between would leave a gap before the journal.
+        # The journal first: if the file were cut first, a kill in between would leave a gap.
         end, journaled = 0, []
         for record in scan_journal(journal_path(self.path)):
             if record.step > step:
@@ -208,7 +208,7 @@ class ArrayFile:
         """Return the bytes of an HDF5 file without samples."""
         import h5py
 
-        # In memory: what HDF5 cannot write to a disk, it cannot forget either (see `_reserve`).
+        # In memory: HDF5 cannot recover from a failed write to a disk (see `_reserve`).
         with h5py.File("empty", "w", driver="core", backing_store=False) as file:
             file.attrs["format"] = FORMAT
             file.attrs["version"] = VERSION
@@ -252,7 +252,7 @@ def _chunk(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     size = np.dtype(dtype).itemsize
     chunk: list[int] = []
     for extent in reversed(shape):
-        # Equal parts: a chunk that sticks out is padded in the file.
+        # Equal parts: a chunk that extends past the end is padded in the file.
         parts = -(-max(1, extent) // max(1, _LARGEST_CHUNK // size))
         chunk.insert(0, -(-max(1, extent) // parts))
         size *= chunk[0]
@@ -267,7 +267,7 @@ def _create_sampled(file: Any, layout: Layout) -> None:
 
 
 def _batches(records: Iterator[JournalRecord]) -> Iterator[list[JournalRecord]]:
-    """Yield the records in lists of some `_BATCH` bytes: few writes, little memory."""
+    """Yield the records in lists of about `_BATCH` bytes: few writes, little memory."""
     batch: list[JournalRecord] = []
     size = 0
     for record in records:
@@ -292,7 +292,7 @@ def read_samples(path: Path) -> dict[str, Array]:
         ValueError: it is not a file of samples.
     """
     for _ in range(3):
-        # The journal first: a fold in between then shows the samples twice, never not at all.
+        # The journal first: a fold in between then shows samples twice rather than losing them.
         records = list(scan_journal(journal_path(path)))
         arrays, every = _read_file(path)
         steps = arrays["step"]
@@ -383,7 +383,7 @@ def _size(path: Path) -> int:
 
 
 def _plain(error: OSError | RuntimeError, path: Path) -> OSError:
-    """Return what HDF5 raises, many lines and at times no OSError, as the system's own error."""
+    """Return an error of HDF5, which has many lines and is not always an OSError, as a plain OSError."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     found = re.search(r"errno = (\d+)", str(error))

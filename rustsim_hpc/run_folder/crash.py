@@ -42,8 +42,8 @@ def write_crash_bundle(
     """Write this rank's bundle into the run's ``folder``, and return the JSON file's path.
 
     ``fingerprints`` are (step, value) of the last steps; ``more`` goes into the bundle as it is. What is not
-    given is taken from ``error`` where that knows it. Never raises: the error that is being reported matters
-    more. None says that the bundle could not be written.
+    given is taken from ``error`` if it has it. Never raises: the error that is being reported matters more.
+    Returns None if the bundle could not be written.
     """
     facts = error if isinstance(error, RustsimError) else None
     if facts is not None and partition is None and facts.partition is not None:

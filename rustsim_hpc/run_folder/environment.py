@@ -1,4 +1,4 @@
-"""What a run's results can depend on beside its job: versions, hosts, CPU models, the math library."""
+"""What a run's results can depend on besides its job: versions, hosts, CPU models, the math library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """Return the CPU's model name, or the architecture where the system does not tell."""
+    """Return the CPU's model name, or the architecture if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -66,14 +66,14 @@ def _libm() -> tuple[tuple[str, str], ...]:
 
 
 def libm() -> dict[str, str]:
-    """Return what math library this process uses: ``library``, and where known ``path`` and ``blake2b``."""
+    """Return this process's math library: ``library``, and where known ``path`` and ``blake2b``."""
     return dict(_libm())
 
 
 def host_facts(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return this machine's host name, CPU model, architecture, cores that may be used, system and libm.
 
-    device: what this rank's CUDA device is, if it has one; it becomes ``device``.
+    device: facts about this rank's CUDA device, if it has one; returned as ``device``.
     """
     own = {} if device is None else {"device": dict(device)}
     return {
@@ -103,12 +103,12 @@ def by_host(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def worker_facts() -> dict[str, Any]:
-    """Return what a remote worker tells of its machine: `host_facts`, and ``versions``."""
+    """Return what a remote worker reports about its machine: `host_facts`, and ``versions``."""
     return {**host_facts(), "versions": versions()}
 
 
 def by_endpoint(facts: Iterable[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return facts of remote workers, which ranks 0, 1, … know by endpoint, with the ``ranks`` of each."""
+    """Return the facts that ranks 0, 1, … have of remote workers by endpoint, with the ``ranks`` of each."""
     workers: dict[str, dict[str, Any]] = {}
     for rank, known in enumerate(facts):
         for endpoint, own in known.items():
@@ -117,12 +117,12 @@ def by_endpoint(facts: Iterable[Mapping[str, Mapping[str, Any]]]) -> list[dict[s
 
 
 def machines_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the machines that computed a session of a run, or a run: its remote workers, or its hosts."""
+    """Return the machines that computed a session or a run: its remote workers, or else its hosts."""
     return list(session.get("remote_workers") or session.get("hosts") or [])
 
 
 def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines that say in what the hosts of two runs differ so that exp or cos may give other bits.
+    """Return lines on differences between the hosts of two runs that may change the bits of exp or cos.
 
     ``then`` and ``now`` are lists that `by_host`, `by_endpoint` or `host_facts` made. The engine's own random
     numbers and reductions do not depend on these.
@@ -136,10 +136,10 @@ def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, An
 
 
 def mixtures(hosts: Sequence[Mapping[str, Any]], whose: str = "the ranks of this run have") -> list[str]:
-    """Return lines that say in what the hosts of one run differ among themselves, as `differences` does.
+    """Return lines on differences among the hosts of one run, as `differences` does.
 
-    There exp or cos may give other bits when ranks and rows are dealt out otherwise. Remote workers are
-    called by their ``endpoint``; ``whose`` begins each line.
+    There exp or cos may give other bits when ranks and rows are distributed differently. Remote workers are
+    named by their ``endpoint``; ``whose`` begins each line.
     """
     lines = []
     for label, of in (
@@ -165,7 +165,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _versions_of(host: Mapping[str, Any]) -> list[str]:
-    """Return what compiled code depends on, in words; ranks whose versions differ are not let start."""
+    """Return the versions that compiled code depends on, in words; ranks with other versions cannot start."""
     known = host.get("versions")
     return [] if known is None else [", ".join(f"{name} {known.get(name, 'none')}" for name in _COMPILING)]
 

@@ -1,4 +1,4 @@
-"""A run's folder, from the side of the run that writes it: making or taking it, and its record.
+"""A run's folder, as written by the run: creating or reopening it, and its record.
 
 ::
 
@@ -96,8 +96,8 @@ class RunFolder:
     ) -> Self:
         """Make the folder of a new run, lock it, and write ``job.toml`` and ``run.json``.
 
-        With ``force`` a folder that is not empty is taken all the same; what an older run left in it is
-        removed, other files stay.
+        With ``force`` a folder that is not empty is used all the same; files of an older run are removed,
+        other files stay.
 
         Raises:
             RunFolderError: the folder is not empty, in use, or cannot be written; the same on every rank.
@@ -133,9 +133,9 @@ class RunFolder:
         resumed_from: int | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> Self:
-        """Take an existing run's folder to go on with it; left-overs of a killed writer are swept.
+        """Lock an existing run's folder to continue the run; remove what a killed writer left.
 
-        The record of a finished run is not touched before `begin`: what fails until then changes nothing.
+        The record of a finished run is not changed before `begin`: a failure until then leaves it as it was.
 
         Raises:
             RunFolderError: it is no run's folder, its record is damaged, or it is in use; the same on every
@@ -165,7 +165,7 @@ class RunFolder:
         wait_seconds: float,
         resumed_from: int | None,
     ) -> Self:
-        """Let rank 0 begin, all others join, and rank 0 write the record; all together, or nobody."""
+        """Let rank 0 begin, the others join, and rank 0 write the record; if one fails, all raise."""
         lock: FolderLock | None = None
         record: dict[str, Any] = {}
         error: RunFolderError | None = None
@@ -201,7 +201,7 @@ class RunFolder:
 
     @property
     def replay_log(self) -> Path:
-        """Where the recorded stream goes."""
+        """Path of the replay log."""
         return self.path / REPLAY
 
     @property
@@ -210,7 +210,7 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def begin(self) -> None:
-        """Write down that this session works on the run: it is about to change what the run has left.
+        """Write this session to the record, before it changes anything that the run left.
 
         Raises:
             OutputError: the record cannot be written; the file is as before.
@@ -220,11 +220,11 @@ class RunFolder:
             self._write()
 
     def takes_back(self, step_index: int) -> bool:
-        """Return whether a run that was finished goes on from a step before its last, on rank 0."""
+        """Return whether a finished run continues from a step before its last; False except on rank 0."""
         return not self._begun and step_index < int(self.record.get("step_index") or 0)
 
     def update(self, **facts: Any) -> None:
-        """Put facts into the record, on rank 0; elsewhere nothing happens. ``session=`` updates its session.
+        """Add facts to the record on rank 0, else do nothing. ``session=`` updates the current session.
 
         Raises:
             OutputError: the record cannot be written; the file is as before.
@@ -253,7 +253,7 @@ class RunFolder:
         fingerprint: int | None = None,
         reason: str | None = None,
     ) -> None:
-        """Record how this session of the run ended; one that failed before it changed anything, not at all.
+        """Record how this session ended, unless it failed before it changed anything.
 
         Raises:
             OutputError: the record cannot be written.
@@ -266,7 +266,7 @@ class RunFolder:
         self.update(**end, session={**end, "exit_code": exit_code, "reason": reason})
 
     def release(self) -> None:
-        """Let go of the folder; the lock lasts while workers that inherited it live."""
+        """Release the folder; workers that inherited the lock hold it until they end."""
         self.lock.release()
 
 
@@ -291,7 +291,7 @@ def fresh_folder(job: str, parent: Path = Path("runs")) -> Path:
 
 
 def _entries(path: Path) -> list[str]:
-    """Return the names in a folder, except our locks, and what a start that was killed had not finished."""
+    """Return the names in a folder, except the lock files and temporary files of a killed start."""
     names = {entry.name for entry in path.iterdir()} - {OWNER, RANKS}
     return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
 
@@ -305,7 +305,7 @@ def _not_empty(path: Path) -> RunFolderError:
 
 
 def _refuse_if_taken(path: Path, force: bool) -> None:
-    """Refuse what can be refused without touching anything."""
+    """Raise RunFolderError if the folder cannot be used, as far as that is known without changing it."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -330,7 +330,7 @@ _RESERVED = (JOB, RECORD, MANIFEST, REPLAY, metrics_log.FILE, CHECKPOINTS, crash
 
 
 def _clear(path: Path) -> None:
-    """Remove what an older run left; the record last: a kill in between leaves it for the next try."""
+    """Remove an older run's files, the record last: after a kill in between, it is there for the next try."""
     (path / JOB).unlink(missing_ok=True)
     sweep_temporary(path)
     for file in _outputs_of(path):

@@ -1,7 +1,7 @@
-"""What a checkpoint, a replay log or a run's folder holds, and whether it proves itself.
+"""Inspect a checkpoint, a replay log or a run's folder: its content, and whether it is valid.
 
-Whatever the bytes are, looking at them ends in an `Inspection`: what cannot be read, or does not hold, is one
-of its problems.
+Whatever the bytes are, the result is an `Inspection`: what cannot be read, or is invalid, is one of its
+problems.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Inspection:
 
     @property
     def exit_code(self) -> int:
-        """0, or 5 where something does not hold."""
+        """0, or 5 if there are problems."""
         return _DAMAGED if self.problems else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Look at a file or folder and prove it.
+    """Inspect and verify a file or folder.
 
     Raises:
-        RunFolderError: there is nothing, or a folder that is no run's.
+        RunFolderError: the path does not exist, or is a folder that is no run's.
     """
     if not exists(path):
         raise RunFolderError(f"{path}: there is no such file or folder")
@@ -88,7 +88,7 @@ def inspect_path(path: Path) -> Inspection:
             return _checkpoints(path)
         raise RunFolderError(f"{path}: neither a run's folder (it has no {JOB}) nor one of checkpoints")
     if not is_file(path):
-        # A pipe would be waited for.
+        # Opening a pipe would block.
         return Inspection(path, "file", {}, ("it is not a file",))
     if path.name.endswith(".jsonl"):
         return _log(path)
@@ -99,7 +99,7 @@ def inspect_path(path: Path) -> Inspection:
 
 
 def _attempt(problems: list[str], make: Callable[[], T]) -> T | None:
-    """Return `make()`; if it fails in any way, None, and why among the problems."""
+    """Return `make()`; if it fails in any way, add the reason to the problems and return None."""
     try:
         return make()
     except RustsimError as error:
@@ -110,10 +110,10 @@ def _attempt(problems: list[str], make: Callable[[], T]) -> T | None:
 
 
 def _proved(path: Path) -> CheckpointHeader:
-    """Prove a checkpoint's bytes, read all of it, and compute its digests and fingerprint anew.
+    """Verify a checkpoint's bytes, read all of it, and verify its digests and fingerprint.
 
     Raises:
-        CheckpointFileError: it does not hold.
+        CheckpointFileError: it is invalid.
     """
     return load(path, SoloTeam(), lambda header: (0, header.rows)).header
 
@@ -217,7 +217,7 @@ def _devices(run: Run) -> dict[str, str]:
 
 
 def _lineage(run: Run) -> list[dict[str, Any]]:
-    """Return where a run comes from: its parent, then the parent's parent, as far as folders are there."""
+    """Return the origins of a run: its parent, then the parent's parent, as far as the folders exist."""
     found: list[dict[str, Any]] = []
     seen = {run.record.get("run_id")}
     origin = run.lineage
@@ -257,7 +257,7 @@ def _run_log(run: Run, problems: list[str], stated: _Stated) -> str | None:
 
 
 def _prove_all(paths: list[Path], problems: list[str], stated: _Stated) -> dict[str, str]:
-    """Prove checkpoints, against each other's word too; return a line on each."""
+    """Verify checkpoints, and compare their fingerprints with those stated so far; return a line on each."""
     lines = {}
     for path in paths:
         header = _attempt(problems, lambda path=path: _proved(path))  # type: ignore[misc]

@@ -2,19 +2,19 @@
 
 Two flock locks, on two small files that are never removed or replaced::
 
-    .lock         exclusive, rank 0's, and through the inherited descriptor its workers'
-    .lock.ranks   shared, the other ranks' and their workers'
+    .lock         exclusive: rank 0 and, by the inherited descriptor, its workers
+    .lock.ranks   shared: the other ranks and their workers
 
-A lock belongs to an open file description: it lasts until the last process that has the descriptor is gone,
-whoever dies first and however. A newcomer needs the exclusive lock on ``.lock`` and must find nobody on
-``.lock.ranks``, so a single rank or worker that is left of a run keeps it out. One file would not do: going
-from exclusive to shared is not one step everywhere, and a newcomer could come in between. Whoever holds
+A lock belongs to an open file description: it lasts until the last process with the descriptor has ended, in
+whatever order and way they end. A new run needs the exclusive lock on ``.lock`` and must find ``.lock.ranks``
+unlocked, so a single remaining rank or worker of a run keeps it out. One file would not do: converting an
+exclusive lock to a shared one is not atomic everywhere, and a new run could take it in between. The holder of
 ``.lock`` writes a token into it; a rank that joins too late, when another run has the folder, finds another
-one and leaves.
+token and leaves.
 
-Ranks on several machines see each other's locks where the file system carries flock: NFS from Linux 2.6.12 on
-(as byte-range locks of the server), Lustre mounted with ``flock``, GPFS. Lustre's ``localflock`` keeps runs
-apart on each machine only. Where there is no flock at all the run goes on without a lock and says so.
+Ranks on several machines see each other's locks if the file system supports flock: NFS from Linux 2.6.12 on
+(as byte-range locks of the server), Lustre mounted with ``flock``, GPFS. Lustre's ``localflock`` separates
+runs on each machine only. Without any flock the run goes on without a lock and warns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rustsim_hpc.files import open_regular, read_json
 OWNER = ".lock"
 RANKS = ".lock.ranks"
 WAIT_SECONDS = 5.0
-"""How long a newcomer waits for a run that is dying."""
+"""How long a new run waits for one that is ending."""
 
 _POLL_SECONDS = 0.05
 _held: set[int] = set()
@@ -49,8 +49,8 @@ class FolderLock:
     """A process's hold on a run's folder; make one by `claim` (rank 0) or `join` (other ranks).
 
     Attributes:
-        token: what all ranks of this run know the lock by.
-        descriptors: what a worker process must inherit (``pass_fds``) to hold the lock as well.
+        token: identifies the lock of this run to all its ranks.
+        descriptors: those that a worker process must inherit (``pass_fds``) to hold the lock as well.
     """
 
     def __init__(self, token: str, descriptor: int) -> None:
@@ -73,7 +73,7 @@ class FolderLock:
             token = secrets.token_hex(8)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             holder = {"token": token, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
-            # In place: a renamed file would be another lock.
+            # Written in place: a renamed file would be another lock.
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
             os.fsync(descriptor)
@@ -100,7 +100,7 @@ class FolderLock:
         return cls(token, descriptor)
 
     def release(self) -> None:
-        """Let go of the folder; workers that inherited the lock hold it until they end."""
+        """Release the folder; workers that inherited the lock hold it until they end."""
         for descriptor in self.descriptors:
             _held.discard(descriptor)
             with contextlib.suppress(OSError):  # a model that closes what is not its own
@@ -142,7 +142,7 @@ def is_locked(folder: Path) -> bool:
         try:
             descriptor = open_regular(folder / name, os.O_RDWR)
         except OSError:
-            # Not there, or not ours to write: then nobody can be told from somebody.
+            # Missing or not writable: whether it is locked cannot be found out.
             continue
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -156,7 +156,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _wait(folder: Path, name: str, kind: int, deadline: float) -> int:
-    """Return a descriptor of the lock file that has the lock, or raise at the deadline."""
+    """Return a descriptor that holds the lock on a lock file, or raise at the deadline."""
     while True:
         try:
             descriptor = open_regular(folder / name, os.O_RDWR | os.O_CREAT)
@@ -196,7 +196,7 @@ def _lock(descriptor: int, kind: int, folder: Path) -> bool:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Return whether the descriptor is still the file of that name: the folder may have been made again."""
+    """Return whether the descriptor is still the file of that name: the folder may have been recreated."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -135,7 +135,7 @@ class OutputSet:
         self._open: list[_Recorder] = []
 
     def open(self, resume_step: int | None = None, first_step: int = 0) -> None:
-        """Begin anew with the state at ``first_step`` (None), or go on from the state at ``resume_step``.
+        """Start new files at ``first_step`` (``resume_step`` None), or continue after ``resume_step``.
 
         Raises:
             OutputError: a file cannot be written; on resume also: it is not this output's, or lacks rows from
@@ -153,7 +153,7 @@ class OutputSet:
                 write_atomic(self.folder / MANIFEST, json.dumps(self._manifest(), indent=1) + "\n")
 
     def due(self, step: int) -> tuple[Recorded, ...]:
-        """Return the outputs that want a row or sample of the state at ``step`` and do not have it yet."""
+        """Return the outputs that are due at ``step`` and do not have that row or sample yet."""
         return tuple(
             o.declaration
             for o in self._open
@@ -220,7 +220,7 @@ class OutputSet:
         return self.pictures
 
     def files(self) -> dict[str, Path]:
-        """Return the path of every output that is there, by its file's name in the model."""
+        """Return the path of every output that exists, by its file's name in the model."""
         paths = {declaration.file: self.folder / declaration.file for declaration in self.declarations}
         return {name: path for name, path in paths.items() if path.exists()}
 
@@ -265,7 +265,7 @@ class OutputSet:
                 return output
             steps = self._steps(declaration.every, resume_step)
             have = output.resume(steps, resume_step)
-            # A kill may have come between the commit of resume_step and its row: `record` makes up for that.
+            # A kill may have come between the commit of resume_step and its row: `record` then adds the row.
             if have != steps and have != [step for step in steps if step < resume_step]:
                 raise OutputError(
                     f'output "{declaration.file}" ends at {f"step {have[-1]}" if have else "its start"}, '

@@ -1,4 +1,4 @@
-"""Drawing a run's pictures: the only door to matplotlib, through figures of their own and the Agg backend."""
+"""Draw a run's pictures: the only door to matplotlib, without pyplot and with the Agg backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HINT = "pip install 'rustsim-hpc[plot]'"
 
 @dataclass(frozen=True)
 class PictureReport:
-    """What became of a run's pictures: the files drawn, and (file, reason) of those skipped."""
+    """The result of drawing a run's pictures: the files drawn, and (file, reason) of those skipped."""
 
     drawn: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()

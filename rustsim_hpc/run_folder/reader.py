@@ -87,7 +87,7 @@ class Run:
         Raises:
             RunFolderError: it is damaged.
         """
-        # A run that was killed in its first moment has none.
+        # A run that was killed right after its start has none.
         self.record = read_record(self.path) if (self.path / RECORD).exists() else {}
 
     @property
@@ -127,7 +127,7 @@ class Run:
 
     @property
     def step_index(self) -> int:
-        """The step that is known to be reached: the record's or, unless done, the newest checkpoint's."""
+        """The last step known to be reached: the record's or, unless done, the newest checkpoint's."""
         recorded = int(self.record.get("step_index") or 0)
         return recorded if self.record.get("status") == "done" else max(recorded, *self.checkpoints(), 0)
 

@@ -36,14 +36,14 @@ _KINDS: Final = {
     "job": str, "seed": int, "agents": int, "steps": int, "params": dict, "model": str, "hosts": list,
     "status": str, "step_index": int, "fingerprint": str, "sessions": list,
 }  # fmt: skip
-"""What the record's values must be, where there are any."""
+"""Types that the record's values must have, where they are present."""
 
 Status = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run's record says of the job; the machine's side is found out by the folder itself.
+    """What a run's record says about the job; the folder itself adds the facts about the machines.
 
     Attributes:
         job: the job's name.
@@ -107,7 +107,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _are_machines(value: Any) -> bool:
-    """Return whether this may be what `environment.by_host` or `by_endpoint` made."""
+    """Return whether a value has the form of a result of `environment.by_host` or `by_endpoint`."""
     return isinstance(value, list) and all(
         isinstance(machine, dict)
         and isinstance(machine.get("libm", {}), dict)
@@ -130,7 +130,7 @@ def begin_session(
     ranks: int,
     resumed_from: int | None,
 ) -> None:
-    """Update the record for a process that begins, or goes on with, the run."""
+    """Update the record for a process that begins or continues the run."""
     known = asdict(facts)
     del known["device"]  # of one rank; `hosts` has those of all
     lineage = known.pop("lineage") or record.get("lineage")

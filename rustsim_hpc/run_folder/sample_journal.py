@@ -85,7 +85,7 @@ def scan_journal(path: Path) -> Iterator[JournalRecord]:
     with file:
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             magic, header_size, payload_size, expected = _HEAD.unpack(head)
-            # Sizes first: a damaged one must not make us ask for the memory.
+            # Check the sizes first: a damaged one must not lead to a huge allocation.
             if magic != _MAGIC or header_size + payload_size > os.fstat(file.fileno()).st_size - file.tell():
                 return
             header, payload = file.read(header_size), file.read(payload_size)

@@ -89,7 +89,7 @@ class SeriesFile:
         self._file: AppendFile | None = None
 
     def start(self) -> None:
-        """Begin an empty series, in place of any old one.
+        """Create an empty series, in place of any old one.
 
         Raises:
             OSError: it cannot be written.
@@ -99,7 +99,7 @@ class SeriesFile:
         self.rows = 0
 
     def resume(self, rows: int) -> None:
-        """Go on after at most ``rows`` data rows; what follows them, a torn line too, is cut off.
+        """Continue after at most ``rows`` data rows; what follows them, a torn line too, is cut off.
 
         Raises:
             OSError: it cannot be read or written.

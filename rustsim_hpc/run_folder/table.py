@@ -1,4 +1,4 @@
-"""One table of many runs: what an ensemble or a parameter sweep has come to, as CSV.
+"""One table of many runs: the results of an ensemble or a parameter sweep, as CSV.
 
 ::
 
@@ -6,7 +6,7 @@
     params.NAME                                             a column a parameter
     SERIES.COLUMN                                           the last value of each column of each series
 
-A run that lacks something leaves the field empty.
+A field is empty where the run lacks the value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROUNDS: Final = 10
 
 @dataclass(frozen=True)
 class RunTable:
-    """Runs as rows; `columns` are in the order of the text, a row has those that its run has."""
+    """Runs as rows; `columns` are in the order of the CSV text, a row has those that its run has."""
 
     columns: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
@@ -69,8 +69,8 @@ def collect_runs(folder: Path) -> RunTable:
 def write_table(folder: Path, file: Path) -> RunTable:
     """Write the table of the runs below `folder` to the CSV file `file`, and return it.
 
-    Runs that end together may all call this: the file is replaced as a whole, and whoever finds that another
-    run has ended meanwhile writes again, so that the last table has all of them, without a lock.
+    Runs that end together may all call this: the file is replaced atomically, and a caller that finds that
+    another run has ended meanwhile writes again, so that the last table has all of them, without a lock.
 
     Raises:
         RunFolderError: there is no run.
