@@ -4,10 +4,10 @@ A rank that is stuck or fails alone cannot tell the others by MPI: they wait in 
 writes a mark to a file. The watchdogs of the other ranks poll the file and mark their ranks; once all are
 marked, all exit. If one rank exited first, the launcher would kill the others and return their exit code.
 
-The file has two bytes for each rank. The first is its exit code. It writes the second after it has seen the
-first of all ranks: a rank that is stopped after writing its first would keep the launcher waiting forever if
-the others had exited in good order. The file is in this machine's temporary folder and, as soon as there is
-a run folder, also there, where ranks on other machines see it.
+The file has two bytes for each rank. The first is its exit code. The rank writes the second after it has
+seen the first of all ranks: a rank that is stopped after writing its first would keep the launcher waiting
+forever if the others had exited in good order. The file is in this machine's temporary folder and, as soon
+as there is a run folder, also there, where ranks on other machines see it.
 """
 
 from __future__ import annotations
