@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # that of `errors`, which is not imported yet
 
 
 def _on_interrupt(_number: int, frame: FrameType | None) -> None:

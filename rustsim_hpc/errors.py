@@ -7,7 +7,7 @@ family's variants are attributes of their root too: `PartitionPlanError.EmptyRan
 from __future__ import annotations
 
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rustsim_hpc.facts import PartitionLike
 from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
@@ -32,6 +32,13 @@ from rustsim_hpc.partition_errors import WorkerCountMismatch as WorkerCountMisma
 if TYPE_CHECKING:
     # In a base class a variant's name is the ClassVar; annotations reach the class through the module.
     import rustsim_hpc.errors as here  # noqa: PLW0406
+
+
+EXIT_FAILED: Final = 3
+"""Exit code after an error that is not one of these."""
+
+EXIT_INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C, as shells give it."""
 
 
 class ColumnarRuntimeError(RustsimError, RuntimeError):

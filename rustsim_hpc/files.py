@@ -55,28 +55,22 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int
     raise NotAFileError(path)
 
 
+# Where the system reports an error, such as a name too long, these return False; the methods of Path raise.
+
+
 def exists(path: Path) -> bool:
-    """Return whether a path exists; also False if the system reports an error, such as a name too long."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    """Return whether a path exists."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a path is a regular file; also False if the system reports an error."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    """Return whether a path is a regular file."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path is a folder; also False if the system reports an error."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
+    """Return whether a path is a folder."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def require_regular(path: Path) -> None:

@@ -20,11 +20,8 @@ from rustsim_hpc.cli.run import resume, run
 from rustsim_hpc.cli.show import doctor, inspect, plan
 from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
-from rustsim_hpc.errors import RustsimError, named
+from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, RustsimError, named
 from rustsim_hpc.version import __version__
-
-EXIT_FAILED: Final = 3
-EXIT_INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\b
 Examples:

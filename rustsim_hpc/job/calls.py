@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rustsim_hpc.errors import JobError, RustsimError, named, nearest
+from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, JobError, RustsimError, named, nearest
 from rustsim_hpc.job import launch
 from rustsim_hpc.job.options import OPTION_KEYS, RESUME_OPTIONS, RUN_OPTIONS
 from rustsim_hpc.job.restored import with_last_goal
@@ -31,8 +31,6 @@ from rustsim_hpc.ranks.team import Team, open_team
 if TYPE_CHECKING:
     from rustsim_hpc.job.keys import JobSpec
     from rustsim_hpc.job.summary import RunSummary
-
-EXIT_INTERRUPTED: Final = 130
 
 _NOT_A_FILE: Final = Path("job")
 _COMMANDS_OWN: Final = ("--dry-run", "--no-progress", "--json")
@@ -130,7 +128,7 @@ def _ranks() -> Iterator[Team]:
         raise
     except BaseException as error:
         if team.size > 1:
-            code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else launch.EXIT_FAILED
+            code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
             team.abort(code, f"rank {team.rank}: {named(error)}")
         raise
 

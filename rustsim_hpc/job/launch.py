@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.runtime import ColumnarRuntime
-from rustsim_hpc.errors import CheckpointFileError, JobError, RustsimError
+from rustsim_hpc.errors import EXIT_FAILED, CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.loop import JobRun, LoopResult
 from rustsim_hpc.job.plan import RunPlan, partition_count, plan_run, worker_count
@@ -42,9 +42,6 @@ from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.storage.folder import find_checkpoint, move_aside, sweep
 from rustsim_hpc.storage.reading import on_first_rank
 from rustsim_hpc.storage.restoring import load_newest
-
-EXIT_FAILED: Final = 3
-"""Exit code after an unexpected error."""
 
 
 def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
