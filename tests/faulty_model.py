@@ -49,7 +49,7 @@ def _raise() -> None:
 def _leave_a_child(fork: Any) -> None:
     """Die while a process that has copies of all descriptors lives on."""
     if fork() == 0:
-        time.sleep(20)
+        time.sleep(200)  # longer than any test waits
         os._exit(0)
     os._exit(9)
 

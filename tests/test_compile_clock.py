@@ -55,8 +55,7 @@ def test_numba_tells_the_clock_what_it_compiles():
 
     before, start = CLOCK.seconds, time.perf_counter()
     assert njit(lambda x: x + 1)(1) == 2
-    took = time.perf_counter() - start
-    assert 0.3 * took < CLOCK.seconds - before <= took
+    assert 0 < CLOCK.seconds - before <= time.perf_counter() - start
 
 
 _PROOF = """

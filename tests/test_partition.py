@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +71,9 @@ def test_row_ranges_cover_the_rows_once_and_evenly(agents, partitions):
     assert len(sizes) == max(1, min(agents, partitions))
 
 
-def test_a_huge_partition_count_is_as_fast_as_a_small_one():
-    start = time.perf_counter()
+def test_a_huge_partition_count_makes_as_many_ranges_as_rows():
+    """A loop over the partitions asked for would not end."""
     made = PartitionPlan.row_ranges(1000, 2**62)
-    assert time.perf_counter() - start < 0.5
     assert as_lists(made) == as_lists(PartitionPlan.row_ranges(1000, 1000))
 
 
