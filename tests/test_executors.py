@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from executor_suite import ExecutorSuite
@@ -168,11 +167,13 @@ def test_a_step_that_ctrl_c_breaks_off_is_waited_for():
 
 
 SLOW_STEP = """
-import time, numpy as np, rustsim_hpc as rs
+import sys, time, numpy as np, rustsim_hpc as rs
 def phase(context, columns, rows):
     columns["x"] += np.float32(1)
-    print("in", flush=True)
-    time.sleep(0.3)
+    if context.partition_id.value == 0:
+        print("in", flush=True)
+        sys.stdin.readline()  # until the test has sent its signal
+        time.sleep(0.3)
 store = rs.DeviceSoaStore.from_columns(None, {"x": np.zeros(4, np.float32)})
 plan = rs.PartitionPlan.row_ranges(4, 4)
 plane = rs.EngineControlPlane(rs.ColumnarRuntime(store), rs.ControlPlaneConfig(partition_plan=plan))
@@ -196,6 +197,7 @@ def test_a_real_ctrl_c_hangs_nothing():
     """SIGINT in the middle of steps on threads: each is undone or done, and the process ends."""
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_STEP],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -203,8 +205,10 @@ def test_a_real_ctrl_c_hangs_nothing():
         lines = iter(process.stdout.readline, "")
         for _ in range(2):
             assert next(line for line in lines if line == "in\n")
-            time.sleep(0.1)
             process.send_signal(signal.SIGINT)
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+        process.stdin.close()
         rest = list(lines)
         assert process.wait(timeout=30) == 0
     assert "end 3\n" in rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,10 @@ def test_a_stop_that_could_not_be_saved_is_not_called_saved(
 def test_a_checkpoint_that_fails_behind_a_step_ends_the_run_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    refused = threading.Event()
+
     def full(*arguments: object) -> int:
+        refused.set()
         raise OSError(28, "No space left on device")
 
     steps: list[int] = []
@@ -208,8 +212,9 @@ def test_a_checkpoint_that_fails_behind_a_step_ends_the_run_before_the_next(
     def step(self: EngineControlPlane, *arguments: Any) -> Any:
         made = real(self, *arguments)
         steps.append(self.runtime.step_index)
-        # By the end of this step the writer has failed.
-        time.sleep(0.5 if steps[-1] == 3 else 0)
+        if steps[-1] == 3:  # by the end of this step the writer has failed
+            assert refused.wait(60)
+            time.sleep(0.5)
         return made
 
     monkeypatch.setattr(EngineControlPlane, "step_fused", step)
