@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rustsim_hpc.executors.inline import InlinePartitionExecutor
     from rustsim_hpc.executors.processes import ProcessPartitionExecutor
     from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
-    from rustsim_hpc.job.calls import resume_run, run_job
+    from rustsim_hpc.job.calls import fork_run, resume_run, run_job
     from rustsim_hpc.job.summary import RunSummary
     from rustsim_hpc.modeling.bound_model import BoundModel
     from rustsim_hpc.modeling.model import (
@@ -104,7 +104,7 @@ _HOMES = {
     "executors.threads": ("LocalThreadedPartitionExecutor",),
     "proof.fingerprint": ("ReplayFingerprint", "fingerprint_checkpoint"),
     "control.metrics": ("ColumnarPhaseBackend", "EngineMetrics", "EnginePhaseMetric"),
-    "job.calls": ("resume_run", "run_job"),
+    "job.calls": ("fork_run", "resume_run", "run_job"),
     "job.summary": ("RunSummary",),
     "modeling.bound_model": ("BoundModel",),
     "modeling.model": (
@@ -208,6 +208,7 @@ __all__ = [
     "device_phase",
     "errors",
     "fingerprint_checkpoint",
+    "fork_run",
     "function",
     "open_run",
     "philox4x32_10",

@@ -75,6 +75,20 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert rs.resume_run(part.folder).step_index == 7
 
 
+def test_a_fork_is_that_of_the_command(tmp_path: Path) -> None:
+    parent = rs.run_job(DRILL, out=tmp_path / "parent", steps=4, checkpoint_every=2).folder
+    made = tmp_path / "command"
+    options = ("--at=2", "--steps=6", "--seed=9", "--set=params.noise=0.2", "--no-progress")
+    assert command("fork", parent, *options, "--out", made)[0] == 0
+    changes = {"params.noise": 0.2}
+    done = rs.fork_run(parent, at=2, steps=6, seed=9, changes=changes, out=tmp_path / "call")
+    assert (done.steps, done.step_index, done.folder) == (4, 6, tmp_path / "call")
+    ours, theirs = rs.open_run(done.folder), rs.open_run(made)
+    assert ours.fingerprint == theirs.fingerprint != rs.open_run(parent).fingerprint
+    assert ours.record["lineage"] == theirs.record["lineage"]
+    assert rs.fork_run(parent, out=tmp_path / "newest", steps=5).steps == 1
+
+
 def test_an_interrupt_stops_with_a_checkpoint_and_leaves_the_handlers(
     counting: dict[str, dict[str, object]],
 ) -> None:
@@ -132,8 +146,11 @@ def test_mistakes_are_raised_and_say_what_is_wrong(
         rs.run_job({**counting, "run": {1: 2}})
     with pytest.raises(JobError, match="dry_run"):
         rs.run_job({**counting, "command": {"dry_run": True}})
-    with pytest.raises(RunFolderError):
-        rs.resume_run("nowhere")
+    for resumed in (rs.resume_run, rs.fork_run):
+        with pytest.raises(RunFolderError):
+            resumed("nowhere")
+    with pytest.raises(JobError, match=r'fork_run has no option "agents"'):
+        rs.fork_run("nowhere", agents=3)
     assert not Path("runs").exists()
     monkeypatch.setenv("DRILL_FAULT", "middle:raise:1:0")
     with pytest.raises(ExecutorError) as failed:

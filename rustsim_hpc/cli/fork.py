@@ -9,6 +9,7 @@ import click
 
 from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides, set_option
 from rustsim_hpc.cli.run import finish, read_folder_job
+from rustsim_hpc.job.options import FORK_OPTIONS
 
 _EXAMPLES = """\b
 Examples:
@@ -24,11 +25,7 @@ Examples:
     "--at", type=int, metavar="STEP", help="Start from the checkpoint of this step (default: the newest)."
 )
 @set_option
-@job_options(
-    "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--endpoint", "--keys",
-    "--check", "--time-limit", "--record", "--fingerprint", "--checkpoint-every", "--out", "--force",
-    "--no-progress", "--json",
-)  # fmt: skip
+@job_options(*FORK_OPTIONS)
 @debug_option
 @click.pass_obj
 def fork(session: Session, /, folder: Path, at: int | None, sets: tuple[str, ...], **given: Any) -> int:

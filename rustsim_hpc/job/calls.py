@@ -1,4 +1,4 @@
-"""Run and resume jobs from Python, as the command line does: `run_job` and `resume_run`.
+"""Run, resume and fork jobs from Python, as the command line does: `run_job`, `resume_run`, `fork_run`.
 
 ::
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, JobError, RustsimError, named, nearest
 from rustsim_hpc.job import launch
-from rustsim_hpc.job.options import OPTION_KEYS, RESUME_OPTIONS, RUN_OPTIONS
+from rustsim_hpc.job.options import FORK_OPTIONS, OPTION_KEYS, RESUME_OPTIONS, RUN_OPTIONS
 from rustsim_hpc.job.restored import with_last_goal
 from rustsim_hpc.job.spec import Override, RunOptions, read_folder_job, read_job, resolve_job
 from rustsim_hpc.ranks.agreement import on_all
@@ -64,8 +64,7 @@ def run_job(
     with _ranks() as team:
 
         def read() -> tuple[JobSpec, RunOptions]:
-            overrides = _overrides("run_job", options, RUN_OPTIONS, progress=progress)
-            overrides += [_override(path, value) for path, value in (changes or {}).items()]
+            overrides = _overrides("run_job", options, RUN_OPTIONS, changes, progress=progress)
             if isinstance(job, Mapping):
                 _require_names(job, "job")
                 return resolve_job(job, _NOT_A_FILE, overrides)
@@ -103,6 +102,45 @@ def resume_run(
         return launch.resume_run(path, spec, _of_a_call(run_options), team, at=at)
 
 
+def fork_run(
+    folder: str | os.PathLike[str],
+    *,
+    at: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> RunSummary:
+    """Start a new run from a checkpoint of another, as `rustsim-hpc fork` does, and return how it ended.
+
+    ::
+
+        for beta in (0.2, 0.3, 0.4):
+            rs.fork_run("runs/first", at=150, changes={"params.beta": beta}, out=f"runs/beta-{beta}")
+
+    Args:
+        folder: the folder of the run to start from; it is only read.
+        at: step of the checkpoint to start from; the newest proven one if None.
+        changes, progress: as for `run_job`.
+        options: those of `rustsim-hpc fork` by name: ``out`` (the new folder; needed), ``force``, ``steps``
+            (the step to reach), ``seed``, ``executor``, ``workers``, ``partitions``, ``guard``,
+            ``backend``, ``endpoint``, ``keys``, ``check``, ``time_limit``, ``record``, ``fingerprint``,
+            ``checkpoint_every``, ``profile``.
+
+    Raises:
+        RustsimError: as for `run_job`; also when no checkpoint can be used or the columns are others.
+    """
+    path = Path(folder)
+    with _ranks() as team:
+
+        def read() -> tuple[JobSpec, RunOptions]:
+            return read_folder_job(
+                path, _overrides("fork_run", options, FORK_OPTIONS, changes, progress=progress)
+            )
+
+        spec, run_options = on_all(team, read)
+        return launch.fork_run(path, spec, _of_a_call(run_options), team, at=at)
+
+
 def _of_a_call(options: RunOptions) -> RunOptions:
     if options.dry_run:
         raise JobError(
@@ -134,9 +172,14 @@ def _ranks() -> Iterator[Team]:
 
 
 def _overrides(
-    call: str, options: Mapping[str, Any], known: Sequence[str], *, progress: bool
+    call: str,
+    options: Mapping[str, Any],
+    known: Sequence[str],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    progress: bool,
 ) -> list[Override]:
-    """Return the keys of the job file that a call's options set."""
+    """Return the keys of the job file that a call's options and changes set."""
     names = [option.removeprefix("--").replace("-", "_") for option in known if option not in _COMMANDS_OWN]
     made = [Override("command", "no_progress", not progress, "progress")]
     for name, value in options.items():
@@ -145,7 +188,7 @@ def _overrides(
         if value is not None:
             table, key = OPTION_KEYS[f"--{name.replace('_', '-')}"]
             made.append(Override(table, key, _value_of(name, value), name))
-    return made
+    return made + [_override(path, value) for path, value in (changes or {}).items()]
 
 
 def _require_names(table: Mapping[Any, Any], where: str) -> None:

@@ -43,3 +43,10 @@ RESUME_OPTIONS: Final = (
     "--check", "--time-limit", "--checkpoint-every", "--no-progress", "--profile", "--json",
 )  # fmt: skip
 """Options of `resume`."""
+
+FORK_OPTIONS: Final = (
+    "--steps", "--seed", "--executor", "--workers", "--partitions", "--guard", "--backend", "--endpoint",
+    "--keys", "--check", "--time-limit", "--record", "--fingerprint", "--checkpoint-every", "--out",
+    "--force", "--no-progress", "--profile", "--json",
+)  # fmt: skip
+"""Options of `fork`."""
