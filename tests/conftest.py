@@ -1,4 +1,15 @@
-"""What ``pytest -m gpu`` says at its end: have the tests of real devices run, and what came out?"""
+"""How the tests are started, and what ``pytest -m gpu`` says at its end: have tests of real devices run?"""
+
+import signal
+
+
+def pytest_configure():
+    """Have the tests' processes hear Ctrl-C also if a shell has started this one in the background.
+
+    A shell without job control has such a process, and what it starts in turn, ignore SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session):
