@@ -14,6 +14,7 @@ import click
 
 from rustsim_hpc.cli.ending import flush, hush, leave_threads
 from rustsim_hpc.job.options import OPTION_KEYS
+from rustsim_hpc.terminal import leave_lost_terminal
 
 if TYPE_CHECKING:
     from rustsim_hpc.job.spec import Override
@@ -54,6 +55,7 @@ class Session:
         """Print lines on rank 0; a reader who has gone (`| head`) has seen enough."""
         if not self.speaks:
             return
+        leave_lost_terminal()
         try:
             for text in texts:
                 click.echo(text)

@@ -21,6 +21,7 @@ from rustsim_hpc.cli.show import doctor, inspect, plan
 from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
 from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, RustsimError, named
+from rustsim_hpc.terminal import leave_lost_terminal
 from rustsim_hpc.version import __version__
 
 _EPILOG: Final = """\b
@@ -118,6 +119,7 @@ def _run(session: Session, arguments: list[str] | None) -> int:
 
 def _unexpected(session: Session, error: BaseException) -> int:
     """Tell an error that nobody expected, on whichever rank; end the others, which do not know of it."""
+    leave_lost_terminal()
     message = named(error)
     if session.debug:
         traceback.print_exception(error)
@@ -129,6 +131,7 @@ def _unexpected(session: Session, error: BaseException) -> int:
 
 def _tell(error: RustsimError, debug: bool) -> None:
     """Print an error: its line, then what else is known; ranks that say the same are one."""
+    leave_lost_terminal()
     if debug:
         traceback.print_exception(error)
     text = str(error)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+from rustsim_hpc.terminal import leave_lost_terminal
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """The signals that ask a run to save a checkpoint and stop."""
 
 LONGEST_MARGIN = 60.0
@@ -41,8 +43,9 @@ class StopReason:
 class StopRequests:
     """Collects requests to stop while its ``with`` block lasts; `stop_requested` says whether there is one.
 
-    SIGTERM, SIGUSR1 and SIGINT are caught, in the main thread only (elsewhere Python does not allow it, and
-    only time limits apply). A second SIGINT raises `KeyboardInterrupt` at once. The previous handlers are
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are caught, in the main thread only (elsewhere Python does not allow
+    it, and only time limits apply). A second SIGINT raises `KeyboardInterrupt` at once. SIGHUP, which says
+    that the terminal is gone, stays ignored in a process started by nohup. The previous handlers are
     restored when the block ends. The deadline is the earlier of ``time_limit`` and the end of the Slurm job
     (``SLURM_JOB_END_TIME``); the stop is requested a tenth of the limit before it, at most 60 seconds.
 
@@ -86,7 +89,8 @@ class StopRequests:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._on_signal)
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -126,6 +130,8 @@ class StopRequests:
                 self._first_interrupt = now
             elif now - self._first_interrupt > self._debounce:
                 raise KeyboardInterrupt
+        elif number == signal.SIGHUP:
+            leave_lost_terminal()
         self.request(signal.Signals(number).name)
 
 
