@@ -83,8 +83,8 @@ print(json.dumps({"problem": why_no_compiler()}))
 """
 
 
-def examine(folder: Path | None = None) -> Report:
-    """Return the report; `folder` (default: the working directory) is where runs would be written."""
+def examine() -> Report:
+    """Return the report; runs would be written in the working directory."""
     problems: dict[str, str] = {}
     return {
         "python": {
@@ -94,7 +94,7 @@ def examine(folder: Path | None = None) -> Report:
         },
         "packages": _packages(problems),
         "machine": _machine(),
-        "disk": _disk(folder or Path.cwd(), problems),
+        "disk": _disk(Path.cwd(), problems),
         "mpi": _mpi(problems),
         "remote workers": _remote(problems),
         "hdf5": _hdf5(problems),

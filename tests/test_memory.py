@@ -196,31 +196,6 @@ def test_a_child_maps_the_same_memory():
         assert memory.current(0).tolist() == [42.0] * 5
 
 
-def test_a_neighbour_maps_by_process_id_and_cannot_write():
-    with ColumnMemory(floats(2), 5, "shared", with_ids=True) as memory:
-        memory.current(0)[:] = 3
-        memory.other(0)
-        with ColumnMemory.attach_path(memory.handles()) as neighbour:
-            assert neighbour.current(0).tolist() == [3.0] * 5
-            memory.array(0, 1)[:] = 4
-            memory.swap([0])
-            assert neighbour.current(0).tolist() == [4.0] * 5
-            assert neighbour.ids.shape == (5,)
-            # A side that its owner has not asked for yet can be looked at: it is a hole.
-            assert neighbour.array(1, 1).shape == (5,)
-            for array in (neighbour.current(0), neighbour.ids, neighbour.parity):
-                with pytest.raises(ValueError, match="read-only"):
-                    array[0] = 1
-
-
-def test_a_neighbour_that_is_gone_is_a_typed_error():
-    memory = ColumnMemory(floats(1), 5, "shared")
-    layout = memory.handles()
-    memory.close()
-    with pytest.raises(ColumnMemoryError, match=f"process {os.getpid()}"):
-        ColumnMemory.attach_path(layout)
-
-
 def test_nothing_has_a_name_that_could_be_left_behind():
     with ColumnMemory(floats(2), BIG, "shared") as memory:
         memory.other(0)

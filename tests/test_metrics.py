@@ -66,7 +66,7 @@ def test_checkpoint_sequence_starts_at_one() -> None:
     meter = Meter()
     assert [meter.checkpoint_created(), meter.checkpoint_created()] == [1, 2]
     meter.fingerprint_captured()
-    assert meter.snapshot().checkpoints_created == meter.checkpoints_created == 2
+    assert meter.snapshot().checkpoints_created == 2
     assert meter.snapshot().replay_fingerprints == 1
 
 

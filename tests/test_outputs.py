@@ -22,7 +22,7 @@ import pytest
 
 from rustsim_hpc.errors import ModelError, OutputError
 from rustsim_hpc.modeling.bound_model import Results
-from rustsim_hpc.modeling.outputs import Arrays, Output, Picture, Sample, Series, check_outputs, due_outputs
+from rustsim_hpc.modeling.outputs import Arrays, Output, Picture, Sample, Series, check_outputs
 from rustsim_hpc.run_folder import array_file
 from rustsim_hpc.run_folder.array_file import read_samples
 from rustsim_hpc.run_folder.output_set import OutputSet
@@ -127,11 +127,6 @@ def test_outputs_of_one_model_are_checked_together() -> None:
         check_outputs([positions()], ["x", "alife"])
     with pytest.raises(ModelError, match="is not an output"):
         check_outputs([print], [])  # type: ignore[list-item]
-
-
-def test_due_outputs_leave_pictures_out() -> None:
-    declarations = [curve(2), counts(3), Picture("p.png", print)]
-    assert [len(due_outputs(declarations, step)) for step in range(7)] == [2, 0, 1, 1, 1, 0, 2]
 
 
 @pytest.mark.parametrize(

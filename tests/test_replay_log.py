@@ -1,4 +1,4 @@
-"""The replay log: round trips, reading while it grows, torn and damaged files, cutting back, comparing."""
+"""The replay log: round trips, reading while it grows, torn and damaged files, cutting back."""
 
 import dataclasses
 import errno
@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rustsim_hpc.errors import OutputError, ReplayExhausted, ReplayLogError, SchemeMismatch
+from rustsim_hpc.errors import OutputError, ReplayExhausted, ReplayLogError
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView, digest_sums, fingerprint_view
 from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode, ReplayRecorder
 from rustsim_hpc.proof.replay_log import (
-    LogDifference,
     ReplayHeader,
-    ReplayLog,
-    compare_logs,
     header_differences,
     read_replay_log,
 )
@@ -427,45 +424,6 @@ def test_a_run_is_verified_against_a_log_and_a_log_that_ends_early_is_exhausted(
     with pytest.raises(ReplayExhausted) as error:
         recorder.check(entry(6))
     assert error.value.exit_code == 4
-
-
-def log(steps, header=DIGEST, salt=0):
-    return ReplayLog(Path("log"), header, tuple(entry(step, header, salt) for step in steps))
-
-
-def test_equal_logs_have_no_difference():
-    assert compare_logs(log([1, 2]), log([1, 2])) is None
-    assert compare_logs(log([]), log([])) is None
-
-
-def test_the_first_difference_names_step_and_columns():
-    expected, actual = log([1, 2, 3]), log([1, 2, 3])
-    changed = dict(actual.entries[1].columns)
-    changed["x"] ^= 1
-    other = ReplayEntry(2, actual.entries[1].value ^ 5, "digest", changed)
-    actual = dataclasses.replace(actual, entries=(actual.entries[0], other, entry(3, salt=1)))
-    found = compare_logs(expected, actual)
-    assert found == LogDifference(2, entry(2).value, other.value, ("x",))
-    assert str(found) == f"step 2: {entry(2)} against {other} (columns that differ: x)"
-
-
-def test_a_log_that_ends_early_differs_there():
-    assert compare_logs(log([1, 2, 3]), log([1, 2])) == LogDifference(3, entry(3).value, None)
-    found = compare_logs(log([2, 3]), log([1, 2, 3]))
-    assert found == LogDifference(1, None, entry(1).value)
-    assert str(found) == f"step 1: no entry against {entry(1)}"
-
-
-def test_logs_of_different_intervals_are_compared_where_both_have_entries():
-    sparse = dataclasses.replace(DIGEST, interval=3)
-    assert compare_logs(log(range(1, 8)), log([3, 6], sparse)) is None
-    assert compare_logs(log(range(1, 10)), log([3, 6], sparse)).step_index == 9
-    assert compare_logs(log([3, 6], sparse, salt=1), log(range(1, 8))).step_index == 3
-
-
-def test_logs_of_different_schemes_cannot_be_compared():
-    with pytest.raises(SchemeMismatch, match="cannot compare a digest stream with a fnv1a one"):
-        compare_logs(log([1]), log([1], FNV))
 
 
 def test_headers_say_in_what_runs_differ_from_the_start():

@@ -374,7 +374,8 @@ def test_a_new_folder_has_its_job_and_its_record(tmp_path: Path) -> None:
     record = read_record(folder.path)
     assert (record["status"], record["fingerprint"]) == ("done", "0x00000000000000ab")
     assert record["ended"] >= record["started"]
-    again = reopen(folder.path, resumed_from=20)
+    again = reopen(folder.path)
+    again.update(session={"resumed_from": 20})
     again.finish("stopped", exit_code=75, step_index=25, reason="SIGTERM")
     again.release()
     record = read_record(folder.path)

@@ -66,9 +66,6 @@ class ThreadTeam:
     def node_barrier(self) -> None:
         self._world.barrier.wait()
 
-    def exscan_int(self, value: int) -> int:
-        return int(sum(self._exchange(value)[: self.rank]))
-
     def chain(self, value: int, fn: Callable[[int], int]) -> int:
         running = self.bcast(value)
         for rank in range(self.size):

@@ -26,9 +26,9 @@ def hush() -> None:
         os.dup2(2, 1)
 
 
-def leave_threads(code: int, grace: float = _GRACE_SECONDS) -> None:
+def leave_threads(code: int) -> None:
     """Leave the process where threads of a model do not end: Python would wait for them for ever."""
-    deadline = time.monotonic() + grace
+    deadline = time.monotonic() + _GRACE_SECONDS
     for thread in threading.enumerate():
         if thread is threading.current_thread() or thread.daemon:
             continue

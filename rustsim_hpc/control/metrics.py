@@ -37,9 +37,6 @@ class ColumnarPhaseBackend:
         return self.kind
 
 
-_CPU = ColumnarPhaseBackend.cpu()
-
-
 @dataclass(frozen=True)
 class EnginePhaseMetric:
     """Cumulative counters of one phase.
@@ -188,8 +185,8 @@ class PhaseKind(IntEnum):
 
 _PENDING = 256
 
-_Steps = tuple[PhaseKind, tuple[str, ...], ColumnarPhaseBackend, int, int, int, npt.NDArray[np.int64]]
-"""Counted steps: kind, names, backend, rows, number of steps, microseconds, nanoseconds of phases."""
+_Steps = tuple[PhaseKind, tuple[str, ...], int, int, int, npt.NDArray[np.int64]]
+"""Counted steps: kind, names, rows, number of steps, microseconds, nanoseconds of phases."""
 
 
 class _KindTotals:
@@ -197,12 +194,11 @@ class _KindTotals:
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self.backend = _CPU
         self.executions = self.last_ns = self.total_ns = np.zeros(0, np.int64)
 
     def add(self, alike: Sequence[_Steps]) -> None:
         """Add up steps of the same phases."""
-        _, self.names, self.backend, _, steps, _, last = alike[-1]
+        _, self.names, _, steps, _, last = alike[-1]
         count = len(self.names)
         if len(self.executions) < count:
             room = np.zeros(count - len(self.executions), np.int64)
@@ -256,7 +252,6 @@ class Meter:
         *,
         rows: int = 0,
         steps: int = 1,
-        backend: ColumnarPhaseBackend = _CPU,
     ) -> None:
         """Count a committed step (or several made as one) and its phases' executions, one per partition.
 
@@ -266,22 +261,21 @@ class Meter:
             times: int64 (partitions, at least as many as phases): nanoseconds.
             rows: number of rows over all partitions.
             steps: number of steps made.
-            backend: where the phases ran.
         """
         # Added up a few hundred at a time, so that a single step does not pay for the arithmetic.
-        self._pending.append((kind, names, backend, rows, steps, total_us, times))
+        self._pending.append((kind, names, rows, steps, total_us, times))
         if len(self._pending) >= _PENDING:
             self._settle()
 
     def _settle(self) -> None:
         """Add up the pending steps."""
         pending, self._pending = self._pending, []
-        for (kind, names, _, rows, steps), group in groupby(pending, itemgetter(0, 1, 2, 3, 4)):
+        for (kind, names, rows, steps), group in groupby(pending, itemgetter(0, 1, 2, 3)):
             alike = list(group)
             made = steps * len(alike)
             self._steps += made
-            self._last_us = alike[-1][5] // steps
-            self._total_us += sum(one[5] for one in alike)
+            self._last_us = alike[-1][4] // steps
+            self._total_us += sum(one[4] for one in alike)
             if kind is not PhaseKind.RUNTIME:
                 self._partition_steps += made
                 self._partition_rows += rows * len(names) * made
@@ -290,11 +284,6 @@ class Meter:
     def checkpoint_created(self) -> int:
         """Count one checkpoint, and return its sequence number, from 1."""
         self._checkpoints += 1
-        return self._checkpoints
-
-    @property
-    def checkpoints_created(self) -> int:
-        """Number of checkpoints counted."""
         return self._checkpoints
 
     def fingerprint_captured(self) -> None:
@@ -309,7 +298,7 @@ class Meter:
             EnginePhaseMetric(
                 phase_index=bases[kind] + int(position),
                 name=totals.names[position],
-                backend=totals.backend,
+                backend=ColumnarPhaseBackend.cpu(),
                 executions=int(totals.executions[position]),
                 last_elapsed_us=int(totals.last_ns[position]) // 1000,
                 total_elapsed_us=int(totals.total_ns[position]) // 1000,

@@ -27,6 +27,7 @@ _FIRST_PARTS = 4096
 _PARTS = 64
 _LEAF_ROWS = 256
 _MOST_RANGES = 64
+_MOST_FIRST = 20
 
 
 def codes_of(schema: Schema) -> Codes:
@@ -84,14 +85,9 @@ def column_sums(rows: Rows, keys: Mapping[str, int], team: Team) -> dict[str, in
 
     keys: column name to key index; equal columns have equal sums under one key index.
     """
-    return _summed(
-        [digest_column(rows.columns[name], rows.row_offset, key) for name, key in keys.items()], keys, team
-    )
-
-
-def _summed(mine: list[int], names: Mapping[str, int], team: Team) -> dict[str, int]:
+    mine = [digest_column(rows.columns[name], rows.row_offset, key) for name, key in keys.items()]
     total = team.sum_int64(np.array(mine, np.uint64).view(np.int64)).view(np.uint64)
-    return dict(zip(names, map(int, total), strict=True))
+    return dict(zip(keys, map(int, total), strict=True))
 
 
 def range_sums(rows: Rows, name: str, ranges: Sequence[Range], team: Team) -> list[int]:
@@ -121,9 +117,7 @@ def range_values(rows: Rows, name: str, ranges: Sequence[Range], team: Team) -> 
     return np.concatenate([column[:0], *(values for _, _, values in pieces)])
 
 
-def differing_rows(
-    name: str, total: int, left: RowsNow, right: RowsNow, team: Team, *, most_first: int = 20
-) -> RowDifference | None:
+def differing_rows(name: str, total: int, left: RowsNow, right: RowsNow, team: Team) -> RowDifference | None:
     """Return where a column of two states of ``total`` rows differs, or None if nowhere. Collective.
 
     left, right: called before each use; what they returned earlier may be invalid by then.
@@ -145,7 +139,7 @@ def differing_rows(
     found = _joined([(row, row + 1) for row in rows] + sorted(coarse))
     if not found:
         return None
-    first = tuple((int(numbers[at]), one[at], other[at]) for at in places[:most_first])
+    first = tuple((int(numbers[at]), one[at], other[at]) for at in places[:_MOST_FIRST])
     return RowDifference(name, tuple(found), exact=not coarse, first=first)
 
 

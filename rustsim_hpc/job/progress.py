@@ -66,18 +66,12 @@ class Progress:
     def start(self) -> None:
         """Start timing: earlier work, such as compiling, does not count towards the rate."""
         if self._bar is not None:
-            self._bar.set_description_str(self._name)
             self._bar.unpause()
 
     def advance(self, steps: int = 1) -> None:
         """Count `steps` more; redraws at most five times a second."""
         if self._bar is not None:
             self._bar.update(steps)
-
-    def note(self, text: str) -> None:
-        """Show on the bar's line what happens before the first step: "compiling 5 kernels"."""
-        if self._bar is not None:
-            self._bar.set_description_str(f"{self._name}: {text}")
 
 
 class _Bar(tqdm):  # type: ignore[misc]

@@ -106,10 +106,6 @@ class StopRequests:
         """Whether signals are being caught."""
         return bool(self._before)
 
-    def seconds_left(self) -> float | None:
-        """Return the seconds until the time limit itself, None without one."""
-        return None if self._deadline is None else self._deadline - time.monotonic()
-
     def stop_requested(self) -> StopReason | None:
         """Return why the run should stop after this step, or None to go on; cheap enough for every step."""
         if self._caught is not None:

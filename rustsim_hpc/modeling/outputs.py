@@ -205,11 +205,6 @@ Output = Series | Arrays | Sample | Picture
 Recorded = Series | Arrays | Sample
 
 
-def due_outputs(declarations: Sequence[Output], step: int) -> tuple[Recorded, ...]:
-    """Return the outputs that are due for the state at step index ``step``; the same on every rank."""
-    return tuple(d for d in declarations if not isinstance(d, Picture) and step % d.every == 0)
-
-
 def check_outputs(declarations: Sequence[Output], columns: Sequence[str]) -> None:
     """Check the outputs of a model against each other and its columns.
 

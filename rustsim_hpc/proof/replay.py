@@ -174,11 +174,6 @@ class ReplayRecorder:
         self._cursor = VerifyCursor(mode.expected, step_index) if mode.kind == "verify" else None
 
     @property
-    def is_on(self) -> bool:
-        """Whether fingerprints are taken at all."""
-        return self.mode.kind != "off"
-
-    @property
     def recorded(self) -> tuple[ReplayFingerprint, ...]:
         """Fingerprints of committed steps, in step order."""
         return tuple(self._entries)

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc.errors import ReplayLogError, SchemeMismatch
+from rustsim_hpc.errors import ReplayLogError
 from rustsim_hpc.files import whole_lines
 from rustsim_hpc.proof.fingerprint import SCHEMES, digest_value, hex64
-from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode, differing_columns
+from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode
 from rustsim_hpc.state.schema import DTYPES
 
 FORMAT = "rustsim-hpc replay"
@@ -103,25 +103,6 @@ class ReplayLog:
         return ReplayMode.verify(self.entries, self.header.interval)
 
 
-@dataclass(frozen=True)
-class LogDifference:
-    """The first difference of two logs.
-
-    step_index: index after the step. expected, actual: the values; None if a log has no entry for the step.
-    columns: names of the values that differ ("ids" for the ids); () if a log has no values per column.
-    """
-
-    step_index: int
-    expected: int | None
-    actual: int | None
-    columns: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        texts = ("no entry" if value is None else hex64(value) for value in (self.expected, self.actual))
-        where = f" (columns that differ: {', '.join(self.columns)})" if self.columns else ""
-        return f"step {self.step_index}: {' against '.join(texts)}{where}"
-
-
 def read_replay_log(path: Path) -> ReplayLog:
     """Read a log, also while it is being written; an incomplete last line is ignored.
 
@@ -134,30 +115,6 @@ def read_replay_log(path: Path) -> ReplayLog:
         return ReplayLog(path, header, tuple(_entries(path, header, lines)))
     except OSError as error:
         raise ReplayLogError(f"cannot read replay log {path}: {error.strerror or error}") from error
-
-
-def compare_logs(expected: ReplayLog, actual: ReplayLog) -> LogDifference | None:
-    """Return the first difference of two logs at steps that both intervals include, or None.
-
-    Raises:
-        SchemeMismatch: they are of different schemes.
-    """
-    if expected.header.scheme != actual.header.scheme:
-        raise SchemeMismatch(
-            f"cannot compare a {expected.header.scheme} stream with a {actual.header.scheme} one",
-            hint="record both with the same fingerprint scheme",
-        )
-    streams = [{entry.step_index: entry for entry in log.entries} for log in (expected, actual)]
-    intervals = (expected.header.interval, actual.header.interval)
-    for step in sorted(streams[0].keys() | streams[1].keys()):
-        if any(step % interval for interval in intervals):
-            continue
-        left, right = (stream.get(step) for stream in streams)
-        one, other = (None if entry is None else entry.value for entry in (left, right))
-        if one != other:
-            columns = () if left is None or right is None else differing_columns(left.columns, right.columns)
-            return LogDifference(step, one, other, columns)
-    return None
 
 
 def header_differences(expected: ReplayHeader, actual: ReplayHeader) -> tuple[str, ...]:

@@ -85,9 +85,6 @@ class Team(Protocol):
     def node_barrier(self) -> None:
         """Wait until all ranks of this machine are here."""
 
-    def exscan_int(self, value: int) -> int:
-        """Return the sum of `value` over the ranks before this one: 0 on rank 0. All within int64."""
-
     def chain(self, value: int, fn: Callable[[int], int]) -> int:
         """Pass rank 0's `value` (uint64) along the ranks, each applying `fn`; return the last result on all.
 
@@ -152,10 +149,6 @@ class SoloTeam:
 
     def node_barrier(self) -> None:
         """Return at once."""
-
-    def exscan_int(self, value: int) -> int:  # noqa: ARG002
-        """Return 0."""
-        return 0
 
     def chain(self, value: int, fn: Callable[[int], int]) -> int:
         """Return `fn(value)`."""
@@ -249,13 +242,6 @@ class MpiTeam:
     def node_barrier(self) -> None:
         """Wait until all ranks of this machine are here."""
         self._collect(self._node.Barrier)
-
-    def exscan_int(self, value: int) -> int:
-        """Return the sum of `value` over the ranks before this one."""
-        mine, before = np.array([value], np.int64), np.zeros(1, np.int64)
-        self._collect(self._comm.Exscan, mine, before)
-        # MPI leaves rank 0's result undefined.
-        return int(before[0]) if self.rank else 0
 
     def chain(self, value: int, fn: Callable[[int], int]) -> int:
         """Pass rank 0's `value` along the ranks, each applying `fn`; return the last result everywhere."""

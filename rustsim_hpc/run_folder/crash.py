@@ -33,7 +33,6 @@ def write_crash_bundle(
     host: str | None = None,
     phase: str | None = None,
     step: int | None = None,
-    partition: int | None = None,
     error: BaseException | None = None,
     stacks: str | None = None,
     fingerprints: Iterable[tuple[int, int]] = (),
@@ -46,8 +45,7 @@ def write_crash_bundle(
     Returns None if the bundle could not be written.
     """
     facts = error if isinstance(error, RustsimError) else None
-    if facts is not None and partition is None and facts.partition is not None:
-        partition = facts.partition.value
+    partition = None if facts is None else facts.partition
     bundle: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -55,7 +53,7 @@ def write_crash_bundle(
         "rank": rank,
         "host": host or socket.gethostname(),
         "pid": os.getpid(),
-        "partition": partition,
+        "partition": None if partition is None else partition.value,
         "phase": phase or (facts.phase if facts is not None else None),
         "step": step if step is not None or facts is None else facts.step,
         "error": None if error is None else f"{type(error).__name__}: {error}",

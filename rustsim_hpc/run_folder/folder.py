@@ -121,7 +121,7 @@ class RunFolder:
                 raise
             return lock, new_record()
 
-        return cls._enter(path, facts, team, begin, wait_seconds, None)
+        return cls._enter(path, facts, team, begin, wait_seconds)
 
     @classmethod
     def reopen(
@@ -130,7 +130,6 @@ class RunFolder:
         facts: RunFacts,
         team: Team,
         *,
-        resumed_from: int | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> Self:
         """Lock an existing run's folder to continue the run; remove what a killed writer left.
@@ -153,7 +152,7 @@ class RunFolder:
                 lock.release()
                 raise
 
-        return cls._enter(path, facts, team, begin, wait_seconds, resumed_from)
+        return cls._enter(path, facts, team, begin, wait_seconds)
 
     @classmethod
     def _enter(
@@ -163,7 +162,6 @@ class RunFolder:
         team: Team,
         begin: Callable[[], tuple[FolderLock, dict[str, Any]]],
         wait_seconds: float,
-        resumed_from: int | None,
     ) -> Self:
         """Let rank 0 begin, the others join, and rank 0 write the record; if one fails, all raise."""
         lock: FolderLock | None = None
@@ -184,7 +182,7 @@ class RunFolder:
         hosts = team.gather(host_facts(facts.device))
         begun = record.get("status") != "done"
         if team.rank == 0 and hosts is not None:
-            begin_session(record, facts, by_host(hosts), team.size, resumed_from)
+            begin_session(record, facts, by_host(hosts), team.size)
             try:
                 if begun:
                     write_record(path, record)

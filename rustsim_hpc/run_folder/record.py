@@ -128,7 +128,6 @@ def begin_session(
     facts: RunFacts,
     hosts: list[dict[str, Any]],
     ranks: int,
-    resumed_from: int | None,
 ) -> None:
     """Update the record for a process that begins or continues the run."""
     known = asdict(facts)
@@ -146,9 +145,7 @@ def begin_session(
     record.update(known | machine | {"lineage": lineage, "status": "running", "ended": None})
     record.setdefault("started", time)
     how = {name: known[name] for name in ("executor", "workers", "partitions", "command")}
-    record["sessions"].append(
-        {"started": time, "resumed_from": resumed_from, "status": "running", **how, **machine}
-    )
+    record["sessions"].append({"started": time, "resumed_from": None, "status": "running", **how, **machine})
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

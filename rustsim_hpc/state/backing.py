@@ -114,9 +114,8 @@ class Shared:
     before its first use, so that a lack of memory is an error and not a SIGBUS.
     """
 
-    def __init__(self, buffers: Buffers, fds: tuple[int, int] | None, writable: bool) -> None:
+    def __init__(self, buffers: Buffers, fds: tuple[int, int] | None) -> None:
         self._buffers = buffers
-        self._writable = writable
         self._claimed: set[int] = set()
         self._heading = _round_up(max(buffers.columns, 1), mmap.PAGESIZE)
         self._offsets, self._totals = self._arrange()
@@ -147,7 +146,7 @@ class Shared:
 
         The file is mapped at a multiple of the huge page size: only then can its huge pages be used.
         """
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if self._writable else 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
         fd, total = self.fds[side], self._totals[side]
         if total < _HUGE or sys.platform != "linux":
             return mmap.mmap(fd, total, mmap.MAP_SHARED, protection), 0
@@ -208,7 +207,7 @@ class Shared:
         """Return a buffer's bytes, mapped and reserved at the first call."""
         offset, size = self._offsets[number], self._buffers.sizes[number]
         side = self._buffers.side(number)
-        if number not in self._claimed and self._writable and size:
+        if number not in self._claimed and size:
             try:
                 claim(self.fds[side], offset, size)
             except OSError as error:

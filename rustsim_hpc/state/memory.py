@@ -6,7 +6,6 @@ Side 1 is allocated at its first use: a run under the torn guard never allocates
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -28,14 +27,13 @@ Array = np.ndarray[Any, Any]
 class MemoryLayout:
     """What another process needs to map a shared `ColumnMemory`; picklable.
 
-    fds: file descriptors of the two sides in process `pid`, for `subprocess.Popen(pass_fds=layout.fds)`.
+    fds: file descriptors of the two sides, for `subprocess.Popen(pass_fds=layout.fds)`.
     """
 
     schema: Schema
     rows: int
     with_ids: bool
     fds: tuple[int, int]
-    pid: int
 
 
 @runtime_checkable
@@ -91,7 +89,6 @@ class ColumnMemory:
         *,
         with_ids: bool = False,
         _mapped: tuple[int, int] | None = None,
-        _writable: bool = True,
     ) -> None:
         self.schema = schema
         self.rows = rows
@@ -102,7 +99,7 @@ class ColumnMemory:
         self._lock = threading.Lock()
         self._buffers = Buffers(schema, rows, with_ids)
         self._backing: Backing | None = (
-            Heap(self._buffers) if kind == "heap" else Shared(self._buffers, _mapped, writable=_writable)
+            Heap(self._buffers) if kind == "heap" else Shared(self._buffers, _mapped)
         )
         # A memoryview: access by item is several times as fast as with the array.
         self._parity: memoryview | None = self._backing.parity.data
@@ -121,29 +118,6 @@ class ColumnMemory:
         """
         return cls(layout.schema, layout.rows, "shared", with_ids=layout.with_ids, _mapped=layout.fds)
 
-    @classmethod
-    def attach_path(cls, layout: MemoryLayout) -> ColumnMemory:
-        """Map the memory of another process of the same node and user, read-only.
-
-        Raises:
-            ColumnMemoryError: the process has ended, or its descriptors may not be opened.
-        """
-        fds: list[int] = []
-        try:
-            fds.extend(os.open(f"/proc/{layout.pid}/fd/{fd}", os.O_RDONLY) for fd in layout.fds)
-        except OSError as error:
-            for fd in fds:
-                os.close(fd)
-            raise ColumnMemoryError(f"cannot open the memory of process {layout.pid}: {error}") from error
-        return cls(
-            layout.schema,
-            layout.rows,
-            "shared",
-            with_ids=layout.with_ids,
-            _mapped=(fds[0], fds[1]),
-            _writable=False,
-        )
-
     def handles(self) -> MemoryLayout:
         """Return what another process needs to map this memory.
 
@@ -153,7 +127,7 @@ class ColumnMemory:
         backing = self._open()
         if not isinstance(backing, Shared):
             raise ColumnMemoryError("heap memory cannot be mapped by another process")
-        return MemoryLayout(self.schema, self.rows, self.with_ids, backing.fds, os.getpid())
+        return MemoryLayout(self.schema, self.rows, self.with_ids, backing.fds)
 
     def _open(self) -> Backing:
         if self._backing is None:

@@ -17,7 +17,6 @@ from rustsim_hpc import errors
 from rustsim_hpc.ranks.agreement import on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state import backing
-from rustsim_hpc.state.memory import ColumnMemory
 
 pytestmark = pytest.mark.mpi
 
@@ -263,22 +262,6 @@ def test_each_rank_brings_its_partitions(team: Team) -> None:
 
 
 # -- memory -------------------------------------------------------------------------------------------
-
-
-def test_a_neighbour_reads_a_ranks_columns_and_cannot_write_them(team: Team) -> None:
-    mine = RankPlane(team, kind="shared").run()
-    layouts = team.allgather((team.host, mine.plane.runtime.device_store().memory.handles()))
-    bits = team.allgather(mine.bits)
-    neighbour = (team.rank + 1) % team.size
-    with ColumnMemory.attach_path(layouts[neighbour][1]) as view:
-        columns = [view.current(index) for index in range(len(view.schema))]
-        assert b"".join(column.tobytes() for column in columns) == bits[neighbour]
-        for column in columns:
-            with pytest.raises(ValueError, match="read-only"):
-                column[:1] = column[-1:]
-        del columns, column
-    team.barrier()
-    assert mine.bits == bits[team.rank]
 
 
 def test_tables_are_there_once_a_machine(team: Team) -> None:

@@ -37,7 +37,8 @@ def test_all_ranks_hold_the_folder(team: Team, shared_path: Path) -> None:
     if team.rank > 0:
         folder.release()
     team.barrier()
-    again = RunFolder.reopen(path, FACTS, team, resumed_from=3, wait_seconds=2)
+    again = RunFolder.reopen(path, FACTS, team, wait_seconds=2)
+    again.update(session={"resumed_from": 3})
     again.finish("done", exit_code=0, step_index=5)
     team.barrier()
     again.release()
