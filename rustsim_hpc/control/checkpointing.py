@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rustsim_hpc.control.assembly import assemble_partitions, checkpoint_store, new_store, require_value
 from rustsim_hpc.control.checkpoint import EngineCheckpoint, PartitionCheckpoint
@@ -15,11 +15,9 @@ from rustsim_hpc.control.stepping import Stepping
 from rustsim_hpc.errors import CheckpointWriteFailed, InvalidConfig, PartitionCheckpointError, message_of
 from rustsim_hpc.proof.fingerprint import fingerprint_checkpoint
 from rustsim_hpc.proof.state_proof import StateProof
-from rustsim_hpc.ranks.agreement import agree
-from rustsim_hpc.state.columns import DeviceSoaStore
+from rustsim_hpc.ranks.agreement import on_all
+from rustsim_hpc.state.columns import DeviceSoaCheckpoint, DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionAssignment
-
-T = TypeVar("T")
 
 
 class Checkpointing:
@@ -53,7 +51,14 @@ class Checkpointing:
             raise InvalidConfig(f"the label of a checkpoint must be text, got {label!r}")
         self._runtime.sync_to_host()
         step, store = self._runtime.step_index, self._runtime.device_store()
-        state = self._on_all_ranks(store.checkpoint, f"step {step}")
+
+        def copy() -> DeviceSoaCheckpoint:
+            try:
+                return store.checkpoint()
+            except Exception as error:
+                raise self._not_made(error) from error
+
+        state = on_all(self._team, copy)
         fingerprint = self._proof.of_current(step, afresh=True)
         sequence = self._meter.checkpoint_created()
         made = EngineCheckpoint(sequence, label, step, fingerprint, state.resident_bytes, state)
@@ -69,9 +74,7 @@ class Checkpointing:
         except CheckpointWriteFailed as error:
             self._late_error = error
         except Exception as error:  # noqa: BLE001 (the step is committed in any case)
-            step = self._runtime.step_index
-            self._late_error = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
-            self._late_error.__cause__ = error
+            self._late_error = self._not_made(error)
         return None
 
     def raise_late(self) -> None:
@@ -94,7 +97,7 @@ class Checkpointing:
             return store
 
         self._stepping.ready(to_restore=True)
-        store = self._on_all_ranks(prepare)
+        store = on_all(self._team, prepare)
         stated = checkpoint.fingerprint
         proof = StateProof(store, self._team, stated.scheme)
         require_value(stated, proof.of_current(stated.step_index).value)
@@ -144,27 +147,16 @@ class Checkpointing:
             return store
 
         self._stepping.ready(to_restore=True)
-        store = self._on_all_ranks(prepare)
+        store = on_all(self._team, prepare)
         step = int(given[0].step_index) if given else self._runtime.step_index
         steps = set(self._team.allgather(step))
         if len(steps) > 1:
             raise PartitionCheckpointError(f"the ranks' partitions are of different steps: {sorted(steps)}")
         self._stepping.replace(store, step)
 
-    def _on_all_ranks(self, make: Callable[[], T], checkpoint: str = "") -> T:
-        """Return ``make()``; if it fails on one rank, all ranks raise.
-
-        If ``checkpoint`` (a name for messages) is given, a failure is raised as CheckpointWriteFailed.
-        """
-        failure: Exception | None = None
-        made: list[T] = []
-        try:
-            made.append(make())
-        except Exception as error:  # noqa: BLE001 (raised on all ranks)
-            failure = error
-            if checkpoint:
-                step = self._runtime.step_index
-                failure = CheckpointWriteFailed(f"{checkpoint}: {message_of(error)}", step=step)
-                failure.__cause__ = error
-        agree(self._team, failure)
-        return made[0]
+    def _not_made(self, error: Exception) -> CheckpointWriteFailed:
+        """Return the error of a checkpoint of this step that could not be made."""
+        step = self._runtime.step_index
+        failed = CheckpointWriteFailed(f"step {step}: {message_of(error)}", step=step)
+        failed.__cause__ = error
+        return failed

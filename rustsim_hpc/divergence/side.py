@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rustsim_hpc.errors import CheckpointFileError, ReplayLogError, RunFolderError, RustsimError
 from rustsim_hpc.files import is_folder
@@ -13,15 +13,12 @@ from rustsim_hpc.job.keys import JobSpec, ReplayTable
 from rustsim_hpc.job.spec import read_job
 from rustsim_hpc.proof.replay import differing_columns
 from rustsim_hpc.proof.replay_log import IDS, ReplayLog, read_replay_log
-from rustsim_hpc.ranks.agreement import on_all
-from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.folder import CHECKPOINTS, JOB, REPLAY
 from rustsim_hpc.run_folder.reader import Run, open_run
 from rustsim_hpc.storage.folder import list_checkpoints, step_of
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.reading import read_header
 
-T = TypeVar("T")
 Layout = tuple[tuple[str, str], ...]
 """Name and dtype of each column, in order."""
 
@@ -86,16 +83,6 @@ class RunSide:
         if self.strayed is None or self.strayed[0] > step:
             self.strayed = step, differing_columns(stated.columns, found.columns)
         return False
-
-
-def first_rank(team: Team, make: Callable[[], T]) -> T:
-    """Return on all ranks what ``make`` returns on rank 0: files may change between two ranks' reads.
-
-    Raises:
-        RustsimError: what ``make`` raised; the same on every rank.
-    """
-    made: T | None = on_all(team, lambda: make() if team.rank == 0 else None)
-    return team.bcast(made)  # type: ignore[return-value]
 
 
 def read_log(path: Path) -> ReplayLog:

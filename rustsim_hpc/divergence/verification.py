@@ -21,7 +21,6 @@ from rustsim_hpc.divergence.search import investigate
 from rustsim_hpc.divergence.side import (
     Known,
     RunSide,
-    first_rank,
     folder_of,
     learn,
     read_log,
@@ -46,7 +45,7 @@ from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.job.watchdog import Watchdog, watching
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.proof.replay_log import ReplayLog
-from rustsim_hpc.ranks.agreement import on_all
+from rustsim_hpc.ranks.agreement import on_all, on_first
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_host, host_facts, versions
 from rustsim_hpc.run_folder.folder import DIVERGENCE
@@ -116,11 +115,11 @@ def verify_run(
     Raises:
         RustsimError: the log cannot be read, the job cannot be run, or fails for another reason than the log.
     """
-    log = first_rank(team, lambda: read_log(against))
-    own = first_rank(team, lambda: side_of_folder(folder))
+    log = on_first(team, lambda: read_log(against))
+    own = on_first(team, lambda: side_of_folder(folder))
     prepared = prepare(_spec(spec, own, log, steps), team)
     prepared = _same_cut(prepared, own, log, team)
-    left = first_rank(team, lambda: _side_of_log(log, own))
+    left = on_first(team, lambda: _side_of_log(log, own))
     right = _repetition(folder, own, prepared, team)
     lines = [f"the log is of another run: {cause.text}" for cause in causes_of_input(left, right)]
     for line in [*own.notes, *lines, *environment_differences(left.record or own.record, right.record)]:
@@ -159,7 +158,7 @@ def diff_runs(
     Raises:
         RustsimError: one is no run's folder, or it is unknown whether they are equal.
     """
-    sides = first_rank(team, lambda: (side_of_folder(left), side_of_folder(right)))
+    sides = on_first(team, lambda: (side_of_folder(left), side_of_folder(right)))
     for side in sides:
         if workers is not None and side.spec is not None:
             run = side.spec.run.model_copy(update={"workers": workers})
@@ -189,7 +188,7 @@ def _same_cut(prepared: Prepared, own: RunSide, log: ReplayLog, team: Team) -> P
     bound = any(isinstance(phase, ColumnPhase) and not phase.row_local for phase in prepared.model.phases)
     if spec.run.partitions is not None or not bound:
         return prepared
-    recorded = first_rank(team, lambda: _side_of_log(log, own).record.get("partitions"))
+    recorded = on_first(team, lambda: _side_of_log(log, own).record.get("partitions"))
     run = spec.run.model_copy(update={"partitions": recorded or own.record.get("partitions")})
     return prepare(spec.model_copy(update={"run": run}), team)
 

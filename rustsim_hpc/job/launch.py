@@ -32,7 +32,7 @@ from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.job.watchdog import Watchdog, watching
 from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.modeling.reductions import meeting_bytes
-from rustsim_hpc.ranks.agreement import on_all
+from rustsim_hpc.ranks.agreement import on_all, on_first
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.environment import mixtures
@@ -40,7 +40,6 @@ from rustsim_hpc.run_folder.folder import CHECKPOINTS, RunFolder, fresh_folder
 from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.storage.folder import find_checkpoint, move_aside, sweep
-from rustsim_hpc.storage.reading import on_first_rank
 from rustsim_hpc.storage.restoring import load_newest
 
 
@@ -53,7 +52,7 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
     limit = _watchdog_limit(spec, options, team)
     with StopRequests(spec.run.time_limit) as stop, watching(limit, team) as watchdog:
         prepared = prepare(spec, team)
-        path = team.bcast(on_all(team, lambda: _choose_folder(spec, options, team)))
+        path = on_first(team, lambda: options.out or fresh_folder(spec.run.name).absolute())
         folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
         with _session(folder, team, watchdog) as session:
             return _run(prepared, session, _first_store(prepared), 0, options, stop)
@@ -74,11 +73,11 @@ def resume_run(
         if finished is not None and at is None:
             return finished
         if at is not None:  # before the record is touched: a wrong number is no failure of the run
-            on_first_rank(team, lambda: find_checkpoint(path / CHECKPOINTS, at))
+            on_first(team, lambda: find_checkpoint(path / CHECKPOINTS, at))
         folder = RunFolder.reopen(path, facts(prepared), team)
         with _session(folder, team, watchdog) as session:
-            on_first_rank(team, lambda: sweep(folder.checkpoints))
-            last = on_first_rank(team, lambda: last_sequence(folder.checkpoints))
+            on_first(team, lambda: sweep(folder.checkpoints))
+            last = on_first(team, lambda: last_sequence(folder.checkpoints))
             store, step = _newest_store(prepared, folder, at)
             return _run(
                 prepared, session, store, step or 0, options, stop, resumed_from=step, last_sequence=last
@@ -250,13 +249,13 @@ def _run(
         progress=options.progress, profile=options.profile,
     )  # fmt: skip
     if resumed_from is not None:
-        on_all(team, lambda: _take_back(folder, step_index, team))
+        on_first(team, lambda: _take_back(folder, step_index))
     session.reported = True
     result = run.run()
     session.reported = False
     session.watchdog.beat("end", plane.runtime.step_index)
     fingerprint = plane.fingerprint()
-    _draw(run, folder, team)
+    on_first(team, lambda: run.records.outputs.draw_pictures(open_run(folder.path)))
     summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)
     on_all(team, lambda: folder.finish(
         "done" if result.stopped is None else "stopped",
@@ -283,27 +282,11 @@ def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> Engine
     return plane
 
 
-def _take_back(folder: RunFolder, step: int, team: Team) -> None:
+def _take_back(folder: RunFolder, step: int) -> None:
     """Move aside checkpoints of steps that will be repeated; a finished run's record is updated first."""
-    if team.rank > 0:
-        return
     if folder.takes_back(step):
         folder.begin()
     set_aside_later(folder.checkpoints, step)
-
-
-def _choose_folder(spec: JobSpec, options: RunOptions, team: Team) -> Path:
-    if options.out is not None:
-        return options.out
-    return fresh_folder(spec.run.name).absolute() if team.rank == 0 else Path()
-
-
-def _draw(run: JobRun, folder: RunFolder, team: Team) -> None:
-    def draw() -> None:
-        if team.rank == 0:
-            run.records.outputs.draw_pictures(open_run(folder.path))
-
-    on_all(team, draw)
 
 
 def _summary(

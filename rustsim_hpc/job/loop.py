@@ -23,7 +23,7 @@ from rustsim_hpc.job.records import JobRecords
 from rustsim_hpc.job.signals import StopRequests
 from rustsim_hpc.job.watchdog import FIRST_STEP, Watchdog
 from rustsim_hpc.modeling.bound_model import BoundModel
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import agree, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.folder import RunFolder
@@ -245,13 +245,7 @@ class JobRun:
 
     def _on_first(self, action: Any) -> None:
         """Call a function on rank 0; its failure is raised on all ranks."""
-        failure: Exception | None = None
-        if self._first:
-            try:
-                action()
-            except Exception as error:  # noqa: BLE001 (raised on all ranks below)
-                failure = error
-        agree(self.team, failure)
+        on_all(self.team, lambda: action() if self._first else None)
 
     @contextmanager
     def _bundle_on_failure(self) -> Iterator[None]:

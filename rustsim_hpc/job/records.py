@@ -9,7 +9,6 @@ import numpy as np
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import RunProfile
-from rustsim_hpc.errors import OutputError
 from rustsim_hpc.executors.base import Executor, ResidentSession
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
@@ -18,7 +17,7 @@ from rustsim_hpc.modeling.outputs import Sample
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay_log import ReplayHeader
 from rustsim_hpc.proof.replay_writer import ReplayLogWriter
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import agree, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_endpoint, differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
@@ -137,18 +136,16 @@ class JobRecords:
         if known is None:
             return []
         found = self._team.gather(known)
-        failure: Exception | None = None
-        lines: list[str] = []
-        if found is not None:
+
+        def write() -> list[str]:
+            if found is None:
+                return []
             workers = by_endpoint(found)
-            try:
-                self._folder.update(remote_workers=workers, session={"remote_workers": workers})
-            except OutputError as error:
-                failure = error
+            self._folder.update(remote_workers=workers, session={"remote_workers": workers})
             last = self._folder.record["sessions"][-2:]
-            lines = differences(*map(machines_of, last)) if len(last) > 1 else []
-        agree(self._team, failure)
-        return lines
+            return differences(*map(machines_of, last)) if len(last) > 1 else []
+
+        return on_all(self._team, write)
 
     def after_step(self, fingerprint: ReplayFingerprint | None) -> None:
         """Append a step's fingerprint to the log and its due values to the outputs. Collective.

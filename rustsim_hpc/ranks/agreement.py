@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rustsim_hpc.ranks.team import Team
 
-__all__ = ["agree", "agree_hash", "on_all"]
+__all__ = ["agree", "agree_hash", "on_all", "on_first"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,18 @@ def on_all(team: Team, make: Callable[[], T]) -> T:
         failure = error
     agree(team, failure)
     return made[0]
+
+
+def on_first(team: Team, make: Callable[[], T]) -> T:
+    """Return on all ranks what `make` returns on rank 0: files may change between two ranks' reads.
+
+    The result is small and picklable; if `make` raises, the same error is raised on all ranks.
+
+    Raises:
+        RustsimError: what `make` raised.
+    """
+    made = on_all(team, lambda: make() if team.rank == 0 else None)
+    return team.bcast(made)  # type: ignore[return-value]
 
 
 def _portable(error: Exception) -> RustsimError:

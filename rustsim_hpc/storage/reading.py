@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.proof.fingerprint import StateView
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import on_all, on_first
 from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.storage.folder import manifest_of
 from rustsim_hpc.storage.hdf5 import read_file
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.proof import FileProof, Manifest, check_blocks
-
-T = TypeVar("T")
 
 
 def read_header(path: Path) -> CheckpointHeader:
@@ -37,7 +35,7 @@ def prove(path: Path, team: Team | None = None) -> Manifest:
         CheckpointFileError: they do not match: the same error on all ranks.
     """
     team = SoloTeam() if team is None else team
-    manifest = on_first_rank(team, lambda: manifest_of(path))
+    manifest = on_first(team, lambda: manifest_of(path))
     prove_files(path, manifest, team)
     return manifest
 
@@ -52,28 +50,8 @@ def prove_files(
     Raises:
         CheckpointFileError: they do not match: the same error on all ranks.
     """
-    error = None
-    try:
-        check_blocks(path.parent, _share(manifest.files, team.rank, team.size), beside)
-    except CheckpointFileError as failure:
-        error = failure
-    agree(team, error)
-
-
-def on_first_rank(team: Team, function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its (small, picklable) result on all ranks. Collective.
-
-    Raises:
-        CheckpointFileError: the function raised it: the same error on all ranks.
-    """
-    result, error = None, None
-    if team.rank == 0:
-        try:
-            result = function()
-        except CheckpointFileError as failure:
-            error = failure
-    agree(team, error)
-    return team.bcast(result)  # type: ignore[return-value]
+    mine = _share(manifest.files, team.rank, team.size)
+    on_all(team, lambda: check_blocks(path.parent, mine, beside))
 
 
 def _share(files: Iterable[FileProof], rank: int, size: int) -> list[tuple[FileProof, int, int]]:

@@ -25,7 +25,7 @@ from rustsim_hpc.proof.fingerprint import (
     fnv1a_ids,
     fnv1a_names,
 )
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import agree, on_all, on_first
 from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.storage.folder import find_checkpoint, list_checkpoints, manifest_of, move_aside
 from rustsim_hpc.storage.header import CheckpointHeader
@@ -33,7 +33,6 @@ from rustsim_hpc.storage.proof import Manifest
 from rustsim_hpc.storage.reading import (
     check_range,
     files_of,
-    on_first_rank,
     prove,
     prove_files,
     read_files,
@@ -89,7 +88,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
     Raises:
         CheckpointFileError: it does not hold: the same error on all ranks.
     """
-    manifest = on_first_rank(team, lambda: manifest_of(path))
+    manifest = on_first(team, lambda: manifest_of(path))
     header, room, error = manifest.header, None, None
     try:
         start, stop = rows_for(header)
@@ -100,12 +99,7 @@ def load(path: Path, team: Team, rows_for: RowsFor, room_for: RoomFor = fresh_ro
     prove_files(path, manifest, team, [] if room is None else _touches(room))
     agree(team, error)
     assert room is not None  # noqa: S101 (else all have raised)
-    sums: list[int] = []
-    try:
-        sums = _read_and_digest(path, manifest, room)
-    except Exception as failure:  # noqa: BLE001 (agreed on, then raised)
-        error = failure
-    agree(team, error)
+    sums = on_all(team, lambda: _read_and_digest(path, manifest, room))
     _check(path, header, room, sums, team)
     return LoadedCheckpoint(path, header, room)
 
@@ -199,17 +193,17 @@ def verify(path: Path, team: Team | None = None) -> Manifest:
         CheckpointFileError: it does not hold: the same error on all ranks.
     """
     team = SoloTeam() if team is None else team
-    manifest, error = prove(path, team), None
+    manifest = prove(path, team)
     header = manifest.header
     mine = (team.rank * header.rows // team.size, (team.rank + 1) * header.rows // team.size)
-    sums = np.zeros(len(header.schema) + 1, np.uint64)
-    try:
+
+    def sums() -> NDArray[np.uint64]:
+        made = np.zeros(len(header.schema) + 1, np.uint64)
         for piece in _pieces(path, manifest, mine):
-            sums += np.array(digest_sums(piece), np.uint64)
-    except CheckpointFileError as failure:
-        error = failure
-    agree(team, error)
-    total = _check_sums(path, header, sums, team)
+            made += np.array(digest_sums(piece), np.uint64)
+        return made
+
+    total = _check_sums(path, header, on_all(team, sums), team)
     names = header.schema.names
 
     def hash_ids(state: int) -> int:
@@ -252,8 +246,8 @@ def load_newest(
         CheckpointFileError: there is none of step `at` or it is damaged, or one cannot be accessed.
     """
     if at is not None:
-        return load(on_first_rank(team, lambda: find_checkpoint(folder, at)), team, rows_for, room_for)
-    paths = on_first_rank(team, lambda: list_checkpoints(folder))
+        return load(on_first(team, lambda: find_checkpoint(folder, at)), team, rows_for, room_for)
+    paths = on_first(team, lambda: list_checkpoints(folder))
     for path in paths:
         try:
             return load(path, team, rows_for, room_for)
@@ -261,5 +255,5 @@ def load_newest(
             if not error.damaged:
                 raise
             reason = str(error)
-            on_first_rank(team, lambda path=path, reason=reason: reject(path, reason))  # type: ignore[misc]
+            on_first(team, lambda path=path, reason=reason: reject(path, reason))  # type: ignore[misc]
     return None

@@ -6,20 +6,22 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.proof.fingerprint import StateView
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import agree, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state.memory import ColumnMemory
 from rustsim_hpc.storage.collective import check_supported, writes_together
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.sinks import Abandoned
 from rustsim_hpc.storage.writing import Attempt, Phases
+
+T = TypeVar("T")
 
 
 def write_checkpoint(
@@ -93,14 +95,13 @@ class CheckpointWriter:
         """
         if not self.asynchronous or writes_together(self.team, self.options):
             return
-        error = None
-        try:
+
+        def touch() -> None:
             self._room_for(view)
             for buffer in self._buffers:
                 buffer.fill(0)
-        except MemoryError as failure:
-            error = _no_memory(failure)
-        agree(self.team, error)
+
+        on_all(self.team, lambda: _with_memory(touch))
 
     def submit(self, header: CheckpointHeader, view: StateView, memory: ColumnMemory | None = None) -> None:
         """Start a checkpoint of this rank's rows, `view`, after the previous one has finished. Collective.
@@ -191,22 +192,13 @@ class CheckpointWriter:
     def _clear(self) -> None:
         self._attempt = self._phases = self._task = None
 
-    def _all_well(self, attempt: Attempt, action: Callable[[], Any]) -> Any:
+    def _all_well(self, attempt: Attempt, action: Callable[[], T]) -> T:
         """Return an action's result; if it fails on one rank, undo the attempt on all. Collective."""
-        error: Exception | None = None
-        made = None
         try:
-            made = action()
-        except MemoryError as failure:
-            error = _no_memory(failure)
-        except RustsimError as failure:
-            error = failure
-        try:
-            agree(self.team, error)
+            return on_all(self.team, lambda: _with_memory(action))
         except RustsimError:
             attempt.take_back()
             raise
-        return made
 
     def _snapshot(
         self, view: StateView, attempt: Attempt, memory: ColumnMemory | None
@@ -299,6 +291,14 @@ def _as_file_error(error: BaseException, attempt: Attempt) -> RustsimError:
         found.__cause__ = error
         error = found
     return error.add_facts(step=attempt.header.step_index)
+
+
+def _with_memory(action: Callable[[], T]) -> T:
+    """Return ``action()``; raise a typed error where it has not enough memory."""
+    try:
+        return action()
+    except MemoryError as error:
+        raise _no_memory(error) from error
 
 
 def _no_memory(error: MemoryError) -> CheckpointFileError:

@@ -25,7 +25,7 @@ from rustsim_hpc.errors import CheckpointFileError, RustsimError
 from rustsim_hpc.files import fsync_folder, temporary_path
 from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.proof.fingerprint import StateView, digest_sums, fingerprint_view
-from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.agreement import agree, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.storage.collective import write_collective, writes_together
 from rustsim_hpc.storage.folder import checkpoint_path, publish, retain, settle, shards_path
@@ -218,12 +218,7 @@ class Attempt:
 
     def write_together(self) -> Receipt:
         """Write this rank's rows into the file of all ranks by parallel HDF5, and sync it. Collective."""
-        error = None
-        try:
-            self.sums = tuple(digest_sums(self.view))
-        except Exception as failure:  # noqa: BLE001 (agreed on, then raised)
-            error = failure
-        agree(self.team, error)
+        self.sums = on_all(self.team, lambda: tuple(digest_sums(self.view)))
         total = self.team.sum_int64(np.array(self.sums, np.uint64).view(np.int64)).view(np.uint64)
         header = self.header.with_sums([int(value) for value in total])
         with file_errors(self.first, "write"):
