@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.kept import kept
 from rustsim_hpc.bench.measure import Section, figure
@@ -81,8 +79,8 @@ def sample(setup: Setup, machine: Machine) -> Load:
 def _load(engine: Engine, row_seconds: float) -> Load:
     work = engine.plane.stepper(engine.executor).work
     program = work.program
-    sizes = [np.dtype(column.dtype).itemsize for column in program.schema.columns]
-    moved = sum(sizes) + sum(sizes[column] for column in program.written)
+    schema = program.schema
+    moved = schema.row_bytes + sum(schema.dtypes[column].itemsize for column in program.written)
     collectives = sum(1 + bool(segment.derives) for segment in program.segments)
     if program.observe is not None:
         collectives += 1

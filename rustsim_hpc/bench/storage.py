@@ -17,6 +17,7 @@ from rustsim_hpc.bench.engine import Engine, Setup
 from rustsim_hpc.bench.measure import Row, Section, Timing
 from rustsim_hpc.bench.setting import MODELS, Size
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView
+from rustsim_hpc.proof.state_proof import view_of
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.restoring import load_newest
@@ -104,16 +105,8 @@ def _section(size: Size, timings: dict[str, Timing], written: int, read: int) ->
 
 
 def _view(engine: Engine) -> StateView:
-    store = engine.plane.runtime.device_store()
-    return StateView(
-        step_index=engine.plane.runtime.step_index,
-        rows=store.total_rows,
-        names=store.column_names,
-        ids=None,
-        columns=store.columns,
-        row_offset=store.row_offset,
-        local_rows=store.agent_count,
-    )
+    runtime = engine.plane.runtime
+    return view_of(runtime.device_store(), runtime.step_index)
 
 
 def _header(engine: Engine) -> CheckpointHeader:

@@ -291,7 +291,7 @@ def _digests_in_loops(work: Work) -> bool:
 
 def row_bytes(program: Program) -> dict[str, int | None]:
     """Return the bytes of columns that each phase reads and writes per row; None for column phases."""
-    widths = [np.dtype(column.dtype).itemsize for column in program.schema.columns]
+    widths = [dtype.itemsize for dtype in program.schema.dtypes]
     made: dict[str, int | None] = {}
     for segment in program.segments:
         for item in segment.items:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 from rustsim_hpc.control.config import ControlPlaneConfig
 from rustsim_hpc.control.control_plane import EngineControlPlane
@@ -20,13 +19,12 @@ from rustsim_hpc.divergence.side import Known, RunSide
 from rustsim_hpc.errors import CheckpointFileError, ColumnMemoryError
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job.plan import rank_part, size, worker_count
-from rustsim_hpc.job.prepared import Prepared, prepare
-from rustsim_hpc.job.restored import RestoredStore, forked_rows
+from rustsim_hpc.job.prepared import Prepared, first_store, prepare
+from rustsim_hpc.job.restored import restored_store
 from rustsim_hpc.modeling.program import plan_program
 from rustsim_hpc.proof.fingerprint import digest_value, fnv1a_bytes, fnv1a_header, fnv1a_ids, fnv1a_names
 from rustsim_hpc.proof.replay import ReplayMode
 from rustsim_hpc.proof.replay_log import IDS
-from rustsim_hpc.ranks.agreement import on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionPlan
@@ -195,23 +193,14 @@ class Bench:
             if at > step:
                 continue
             try:
-                return Replica(side, prepared, self._restored(prepared, path), at)
+                return Replica(side, prepared, restored_store(path, prepared), at)
             except CheckpointFileError as error:
                 side.notes.append(f"{side.name}: {path.name} is not used: {error}")
         if side.origin:
             raise CheckpointFileError(
                 f"{side.name} has no checkpoint at or before step {step} to start from", damaged=False
             )
-        part = prepared.part
-        store = on_all(
-            self.team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind)
-        )
-        return Replica(side, prepared, store, 0)
-
-    def _restored(self, prepared: Prepared, path: Path) -> DeviceSoaStore:
-        restored = RestoredStore(prepared)
-        load(path, self.team, lambda header: forked_rows(prepared, header), restored.room_for)
-        return restored.take()
+        return Replica(side, prepared, first_store(prepared), 0)
 
 
 def checkpoint_rows(path: Path, team: Team) -> Rows:
@@ -232,29 +221,20 @@ def checkpoint_rows(path: Path, team: Team) -> Rows:
 
 def available_memory() -> int:
     """Return the bytes that this machine, or this process's control group, has left."""
-    left = [info["MemAvailable"]] if (info := _memory_info()) else []
+    left: list[int] = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError):  # no group, or one of another kind
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         left += [int(limit) - int(used)] if limit != "max" else []
-    except (OSError, ValueError):
-        pass  # no group, or one of another kind
     return max(0, min(left)) if left else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _memory_info() -> Mapping[str, int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        parts = [line.replace(":", " ").split() for line in lines]
-        return {part[0]: int(part[1]) * 1024 for part in parts if part[0] == "MemAvailable"}
-    except (OSError, ValueError, IndexError):
-        return {}
 
 
 def _bytes_of(prepared: Prepared) -> int:
     """Return the bytes that a side's columns take on this rank, second buffers included."""
     model = prepared.model
     program = plan_program(model.schema, model.phases, two_sided=True, **model.program_options())
-    sizes = [np.dtype(column.dtype).itemsize for column in model.schema.columns]
-    part = prepared.part
-    return (part.row_stop - part.row_start) * (sum(sizes) + sum(sizes[index] for index in program.swapped))
+    swapped = sum(model.schema.dtypes[index].itemsize for index in program.swapped)
+    return (prepared.part.row_stop - prepared.part.row_start) * (model.schema.row_bytes + swapped)

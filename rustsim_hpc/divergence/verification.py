@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control.control_plane import EngineControlPlane
-from rustsim_hpc.control.runtime import ColumnarRuntime
 from rustsim_hpc.divergence.causes import causes_of_input, environment_differences
 from rustsim_hpc.divergence.report import DivergenceReport
 from rustsim_hpc.divergence.search import investigate
@@ -37,9 +35,9 @@ from rustsim_hpc.errors import (
     RustsimError,
 )
 from rustsim_hpc.job.keys import JobSpec, ReplayTable
-from rustsim_hpc.job.prepared import Prepared, cut_of, device_of, executor_of, prepare
+from rustsim_hpc.job.prepared import Prepared, device_of, executor_of, first_store, plane_of, prepare
 from rustsim_hpc.job.progress import Progress
-from rustsim_hpc.job.restored import RestoredStore, forked_rows
+from rustsim_hpc.job.restored import restored_store
 from rustsim_hpc.job.spec import RunOptions
 from rustsim_hpc.job.summary import RunSummary
 from rustsim_hpc.job.watchdog import Watchdog, watching
@@ -50,7 +48,6 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_host, host_facts, versions
 from rustsim_hpc.run_folder.folder import DIVERGENCE
 from rustsim_hpc.state.columns import DeviceSoaStore
-from rustsim_hpc.storage.restoring import load
 
 EXIT_DIFFERENT: Final = 4
 
@@ -203,7 +200,7 @@ def _run(
     failure: EngineControlPlaneError | None = None
     plane: EngineControlPlane | None = None
     try:
-        plane = on_all(team, lambda: _plane(prepared, store, start, log))
+        plane = plane_of(prepared, store, start, log.verify_mode())
         stepper = plane.stepper(executor)
         begun, compiled = time.perf_counter(), stepper.session.compile_seconds
         bar = Progress(
@@ -240,32 +237,12 @@ def _run(
 
 def _first_state(prepared: Prepared, own: RunSide) -> tuple[DeviceSoaStore, int]:
     """Return the state that the run began with, and its step: initialised, or that of a fork."""
-    team, part = prepared.team, prepared.part
     if not own.origin:
-        store = on_all(team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind))
-        return store, 0
+        return first_store(prepared), 0
     path = dict(own.checkpoints).get(own.origin)
     if path is None:
         raise CheckpointFileError(f"{own.name} cannot be run again: {own.why_not}", damaged=False)
-    restored = RestoredStore(prepared)
-    load(path, team, lambda header: forked_rows(prepared, header), restored.room_for)
-    return restored.take(), own.origin
-
-
-def _plane(prepared: Prepared, store: DeviceSoaStore, step: int, log: ReplayLog) -> EngineControlPlane:
-    spec = prepared.spec
-    partitions, workers = cut_of(prepared)
-    config = ControlPlaneConfig(
-        replay_mode=log.verify_mode(),
-        partition_plan=partitions,
-        partition_workers=workers,
-        guard=StepGuard(spec.run.guard),
-        fingerprint=log.header.scheme,
-        max_retained_checkpoints=1,
-    )
-    plane = EngineControlPlane(ColumnarRuntime(store, step, team=prepared.team), config)
-    plane.add_model(prepared.model, checked=spec.run.check, tile_rows=spec.run.tile_rows or 0)
-    return plane
+    return restored_store(path, prepared), own.origin
 
 
 def _with_hint(error: EngineControlPlaneError, log: ReplayLog) -> EngineControlPlaneError:

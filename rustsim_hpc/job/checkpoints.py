@@ -11,6 +11,7 @@ from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView
+from rustsim_hpc.proof.state_proof import view_of
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.storage.folder import step_of
@@ -175,15 +176,7 @@ class JobCheckpoints:
     def _view(self) -> StateView:
         """Return this rank's rows, as the columns' own arrays: a keeper may have their current values."""
         store = self._plane.runtime.device_store()
-        return StateView(
-            step_index=self._plane.runtime.step_index,
-            rows=store.total_rows,
-            names=store.column_names,
-            ids=None if store.default_ids else store.ids,
-            columns=store.memory.places(),
-            row_offset=store.row_offset,
-            local_rows=store.agent_count,
-        )
+        return view_of(store, self._plane.runtime.step_index, store.memory.places())
 
     def _run(self, action: Callable[[], object]) -> None:
         """Call a method of the writer; ``on_error`` says whether a failure is raised or only reported."""

@@ -9,14 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
 from rustsim_hpc.control.control_plane import EngineControlPlane
-from rustsim_hpc.control.runtime import ColumnarRuntime
 from rustsim_hpc.errors import EXIT_FAILED, CheckpointFileError, JobError, RustsimError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.loop import JobRun, LoopResult
 from rustsim_hpc.job.plan import RunPlan, partition_count, plan_run, worker_count
-from rustsim_hpc.job.prepared import Prepared, bind, cut_of, executor_of, facts, prepare, replay_mode
+from rustsim_hpc.job.prepared import (
+    Prepared,
+    bind,
+    executor_of,
+    facts,
+    first_store,
+    plane_of,
+    prepare,
+    replay_mode,
+)
 from rustsim_hpc.job.restored import (
     RestoredStore,
     forked_rows,
@@ -55,7 +62,7 @@ def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
         path = on_first(team, lambda: options.out or fresh_folder(spec.run.name).absolute())
         folder = RunFolder.create(path, spec.to_toml(), facts(prepared), team, force=options.force)
         with _session(folder, team, watchdog) as session:
-            return _run(prepared, session, _first_store(prepared), 0, options, stop)
+            return _run(prepared, session, first_store(prepared), 0, options, stop)
 
 
 def resume_run(
@@ -100,7 +107,7 @@ def _newest_store(prepared: Prepared, folder: RunFolder, at: int | None) -> tupl
         folder.checkpoints, team, lambda header: rows_for(prepared, header), at, reject, restored.room_for
     )
     if loaded is None:
-        return _first_store(prepared), None
+        return first_store(prepared), None
     step = loaded.header.step_index
     on_all(team, lambda: folder.update(session={"resumed_from": step}))
     for line in machine_differences(folder):
@@ -218,13 +225,6 @@ def _session(folder: RunFolder, team: Team, watchdog: Watchdog) -> Iterator[_Ses
         folder.release()
 
 
-def _first_store(prepared: Prepared) -> DeviceSoaStore:
-    part = prepared.part
-    return on_all(
-        prepared.team, lambda: prepared.model.new_store(part.row_start, part.row_stop, prepared.kind)
-    )
-
-
 def _run(
     prepared: Prepared,
     session: _Session,
@@ -242,7 +242,7 @@ def _run(
     session.step_index = step_index
     session.watchdog.beat("start-up", step_index)
     executor = executor_of(prepared, folder.lock.descriptors)
-    session.plane = plane = on_all(team, lambda: _plane(prepared, store, step_index))
+    session.plane = plane = plane_of(prepared, store, step_index, replay_mode(prepared))
     run = JobRun(
         spec, prepared.model, plane, executor, folder, team, stop, session.watchdog,
         resumed_from=resumed_from, last_sequence=last_sequence, forked=forked,
@@ -256,30 +256,13 @@ def _run(
     session.watchdog.beat("end", plane.runtime.step_index)
     fingerprint = plane.fingerprint()
     on_first(team, lambda: run.records.outputs.draw_pictures(open_run(folder.path)))
-    summary = _summary(prepared, folder, run, plane, result, fingerprint.value, resumed_from)
+    summary = _summary(prepared, run, result, fingerprint.value)
     on_all(team, lambda: folder.finish(
         "done" if result.stopped is None else "stopped",
         exit_code=summary.exit_code, step_index=summary.step_index,
         fingerprint=fingerprint.value, reason=result.stopped,
     ))  # fmt: skip
     return summary
-
-
-def _plane(prepared: Prepared, store: DeviceSoaStore, step_index: int) -> EngineControlPlane:
-    spec = prepared.spec
-    partitions, workers = cut_of(prepared)
-    config = ControlPlaneConfig(
-        replay_mode=replay_mode(prepared),
-        partition_plan=partitions,
-        partition_workers=workers,
-        guard=StepGuard(spec.run.guard),
-        fingerprint=spec.replay.fingerprint,
-        max_retained_checkpoints=1,
-    )
-    runtime = ColumnarRuntime(store, step_index, team=prepared.team)
-    plane = EngineControlPlane(runtime, config)
-    plane.add_model(prepared.model, checked=spec.run.check, tile_rows=spec.run.tile_rows or 0)
-    return plane
 
 
 def _take_back(folder: RunFolder, step: int) -> None:
@@ -289,21 +272,13 @@ def _take_back(folder: RunFolder, step: int) -> None:
     set_aside_later(folder.checkpoints, step)
 
 
-def _summary(
-    prepared: Prepared,
-    folder: RunFolder,
-    run: JobRun,
-    plane: EngineControlPlane,
-    result: LoopResult,
-    fingerprint: int,
-    resumed_from: int | None,
-) -> RunSummary:
+def _summary(prepared: Prepared, run: JobRun, result: LoopResult, fingerprint: int) -> RunSummary:
     spec = prepared.spec
     return RunSummary(
         job=spec.run.name,
-        folder=folder.path,
+        folder=run.folder.path,
         steps=result.steps,
-        step_index=plane.runtime.step_index,
+        step_index=run.plane.runtime.step_index,
         agents=spec.run.agents,
         ranks=prepared.team.size,
         executor=prepared.executor,
@@ -313,7 +288,7 @@ def _summary(
         fingerprint_scheme=spec.replay.fingerprint,
         seconds=result.seconds,
         checkpoints=tuple(path for path in run.checkpoints.writer.paths if path.exists()),
-        resumed_from=resumed_from,
+        resumed_from=run.resumed_from,
         outputs={name: Path(path) for name, path in run.records.outputs.files().items()},
         stopped=result.stopped,
         profile=result.profile,

@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.state.schema import Schema
 
@@ -94,8 +92,7 @@ def plan_run(spec: JobSpec, schema: Schema, swapped: Collection[int], step_bytes
     swapped: indices of the columns that have a second buffer. step_bytes: what a rank contributes to
     the collectives of one step (results of reductions, the digest, the status).
     """
-    sizes = [np.dtype(column.dtype).itemsize for column in schema.columns]
-    row_bytes, undo_bytes = sum(sizes), sum(sizes[index] for index in swapped)
+    row_bytes, undo_bytes = schema.row_bytes, sum(schema.dtypes[index].itemsize for index in swapped)
     partitions = partition_count(spec, ranks)
     shares = [
         RankShare(

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
+from rustsim_hpc.control.control_plane import EngineControlPlane
+from rustsim_hpc.control.runtime import ColumnarRuntime
 from rustsim_hpc.errors import JobError, nearest
 from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.executors.cuda import CudaPartitionExecutor
@@ -28,6 +31,7 @@ from rustsim_hpc.run_folder.environment import versions
 from rustsim_hpc.run_folder.record import RunFacts
 from rustsim_hpc.state import cuda_found
 from rustsim_hpc.state.backing import Kind
+from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.storage.collective import check_supported
 
@@ -215,6 +219,43 @@ def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ..
     return plan.with_workers(owners), workers
 
 
+def first_store(prepared: Prepared) -> DeviceSoaStore:
+    """Return a store of this rank's rows of the model's first state. Collective.
+
+    Raises:
+        RustsimError: it cannot be made; the same on every rank.
+    """
+    model, part = prepared.model, prepared.part
+    return on_all(prepared.team, lambda: model.new_store(part.row_start, part.row_stop, prepared.kind))
+
+
+def plane_of(
+    prepared: Prepared, store: DeviceSoaStore, step_index: int, mode: ReplayMode
+) -> EngineControlPlane:
+    """Return the plane that makes the job's steps from a state on. Collective.
+
+    Raises:
+        RustsimError: it cannot be configured so; the same on every rank.
+    """
+    run = prepared.spec.run
+
+    def make() -> EngineControlPlane:
+        partitions, workers = cut_of(prepared)
+        config = ControlPlaneConfig(
+            replay_mode=mode,
+            partition_plan=partitions,
+            partition_workers=workers,
+            guard=StepGuard(run.guard),
+            fingerprint=prepared.spec.replay.fingerprint,
+            max_retained_checkpoints=1,
+        )
+        plane = EngineControlPlane(ColumnarRuntime(store, step_index, team=prepared.team), config)
+        plane.add_model(prepared.model, checked=run.check, tile_rows=run.tile_rows or 0)
+        return plane
+
+    return on_all(prepared.team, make)
+
+
 def replay_mode(prepared: Prepared) -> ReplayMode:
     """Return the job's replay mode. Collective.
 
@@ -224,5 +265,4 @@ def replay_mode(prepared: Prepared) -> ReplayMode:
     table = prepared.spec.replay
     if table.verify is None:
         return ReplayMode.record(table.interval) if table.mode == "record" else ReplayMode.off()
-    log = on_all(prepared.team, lambda: read_replay_log(Path(table.verify or "")))
-    return ReplayMode.verify(log.entries, log.header.interval)
+    return on_all(prepared.team, lambda: read_replay_log(Path(table.verify or ""))).verify_mode()

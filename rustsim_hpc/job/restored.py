@@ -11,6 +11,7 @@ from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.proof.fingerprint import StateView, hex64
+from rustsim_hpc.proof.state_proof import view_of
 from rustsim_hpc.run_folder.environment import differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.run_folder.reader import open_run
@@ -19,7 +20,7 @@ from rustsim_hpc.state.memory import ColumnMemory
 from rustsim_hpc.storage.folder import list_checkpoints, move_aside, step_of
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.reading import read_header
-from rustsim_hpc.storage.restoring import LoadedCheckpoint
+from rustsim_hpc.storage.restoring import LoadedCheckpoint, load
 
 
 def rows_for(prepared: Prepared, header: CheckpointHeader) -> tuple[int, int]:
@@ -125,6 +126,17 @@ def _flat(job: dict[str, Any]) -> dict[str, Any]:
     return {f"{table}.{key}": value for table, keys in job.items() for key, value in keys.items()}
 
 
+def restored_store(path: Path, prepared: Prepared) -> DeviceSoaStore:
+    """Return a store of this rank's rows of a checkpoint, proved, that has the job's columns. Collective.
+
+    Raises:
+        CheckpointFileError: it does not hold, or has other columns or another population.
+    """
+    restored = RestoredStore(prepared)
+    load(path, prepared.team, lambda header: forked_rows(prepared, header), restored.room_for)
+    return restored.take()
+
+
 class RestoredStore:
     """The store that a checkpoint is read into, made once the checkpoint's header is known.
 
@@ -146,16 +158,8 @@ class RestoredStore:
             self._store.close()
         schema, ids = self._prepared.model.schema, not header.default_ids
         memory = ColumnMemory(schema, stop - start, self._prepared.kind, with_ids=ids)
-        self._store = store = DeviceSoaStore(memory, row_offset=start, total_rows=header.rows)
-        return StateView(
-            step_index=header.step_index,
-            rows=header.rows,
-            names=store.column_names,
-            ids=memory.ids,
-            columns=store.columns,
-            row_offset=start,
-            local_rows=stop - start,
-        )
+        self._store = DeviceSoaStore(memory, row_offset=start, total_rows=header.rows)
+        return view_of(self._store, header.step_index)
 
     def take(self) -> DeviceSoaStore:
         """Return the store that the checkpoint was read into."""

@@ -11,6 +11,7 @@ import numpy as np
 from rustsim_hpc.errors import RustsimError
 from rustsim_hpc.proof.fingerprint import (
     ReplayFingerprint,
+    StateView,
     digest_column,
     digest_default_ids,
     digest_value,
@@ -24,6 +25,19 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state.columns import DeviceSoaStore
 
 Array = np.ndarray[Any, Any]
+
+
+def view_of(store: DeviceSoaStore, step_index: int, columns: tuple[Array, ...] | None = None) -> StateView:
+    """Return this rank's rows of the state at a step; ``columns``: in place of the store's current ones."""
+    return StateView(
+        step_index=step_index,
+        rows=store.total_rows,
+        names=store.column_names,
+        ids=store.memory.ids,
+        columns=store.columns if columns is None else columns,
+        row_offset=store.row_offset,
+        local_rows=store.agent_count,
+    )
 
 
 class StateProof:
