@@ -246,7 +246,7 @@ def stuck(rng: random.Random, folder: Path, expected: Path) -> Trial:
         begun = time.monotonic()
         everyone, ended = started.tree(), started.wait(60)
         wrong = late(time.monotonic() - begun) + still_there(everyone)
-    if ended.code != 3 or "has not moved for 5 s" not in ended.text or "File " not in ended.text:
+    if ended.code != 3 or "(limit 5 s)" not in ended.text or "File " not in ended.text:
         wrong.append(f"run {ended}")
     return f"{fault}, {way.name}", wrong + resumed(folder, expected, here=False)
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rustsim_hpc.facts import PartitionLike
 from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
-from rustsim_hpc.facts import message_of as message_of  # noqa: PLC0414
-from rustsim_hpc.facts import named as named  # noqa: PLC0414
-from rustsim_hpc.facts import nearest as nearest  # noqa: PLC0414
 from rustsim_hpc.partition_errors import CoverageMismatch as CoverageMismatch  # noqa: PLC0414
 from rustsim_hpc.partition_errors import EmptyRange as EmptyRange  # noqa: PLC0414
 from rustsim_hpc.partition_errors import InvalidPartitionCount as InvalidPartitionCount  # noqa: PLC0414
@@ -28,6 +25,9 @@ from rustsim_hpc.partition_errors import ReversedRange as ReversedRange  # noqa:
 from rustsim_hpc.partition_errors import SingleProcessHasAssignments as SingleProcessHasAssignments  # noqa: PLC0414
 from rustsim_hpc.partition_errors import Worker as Worker  # noqa: PLC0414
 from rustsim_hpc.partition_errors import WorkerCountMismatch as WorkerCountMismatch  # noqa: PLC0414
+from rustsim_hpc.texts import message_of as message_of  # noqa: PLC0414
+from rustsim_hpc.texts import named as named  # noqa: PLC0414
+from rustsim_hpc.texts import nearest as nearest  # noqa: PLC0414
 
 if TYPE_CHECKING:
     # In a base class a variant's name is the ClassVar; annotations reach the class through the module.

@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import Field, field
-from difflib import get_close_matches
 from inspect import get_annotations
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 
 _FACTS = ("rank", "host", "partition", "worker", "phase_index", "phase", "step", "hint", "others")
+_OTHERS_SHOWN = 20
 
 
 class PartitionLike(Protocol):
@@ -128,7 +125,9 @@ class RustsimError(_Declared, kw_only=True):
     def details(self) -> str:
         """Return the known facts, one per line, then the other failures of the same step, then the hint."""
         lines = [f"{label}: {text}" for label, text in self.known_facts()]
-        lines += [f"also failed: {other}" for other in self.others]
+        lines += [f"also failed: {other}" for other in self.others[:_OTHERS_SHOWN]]
+        if len(self.others) > _OTHERS_SHOWN:
+            lines.append(f"also failed: {len(self.others) - _OTHERS_SHOWN:,} more")
         return "\n".join(lines + ([f"hint: {self.hint}"] if self.hint else []))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -142,28 +141,3 @@ def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, An
     error.args = args
     error.__dict__.update(state)
     return error
-
-
-def message_of(error: BaseException) -> str:
-    """Return the text of any exception, or its type's name if it has no text or `str` fails.
-
-    An exception that is not an `Exception`, such as `SystemExit`, is prefixed with its type's name.
-    """
-    name = type(error).__name__
-    try:
-        text = str(error)
-        return text if text and isinstance(error, Exception) else f"{name}: {text}" if text else name
-    except Exception:  # noqa: BLE001 (user code may fail here, while its failure is reported)
-        return type(error).__name__
-
-
-def named(error: BaseException) -> str:
-    """Return the type and the text of any exception."""
-    name, text = type(error).__name__, message_of(error)
-    return text if text.startswith(name) else f"{name}: {text}"
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return ` (did you mean "x"?)` for the candidate most similar to `name`, or "" if there is none."""
-    matches = get_close_matches(name, list(candidates), n=1)
-    return f' (did you mean "{matches[0]}"?)' if matches else ""

@@ -97,10 +97,19 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: as `read_bytes`.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(read_bytes(path))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return a parsed JSON text.
+
+    Raises:
         ValueError: it is not JSON, or nested too deeply to be read.
     """
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

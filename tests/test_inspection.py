@@ -120,7 +120,7 @@ def test_lineage_is_a_tree(run: Path) -> None:
     for lineage in ({}, {"parent": 3}, [], "x", {**record["lineage"], "changes": {"a": 1}}):
         (grandchild / "run.json").write_text(json.dumps({**record, "lineage": lineage}))
         found = inspect_path(grandchild)
-        assert found.exit_code == (5 if lineage else 0)
+        assert found.exit_code == (0 if lineage == {} else 5)
         assert found.text()
 
 

@@ -37,7 +37,6 @@ from rustsim_hpc.remote.messages import (
     packed,
     packed_params,
     read_message,
-    shown,
     unpacked_params,
 )
 from rustsim_hpc.remote.watch import MOST_UNREAD
@@ -102,10 +101,6 @@ def test_arrays_that_no_message_of_its_kind_has():
         read_message(frames_of("fetch", [b"12345678"], **FETCH), REQUESTS)
     with pytest.raises(Malformed, match="a message hashed with arrays"):
         read_message(frames_of("hashed", [b""], state=1), ANSWERS)
-
-
-def test_what_a_peer_writes_is_shown_as_one_harmless_line():
-    assert shown("no\n room\x1b[2J today\r\n") == "no room\N{REPLACEMENT CHARACTER}[2J today"
 
 
 BAD_HEADERS = [

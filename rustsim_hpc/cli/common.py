@@ -15,6 +15,7 @@ import click
 from rustsim_hpc.cli.ending import flush, hush, leave_threads
 from rustsim_hpc.job.options import OPTION_KEYS
 from rustsim_hpc.terminal import leave_lost_terminal
+from rustsim_hpc.texts import shown_lines
 
 if TYPE_CHECKING:
     from rustsim_hpc.job.spec import Override
@@ -58,7 +59,7 @@ class Session:
         leave_lost_terminal()
         try:
             for text in texts:
-                click.echo(text)
+                click.echo(shown_lines(text))
         except BrokenPipeError:
             # Python's own flush at exit must not meet the broken pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

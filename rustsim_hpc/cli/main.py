@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
@@ -22,6 +21,7 @@ from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
 from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, RustsimError, named
 from rustsim_hpc.terminal import leave_lost_terminal
+from rustsim_hpc.texts import shown, trace_of
 from rustsim_hpc.version import __version__
 
 _EPILOG: Final = """\b
@@ -122,7 +122,7 @@ def _unexpected(session: Session, error: BaseException) -> int:
     leave_lost_terminal()
     message = named(error)
     if session.debug:
-        traceback.print_exception(error)
+        click.echo(trace_of(error), err=True, nl=False)
     elif session.speaks or session.alone_among_ranks:
         click.echo(f"Error: {message}\nhint: --debug shows where", err=True)
     session.leave_alone(EXIT_FAILED, message)
@@ -133,8 +133,8 @@ def _tell(error: RustsimError, debug: bool) -> None:
     """Print an error: its line, then what else is known; ranks that say the same are one."""
     leave_lost_terminal()
     if debug:
-        traceback.print_exception(error)
+        click.echo(trace_of(error), err=True, nl=False)
     text = str(error)
     repeated = f"also failed: {text}"
     details = [line for line in error.details().splitlines() if line != repeated]
-    click.echo("\n".join([f"Error: {text}", *details]), err=True)
+    click.echo("\n".join(map(shown, [f"Error: {text}", *details])), err=True)

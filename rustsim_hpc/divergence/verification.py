@@ -48,6 +48,7 @@ from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_host, host_facts, versions
 from rustsim_hpc.run_folder.folder import DIVERGENCE
 from rustsim_hpc.state.columns import DeviceSoaStore
+from rustsim_hpc.texts import shown
 
 EXIT_DIFFERENT: Final = 4
 
@@ -324,4 +325,4 @@ def _write(report: DivergenceReport, path: Path, team: Team) -> None:
 
 def _say(team: Team, text: str) -> None:
     if team.rank == 0:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(shown(text) + "\n")

@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
-from rustsim_hpc.errors import KernelError, message_of
+from rustsim_hpc.errors import KernelError, message_of, named
 from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
 from rustsim_hpc.proof.fingerprint import BLOCK, digest_column, digest_keys
@@ -28,6 +27,7 @@ from rustsim_hpc.state.backing import staggered_empty
 from rustsim_hpc.state.partition import PartitionExecutionContext
 from rustsim_hpc.state.phase_columns import PhaseColumns
 from rustsim_hpc.state.schema import DTYPES
+from rustsim_hpc.texts import trace_of
 
 if TYPE_CHECKING:
     from rustsim_hpc.kernels.stage import StageFunction
@@ -317,10 +317,11 @@ class PartitionRun:
             phase=self.work.program.phase_names[self._phase],
             message=message,
             kind=kind,
-            trace="".join(traceback.format_exception(error)),
+            trace=trace_of(error),
             host=socket.gethostname(),
             pid=os.getpid(),
             error=error if isinstance(error, KernelError) else None,
+            hint=None if isinstance(error, Exception) else f"the phase raised {named(error)}",
         )
 
 

@@ -17,6 +17,7 @@ from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.storage.folder import step_of
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
 from rustsim_hpc.storage.writer import CheckpointWriter
+from rustsim_hpc.texts import shown
 
 
 class JobCheckpoints:
@@ -186,7 +187,7 @@ class JobCheckpoints:
             if self._spec.checkpoint.on_error == "stop":
                 raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
             if self._team.rank == 0:
-                sys.stderr.write(f"warning: {error}\n")
+                sys.stderr.write(f"warning: {shown(str(error))}\n")
 
 
 def storage_options(spec: JobSpec) -> StorageOptions:

@@ -48,6 +48,7 @@ from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.storage.folder import find_checkpoint, move_aside, sweep
 from rustsim_hpc.storage.restoring import load_newest
+from rustsim_hpc.texts import shown
 
 
 def run_job(spec: JobSpec, options: RunOptions, team: Team) -> RunSummary:
@@ -217,7 +218,7 @@ def _session(folder: RunFolder, team: Team, watchdog: Watchdog) -> Iterator[_Ses
         if session.plane is not None:
             session.step_index = session.plane.runtime.step_index
         code = error.exit_code if isinstance(error, RustsimError) else EXIT_FAILED
-        _note_failure(folder, code, session.step_index, str(error))
+        _note_failure(folder, code, session.step_index, shown(str(error)))
         raise
     finally:
         if session.plane is not None:
@@ -322,9 +323,9 @@ def _note_failure(folder: RunFolder, code: int, step: int, reason: str) -> None:
     try:
         folder.finish("failed", exit_code=code, step_index=step, reason=reason)
     except RustsimError as error:  # the failure that is being reported matters more
-        sys.stderr.write(f"warning: {error}\n")
+        sys.stderr.write(f"warning: {shown(str(error))}\n")
 
 
 def _say(team: Team, text: str) -> None:
     if team.rank == 0:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(shown(text) + "\n")

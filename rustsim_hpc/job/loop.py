@@ -27,6 +27,7 @@ from rustsim_hpc.ranks.agreement import agree, on_all
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.folder import RunFolder
+from rustsim_hpc.texts import shown
 
 # A rank's vote is one number that packs two counters, each wide enough for a million ranks, and three fields
 # of rank 0. The counters: ranks that have something to report (a request to stop, or a failed write), and
@@ -252,6 +253,8 @@ class JobRun:
         try:
             yield
         except Exception as error:
+            if self._stop.interrupted:
+                raise KeyboardInterrupt from error
             if isinstance(error, ReplayDivergence) and self.spec.replay.verify:
                 search = f"rustsim-hpc verify {self.folder.path} --against {self.spec.replay.verify}"
                 error.add_facts(hint=f"{search} finds phase and rows")
@@ -285,4 +288,4 @@ class JobRun:
 
     def _warn(self, text: str) -> None:
         if self._first:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{shown(text)}\n")

@@ -34,6 +34,7 @@ from rustsim_hpc.state.backing import Kind
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.storage.collective import check_supported
+from rustsim_hpc.texts import shown
 
 if TYPE_CHECKING:
     from rustsim_hpc.remote.executor import RemotePartitionExecutor
@@ -191,7 +192,7 @@ def _remote_executor(spec: JobSpec) -> RemotePartitionExecutor:
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(f"warning: {line}\n")
+    sys.stderr.write(f"warning: {shown(line)}\n")
 
 
 def cut_of(prepared: Prepared) -> tuple[PartitionPlan, tuple[PartitionWorker, ...]]:

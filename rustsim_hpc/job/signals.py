@@ -51,6 +51,7 @@ class StopRequests:
 
     Attributes:
         margin: seconds to reserve before the deadline; may be set, for example to a checkpoint's duration.
+        interrupted: whether a second SIGINT came. What it raised may have become a phase's failure.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class StopRequests:
         self._deadline: float | None = deadline
         self._limit: StopReason | None = reason
         self.margin = min(LONGEST_MARGIN, _MARGIN_SHARE * max(0.0, length))
+        self.interrupted = False
         self._debounce = debounce
         self._caught: StopReason | None = None
         self._first_interrupt: float | None = None
@@ -125,6 +127,7 @@ class StopRequests:
             if self._first_interrupt is None:
                 self._first_interrupt = now
             elif now - self._first_interrupt > self._debounce:
+                self.interrupted = True
                 raise KeyboardInterrupt
         elif number == signal.SIGHUP:
             leave_lost_terminal()

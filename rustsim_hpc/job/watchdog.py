@@ -86,6 +86,11 @@ class Quiet:
             self.counted += gap / LONGER if outside and (waiting or cpu >= _BUSY * gap) else gap
         self._seen, self._pieces = beat, pieces
 
+    def told(self, limit: float) -> str:
+        """Return how long the process has been quiet, and the limit in force."""
+        longer = f", {LONGER} times that while it computes or waits" if self.counted < self.seconds else ""
+        return f"{self.seconds:.{0 if self.seconds >= 10 else 1}f} s (limit {limit:g} s{longer})"
+
 
 class Watchdog:
     """Watches one rank while its ``with`` block lasts; the step loop calls `beat`.
@@ -168,8 +173,9 @@ class Watchdog:
                     continue
                 compiles = CLOCK.running or (beat[0] == FIRST_STEP and (waiting or self.has_workers))
                 limit = max(self.limit, COMPILING) if compiles else self.limit
-                if quiet.counted >= limit + (patience if waiting else 0.0):
-                    self._expire(*beat)
+                limit += patience if waiting else 0.0
+                if quiet.counted >= limit:
+                    self._expire(*beat, quiet.told(limit))
                 if self._backstop:
                     longest = self.limit * (LONGER if beat[0] in OUTSIDE else 1)
                     faulthandler.dump_traceback_later(2 * longest + 30, exit=True, file=_STDERR)
@@ -177,16 +183,14 @@ class Watchdog:
             if self._backstop:
                 faulthandler.cancel_dump_traceback_later()
 
-    def _expire(self, phase: str, step: int) -> None:
+    def _expire(self, phase: str, step: int, how_long: str) -> None:
         where = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
         if self.waiting():
             phase = "waiting for other ranks"
         else:
             with contextlib.suppress(Exception):  # asked from another thread, at any moment
                 phase = self.phase() or phase
-        line = (
-            f"watchdog: {where} has not moved for {self.limit:g} s: phase {phase}, step {step}; ending it\n"
-        )
+        line = f"watchdog: {where} has not moved for {how_long}: phase {phase}, step {step}; ending it\n"
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         with contextlib.suppress(Exception):

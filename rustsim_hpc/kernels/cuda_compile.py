@@ -37,6 +37,7 @@ from rustsim_hpc.files import write_atomic
 from rustsim_hpc.kernels.cached import own_sources
 from rustsim_hpc.kernels.compiling import cache_folder, for_cuda
 from rustsim_hpc.kernels.diagnose import reason
+from rustsim_hpc.texts import raw_message_of
 from rustsim_hpc.version import __version__
 
 OPTIONS: dict[str, int] = {"opt": 3, "fma": 0, "ftz": 0, "prec_div": 1, "prec_sqrt": 1}
@@ -65,7 +66,7 @@ def why_no_compiler() -> str:
         nvvm.NVVM()
         nvvm.LibDevice()
     except Exception as error:  # noqa: BLE001 (no library, or not one that Numba knows)
-        reason = (message_of(error).strip().splitlines() or ["no reason given"])[-1]
+        reason = (raw_message_of(error).strip().splitlines() or ["no reason given"])[-1]
         return f"no libNVVM: pip install nvidia-cuda-nvcc-cu12, or set CUDA_HOME to a CUDA toolkit ({reason})"
     return ""
 
@@ -172,7 +173,7 @@ def _compile(
                 hint="docs/gpu.md says what kernels may call there; [run] backend = cpu runs them here",
             ) from error
         except (NvvmError, NvvmSupportError) as error:
-            said = " ".join(message_of(error).split())
+            said = message_of(error)
             raise KernelError(
                 f"{what} cannot be compiled for compute capability {capability[0]}.{capability[1]}: {said}",
                 hint="is the device older than the compiler serves? then install an older "

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rustsim_hpc.errors import ReplayLogError
-from rustsim_hpc.files import whole_lines
+from rustsim_hpc.files import parse_json, whole_lines
 from rustsim_hpc.proof.fingerprint import SCHEMES, digest_value, hex64
 from rustsim_hpc.proof.replay import ReplayEntry, ReplayMode
 from rustsim_hpc.state.schema import DTYPES
@@ -142,11 +142,11 @@ def _parsed(path: Path, number: int, line: bytes | None, parse: Any) -> Any:
     try:
         if line is None:
             raise ValueError("there is no complete header")
-        facts = json.loads(line.decode())
+        facts = parse_json(line.decode())
         if not isinstance(facts, dict):
             raise ValueError("not an object")
         return parse(facts)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ReplayLogError(f"replay log {path}, line {number}: {error}") from error
 
 

@@ -25,9 +25,9 @@ from rustsim_hpc.remote.messages import (
     Malformed,
     Message,
     read_message,
-    shown,
 )
 from rustsim_hpc.remote.sockets import ClientSocket
+from rustsim_hpc.texts import shown
 
 T = TypeVar("T")
 Talk = Generator[Message, Message, T]

@@ -366,12 +366,6 @@ def clipped_failure_text(text: str) -> str:
     return text[:_FAILURE_TEXT]
 
 
-def shown(text: str) -> str:
-    """Return a peer's text as one line without control characters for a terminal."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
 def clipped_trace(text: str) -> str:
     """Return a traceback as it may travel: its end, which says most."""
     return text[-_FAILURE_TRACE:]

@@ -20,10 +20,10 @@ from rustsim_hpc.remote.messages import (
     OtherVersion,
     clipped_failure_text,
     read_message,
-    shown,
 )
 from rustsim_hpc.remote.sockets import Peer, WorkerSocket
 from rustsim_hpc.run_folder.environment import worker_facts
+from rustsim_hpc.texts import shown
 
 _TICK_SECONDS = 0.25
 _PEERS_REPORTED = 1_000

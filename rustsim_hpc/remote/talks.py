@@ -23,6 +23,7 @@ from rustsim_hpc.remote.messages import (
     packed_params,
 )
 from rustsim_hpc.state.schema import DTYPES
+from rustsim_hpc.texts import MESSAGE_CHARS, shown, shown_lines
 from rustsim_hpc.version import __version__
 
 Array = np.ndarray[Any, Any]
@@ -211,10 +212,10 @@ def _failure(told: Sequence[Any], work: Work, tasks: Sequence[Task]) -> PhaseFai
         worker=assignment.worker,
         phase_index=phase,
         phase="" if phase is None else names[phase],
-        message=message,
+        message=shown(message, MESSAGE_CHARS),
         kind=kind,
-        trace=trace,
-        host=host,
+        trace=shown_lines(trace),
+        host=shown(host),
         pid=pid,
         error=error,
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import Any
 from rustsim_hpc.errors import RustsimError
 from rustsim_hpc.files import read_json, write_atomic
 from rustsim_hpc.run_folder.environment import versions
+from rustsim_hpc.texts import shown, trace_of
 
 FOLDER = "crash"
 FORMAT = "rustsim-hpc crash"
@@ -56,9 +56,9 @@ def write_crash_bundle(
         "partition": None if partition is None else partition.value,
         "phase": phase or (facts.phase if facts is not None else None),
         "step": step if step is not None or facts is None else facts.step,
-        "error": None if error is None else f"{type(error).__name__}: {error}",
-        "details": facts.details() if facts is not None else "",
-        "traceback": "" if error is None else "".join(traceback.format_exception(error)),
+        "error": None if error is None else f"{type(error).__name__}: {shown(str(error))}",
+        "details": "\n".join(map(shown, facts.details().splitlines())) if facts is not None else "",
+        "traceback": "" if error is None else trace_of(error),
         "stacks": stacks or "",
         "fingerprints": [[at, f"{value:#018x}"] for at, value in fingerprints],
         "versions": versions(),

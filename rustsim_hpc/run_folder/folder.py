@@ -29,7 +29,6 @@ from rustsim_hpc.files import (
     TEMPORARY_SUFFIX,
     NotAFileError,
     fsync_folder,
-    read_json,
     sweep_temporary,
     write_atomic,
 )
@@ -46,6 +45,7 @@ from rustsim_hpc.run_folder.lock import (
     is_locked,
     read_holder,
 )
+from rustsim_hpc.run_folder.manifest import read_manifest
 from rustsim_hpc.run_folder.record import (
     RECORD,
     RunFacts,
@@ -349,11 +349,9 @@ def _clear(path: Path) -> None:
 
 def _outputs_of(path: Path) -> Iterable[str]:
     try:
-        entries = read_json(path / MANIFEST)["outputs"]
-        files = [str(entry["file"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(read_manifest(path).entries)
+    except (OSError, ValueError):
         return []
-    return [file for file in files if not Path(file).is_absolute() and ".." not in Path(file).parts]
 
 
 def _folder_error(path: Path, error: Exception) -> RunFolderError:

@@ -23,6 +23,7 @@ from rustsim_hpc.run_folder.folder import JOB, REPLAY
 from rustsim_hpc.run_folder.reader import Run, open_run
 from rustsim_hpc.run_folder.record import RECORD
 from rustsim_hpc.storage import CheckpointHeader, list_checkpoints, load
+from rustsim_hpc.texts import shown
 
 T = TypeVar("T")
 
@@ -66,10 +67,11 @@ class Inspection:
                 entries = (
                     value.items() if isinstance(value, dict) else ((_plain(entry), "") for entry in value)
                 )
-                lines += [f"  {name}"] + [f"    {key}  {_plain(entry)}".rstrip() for key, entry in entries]
+                lines.append(f"  {name}")
+                lines += [f"    {shown(key)}  {_plain(entry)}".rstrip() for key, entry in entries]
             else:
                 lines.append(f"  {name:<12} {_plain(value)}")
-        lines += [f"  damaged: {problem}" for problem in self.problems]
+        lines += [f"  damaged: {shown(problem)}" for problem in self.problems]
         return "\n".join(lines if self.problems else [*lines, "  everything here is valid"])
 
 
@@ -197,9 +199,21 @@ def _run(folder: Path) -> Inspection:
     facts["replay"] = _run_log(run, problems, stated)
     paths = _attempt(problems, run.checkpoints) or {}
     facts["checkpoints"] = _prove_all(list(paths.values()), problems, stated)
-    facts["outputs"] = _attempt(problems, run.outputs)
+    facts["outputs"] = _outputs(run, problems)
+    _attempt(problems, run.metrics)
     _final_state(run, problems, stated)
     return Inspection(folder, "run", facts, tuple(problems))
+
+
+def _outputs(run: Run, problems: list[str]) -> dict[str, str] | None:
+    """Return the outputs, after a look at their files; HDF5 is not opened: damage in one can crash it."""
+    kinds = _attempt(problems, run.outputs)
+    for file, kind in (kinds or {}).items():
+        if kind == "series":
+            _attempt(problems, lambda file=file: run.series(file))  # type: ignore[misc]
+        elif kind != "picture" and not is_file(run.path / file):
+            problems.append(f"{run.path / file}: there is no such file")
+    return kinds
 
 
 def _devices(run: Run) -> dict[str, str]:
@@ -294,5 +308,5 @@ def _compare(stated: _Stated, scheme: str, step: int, place: str, value: int, pr
 
 def _plain(value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return shown(value)
     return "none" if value in (None, [], {}) else json.dumps(value)

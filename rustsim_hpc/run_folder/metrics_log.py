@@ -12,7 +12,7 @@ from typing import Any
 
 from rustsim_hpc.control.metrics import EngineMetrics
 from rustsim_hpc.errors import OutputError
-from rustsim_hpc.files import AppendFile, keep_lines, whole_lines
+from rustsim_hpc.files import AppendFile, keep_lines, parse_json, whole_lines
 
 FILE = "metrics.jsonl"
 
@@ -63,22 +63,31 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the entries of a run's log, also while it is being written; without a log there are none.
 
     Raises:
-        ValueError: a line is not JSON.
+        ValueError: a line is not an entry; names the line.
     """
     path = folder / FILE
-    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+    return [_entry(number, line) for number, line in enumerate(whole_lines(path), 1)] if path.exists() else []
+
+
+def _entry(number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        raise ValueError(f"line {number} is not an object with a step")
+    return entry
 
 
 def _entries_up_to(path: Path, step: int) -> int:
     """Return the number of leading lines that are whole entries of steps up to ``step``."""
     count = 0
-    for line in whole_lines(path):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
-            entry = json.loads(line)
+            made = _entry(number, line)["step"]
         except ValueError:
             break
-        made = entry.get("step") if isinstance(entry, dict) else None
-        if not isinstance(made, int) or made > step:
+        if made > step:
             break
         count += 1
     return count

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import OutputError, message_of, named
-from rustsim_hpc.files import read_json, sweep_temporary, write_atomic
+from rustsim_hpc.files import sweep_temporary, write_atomic
 from rustsim_hpc.modeling.outputs import MANIFEST, Arrays, Output, Picture, Recorded, Sample, Series
 from rustsim_hpc.run_folder.array_file import ArrayFile, checked_array
+from rustsim_hpc.run_folder.manifest import FORMAT, VERSION, read_manifest
 from rustsim_hpc.run_folder.pictures import PictureReport, draw_pictures
 from rustsim_hpc.run_folder.series_file import SeriesFile, csv_line, row_fields
-
-FORMAT = "rustsim-hpc outputs"
-VERSION = 1
 
 Samples = Mapping[str, Mapping[str, Any]]
 """By a Sample's file and a column's name: the values of its rows, in the order of `Sample.rows_of`."""
@@ -235,20 +233,17 @@ class OutputSet:
     def _check_manifest(self) -> int:
         """Check that the folder's outputs are these, and return their first step."""
         try:
-            manifest = read_json(self.folder / MANIFEST)
-            known = {entry["file"]: entry for entry in manifest["outputs"]}
-            first_step, version = int(manifest["first_step"]), manifest["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"it cannot be read ({error})") from error
-        if version != VERSION:
-            raise ValueError(f"it has version {version}, expected {VERSION}")
+            manifest = read_manifest(self.folder)
+        except (OSError, ValueError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise ValueError(f"it cannot be read ({text})") from error
         for declaration in self.declarations:
-            if known.get(declaration.file) != describe(declaration):
+            if manifest.entries.get(declaration.file) != describe(declaration):
                 raise OutputError(
                     f'output "{declaration.file}" is not what the run was started with',
                     hint="resume with the model that started it, or fork the run",
                 )
-        return first_step
+        return manifest.first_step
 
     def _open_one(self, declaration: Recorded, resume_step: int | None) -> _Recorder:
         path = self.folder / declaration.file

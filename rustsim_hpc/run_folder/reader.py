@@ -23,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rustsim_hpc.errors import RunFolderError, RustsimError, nearest
-from rustsim_hpc.files import is_file, is_folder, read_bytes, read_json
+from rustsim_hpc.files import is_file, is_folder, read_bytes
 from rustsim_hpc.modeling.outputs import MANIFEST
-from rustsim_hpc.run_folder import crash
+from rustsim_hpc.run_folder import crash, metrics_log
 from rustsim_hpc.run_folder.array_file import read_samples
 from rustsim_hpc.run_folder.folder import CHECKPOINTS, JOB, REPLAY
 from rustsim_hpc.run_folder.lock import is_locked
+from rustsim_hpc.run_folder.manifest import read_manifest
 from rustsim_hpc.run_folder.metrics_log import read_metrics
 from rustsim_hpc.run_folder.record import RECORD, read_record
 from rustsim_hpc.run_folder.series_file import read_series
@@ -161,11 +162,7 @@ class Run:
         """
         path = self.path / MANIFEST
         with _reading(path):
-            try:
-                entries = read_json(path)["outputs"] if path.exists() else []
-                return {str(entry["file"]): str(entry["kind"]) for entry in entries}
-            except TypeError as error:
-                raise ValueError(f"not the list of a run's outputs ({error})") from error
+            return read_manifest(self.path).kinds() if path.exists() else {}
 
     def series(self, name: str) -> dict[str, Array]:
         """Return a series as one array for each column; ``name`` is its file's, with or without the ending.
@@ -256,7 +253,7 @@ class Run:
         Raises:
             RunFolderError: it cannot be read.
         """
-        with _reading(self.path):
+        with _reading(self.path / metrics_log.FILE):
             return read_metrics(self.path)
 
     def crashes(self) -> list[dict[str, Any]]:

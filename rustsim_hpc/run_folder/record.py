@@ -17,12 +17,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from rustsim_hpc.errors import RunFolderError
 from rustsim_hpc.files import read_json, write_atomic
@@ -32,13 +34,18 @@ RECORD = "run.json"
 FORMAT = "rustsim-hpc run"
 VERSION = 1
 
+Status = Literal["running", "done", "stopped", "failed"]
+
 _KINDS: Final = {
-    "job": str, "seed": int, "agents": int, "steps": int, "params": dict, "model": str, "hosts": list,
-    "status": str, "step_index": int, "fingerprint": str, "sessions": list,
+    "run_id": str, "job": str, "seed": int, "agents": int, "steps": int, "step_length": (int, float),
+    "time_unit": str, "params": dict, "model": str, "model_hash": str, "executor": str, "workers": int,
+    "partitions": int, "fingerprint_scheme": str, "hosts": list, "status": str, "step_index": int,
+    "fingerprint": str, "lineage": dict, "sessions": list,
 }  # fmt: skip
 """Types that the record's values must have, where they are present."""
 
-Status = Literal["running", "done", "stopped", "failed"]
+_COUNTS: Final = ("agents", "steps", "step_index")
+_HEX64: Final = re.compile(r"0x[0-9a-f]{16}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +99,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path / RECORD} is not the record of a run")
     if record.get("version") != VERSION:
         raise RunFolderError(f"{path / RECORD} has version {record.get('version')}, expected {VERSION}")
-    for name, kind in _KINDS.items():
-        value = record.get(name)
-        if value is not None and type(value) is not kind:
-            raise RunFolderError(f"{path / RECORD} is damaged: {name} is {json.dumps(value):.40}")
+    for name in _KINDS:
+        if not _is_right(name, record.get(name)):
+            raise RunFolderError(f"{path / RECORD} is damaged: {name} is {json.dumps(record[name]):.40}")
     sessions = record.setdefault("sessions", [])
     if sessions is None or not all(isinstance(session, dict) for session in sessions):
         raise RunFolderError(f"{path / RECORD} is damaged: sessions are not a list of objects")
@@ -104,6 +110,37 @@ def read_record(path: Path) -> dict[str, Any]:
             if not _are_machines(table.get(name) or []):
                 raise RunFolderError(f"{path / RECORD} is damaged: {name} are not a list of machines")
     return record
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Return whether a value of the record can be right; None stands for no value."""
+    if value is None:
+        return True
+    kind = _KINDS[name]
+    if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):  # True is no number here
+        return False
+    match name:
+        case "fingerprint":
+            return _HEX64.fullmatch(value) is not None
+        case "status":
+            return value in get_args(Status)
+        case "step_length":
+            return math.isfinite(value)
+        case "lineage":
+            return not value or _is_lineage(value)
+    return name not in _COUNTS or value >= 0
+
+
+def _is_lineage(value: dict[str, Any]) -> bool:
+    changes = value.get("changes")
+    return (
+        all(isinstance(value.get(name), str) for name in ("parent", "fingerprint"))
+        # A parent that was killed before it wrote its record has no id.
+        and isinstance(value.get("run_id"), str | None)
+        and type(value.get("step")) is int
+        and isinstance(changes, dict)
+        and all(isinstance(change, list) and len(change) == 2 for change in changes.values())
+    )
 
 
 def _are_machines(value: Any) -> bool:

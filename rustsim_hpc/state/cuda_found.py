@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rustsim_hpc.errors import DeviceError, message_of
+from rustsim_hpc.texts import raw_message_of
 
 HOW_TO_INSTALL: Final = 'CuPy is not installed: pip install "rustsim-hpc[gpu]"'
 _DRIVER: Final = "libcuda.so.1"
@@ -44,7 +45,7 @@ def _found() -> tuple[tuple[str, ...], str]:
 
 def _one_line(error: Exception) -> str:
     """Return an exception's message in one line: for CuPy's long text on a failed import, the first cause."""
-    lines = [line.strip() for line in message_of(error).splitlines() if line.strip(" =")]
+    lines = [line.strip() for line in raw_message_of(error).splitlines() if line.strip(" =")]
     if "Original error:" in lines[:-1]:
         return f"CuPy cannot be loaded: {lines[lines.index('Original error:') + 1]}"
     return lines[0] if lines else type(error).__name__

@@ -14,6 +14,7 @@ from rustsim_hpc.errors import DeviceError, DeviceMemoryError, KernelError, mess
 from rustsim_hpc.state.cuda_found import why_no_device
 from rustsim_hpc.state.device import ASIDE, COMPUTE, TRANSFER
 from rustsim_hpc.state.schema import Schema
+from rustsim_hpc.texts import raw_message_of
 
 Array = np.ndarray[Any, Any]
 
@@ -379,7 +380,7 @@ def _is_of_memory(error: BaseException) -> bool:
 
 def _of_nvrtc(kernel: str, error: Exception) -> KernelError:
     """Return the error of a failed compilation of CUDA C: NVRTC's first error, or why it cannot be used."""
-    lines = [" ".join(line.split()) for line in message_of(error).splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in raw_message_of(error).splitlines() if line.strip()]
     complaints = [line for line in lines if ": error:" in line]
     # The file name is NVRTC's own; only the line number is useful.
     said = re.sub(r"^\S*\((\d+)\): ", r"line \1: ", (complaints or lines)[0])
