@@ -15,9 +15,9 @@ class Terminal(io.StringIO):
 
 def run(stream: io.StringIO, *, wanted: bool = True) -> str:
     with Progress("flock", done=10, total=40, agents=1_000_000, wanted=wanted, stream=stream) as bar:
-        bar.start()
         bar.advance()
-        bar.advance(29)
+        bar.advance(5)
+        bar.advance(24)
     return stream.getvalue()
 
 
@@ -25,7 +25,8 @@ def test_a_terminal_sees_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("rustsim_hpc.job.progress._REFRESH_SECONDS", 0.0)
     shown = run(Terminal())
-    assert "25%" in shown
+    assert "flock: first step (compiling)  25%" in shown
+    assert "\rflock  28%" in shown
     assert "40/40" in shown
     assert "agent-steps/s" in shown
     assert "left" in shown

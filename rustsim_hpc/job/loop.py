@@ -167,7 +167,6 @@ class JobRun:
         stopped: str | None = None
         stepper.meeting.vote = self._vote
         together = 1
-        self._bar.start()
         while plane.runtime.step_index < target and stopped is None:
             before, began = plane.runtime.step_index, time.perf_counter()
             watchdog.beat("step" if before > begun else FIRST_STEP, before)

@@ -22,7 +22,8 @@ class Progress:
     """A bar of the steps done, with steps/s, agent-steps/s and the time left.
 
     A context manager. The bar is shown only if `wanted` and `stream` (standard error by default) is a
-    terminal; otherwise `advance` costs one test.
+    terminal; otherwise `advance` costs one test. Until the first `advance` it says that kernels are compiled;
+    the rates leave this time out.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Progress:
         self._name, self._done, self._total, self._agents = name, done, total, agents
         self._shown = wanted and self._stream.isatty()
         self._bar: _Bar | None = None
+        self._begun = False
 
     def __enter__(self) -> Self:
         if self._shown:
             self._bar = _Bar(
-                desc=self._name,
+                desc=f"{self._name}: first step (compiling)",
                 initial=self._done,
                 total=self._total,
                 agents=self._agents,
@@ -63,15 +65,15 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def start(self) -> None:
-        """Start timing: earlier work, such as compiling, does not count towards the rate."""
-        if self._bar is not None:
-            self._bar.unpause()
-
     def advance(self, steps: int = 1) -> None:
         """Count `steps` more; redraws at most five times a second."""
-        if self._bar is not None:
+        if self._bar is None:
+            return
+        if self._begun:
             self._bar.update(steps)
+        else:
+            self._begun = True
+            self._bar.start(self._name, self._done + steps)
 
 
 class _Bar(tqdm):  # type: ignore[misc]
@@ -82,6 +84,12 @@ class _Bar(tqdm):  # type: ignore[misc]
     def __init__(self, *, agents: int, **options: Any) -> None:
         self._agents = agents
         super().__init__(**options)
+
+    def start(self, name: str, done: int) -> None:
+        """Count from step `done` and from now on, under another name."""
+        self.initial = self.n = self.last_print_n = done
+        self.unpause()
+        self.set_description_str(name)
 
     @property
     def format_dict(self) -> dict[str, Any]:
