@@ -209,7 +209,6 @@ def _run(
             wanted=options.progress and team.rank == 0,
         )  # fmt: skip
         with bar:
-            bar.start()
             try:
                 while plane.runtime.step_index < spec.run.steps:
                     watchdog.beat("step", plane.runtime.step_index)
