@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from rustsim_hpc.bench.setting import BYTES, FUSED, MODELS, Bandwidth, Size, col
 from rustsim_hpc.proof.fingerprint import digest_column, fnv1a_bytes, fnv1a_default_ids
 
 Array = np.ndarray[Any, Any]
+Columns = Sequence[Array]
 
 # -- memory -------------------------------------------------------------------------------------------
 
@@ -81,13 +82,29 @@ _ONE_CORE = {
 }
 
 
-def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
-    """Measure integrate on one core: by hand, NumPy, the engine inline in its ways."""
+def _here(loop: Callable[..., object], columns: Columns, *rest: Any) -> object:
+    return loop(*columns, *rest)
+
+
+def hand_cases(hand: Columns, beside: Columns, run: Callable[..., object] = _here) -> dict[str, Case]:
+    """Return the cases by hand: in place, and keeping the old state with both kinds of stores.
+
+    hand, beside: columns of their own. run: calls a loop on columns, with further arguments.
+    """
     from rustsim_hpc.kernels import by_hand
 
+    turns = ([*hand, *beside], [*beside, *hand])
+    rest = integrate.DT, integrate.KEEP
+    return {
+        "hand": Case.steady(lambda: [run(by_hand.integrate, hand, *rest) for _ in range(2)], 2),
+        "hand.beside": Case.steady(lambda: [run(by_hand.integrate_beside, both, *rest) for both in turns], 2),
+        "hand.around": Case.steady(lambda: [run(by_hand.integrate_around, both, *rest) for both in turns], 2),
+    }
+
+
+def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
+    """Measure integrate on one core: by hand, NumPy, the engine inline in its ways."""
     hand, beside, plain = (columns_of(integrate.model(), size.rows) for _ in range(3))
-    turns = (hand, beside), (beside, hand)
-    dt, keep = integrate.DT, integrate.KEEP
     setup = Setup(MODELS + "integrate", size.rows)
     with ExitStack() as stack:
         rollback, torn, digest, fnv = (
@@ -101,13 +118,7 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
         )
         timings = interleave(
             {
-                "hand": Case.steady(lambda: [by_hand.integrate(*hand, dt, keep) for _ in range(2)], 2),
-                "hand.beside": Case.steady(
-                    lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
-                ),
-                "hand.around": Case.steady(
-                    lambda: [by_hand.integrate_around(*old, *new, dt, keep) for old, new in turns], 2
-                ),
+                **hand_cases(hand, beside),
                 "numpy": Case.steady(lambda: _numpy_integrate(*plain)),
                 "torn": Case.steady(lambda: torn.step(2), 2),
                 "rollback": Case.steady(lambda: rollback.step(2), 2),
@@ -120,7 +131,7 @@ def integrate_one(size: Size, bandwidth: Bandwidth) -> Section:
             size.rounds,
         )
     least = size.rows * BYTES["integrate"] / bandwidth.one
-    rows = _rows(_ONE_CORE, timings, least, without=("hash", "fnv1a"))
+    rows = rows_beside_hand(_ONE_CORE, timings, least, without=("hash", "fnv1a"))
     rows += [
         Row.of(
             "fused.gain",
@@ -147,7 +158,6 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
     from rustsim_hpc.kernels import by_hand
 
     hand, beside = (columns_of(integrate.model(), size.rows) for _ in range(2))
-    turns = (hand, beside), (beside, hand)
     dt, keep = integrate.DT, integrate.KEEP
     setup = Setup(MODELS + "integrate", size.rows, "threads", size.workers)
     setups = {
@@ -162,13 +172,7 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         engines = {key: stack.enter_context(Engine(made)) for key, made in setups.items()}
         run = stack.enter_context(shared_out(size.workers))
         cases = {
-            "hand": Case.steady(lambda: [run(by_hand.integrate, hand, dt, keep) for _ in range(2)], 2),
-            "hand.beside": Case.steady(
-                lambda: [run(by_hand.integrate_beside, [*old, *new], dt, keep) for old, new in turns], 2
-            ),
-            "hand.around": Case.steady(
-                lambda: [run(by_hand.integrate_around, [*old, *new], dt, keep) for old, new in turns], 2
-            ),
+            **hand_cases(hand, beside, run),
             "prange": Case.steady(lambda: [by_hand.integrate_cores(*hand, dt, keep) for _ in range(2)], 2),
             **{key: Case.steady(partial(engine.step, 2), 2) for key, engine in engines.items()},
             "threads.fused": Case.steady(lambda: engines["threads.rollback"].step_fused(FUSED), FUSED),
@@ -186,7 +190,7 @@ def integrate_all(size: Size, bandwidth: Bandwidth) -> Section:
         "processes.torn": "engine, processes, torn",
         "processes.rollback": "engine, processes, rollback",
     }
-    rows = _rows(names, timings, size.rows * BYTES["integrate"] / bandwidth.all)
+    rows = rows_beside_hand(names, timings, size.rows * BYTES["integrate"] / bandwidth.all)
     rows.append(
         added("digest.added", "added by the digest", timings, "threads.digest", "threads.rollback", "hand")
     )
@@ -210,7 +214,7 @@ def _bare_hash(columns: Sequence[Array]) -> int:
     return value
 
 
-def _rows(
+def rows_beside_hand(
     names: dict[str, str], timings: dict[str, Timing], least: float, without: Sequence[str] = ()
 ) -> list[Row]:
     """Return a row for each case, as a multiple of "hand"; least: seconds that its bytes take at least."""
@@ -275,7 +279,7 @@ def orbit_all(size: Size, bandwidth: Bandwidth) -> Section:
         "together on one tile of rows after the other. The share of bandwidth counts each column once in "
         "both."
     )
-    rows = _rows(names, timings, size.rows * BYTES["orbit"] / bandwidth.all)
+    rows = rows_beside_hand(names, timings, size.rows * BYTES["orbit"] / bandwidth.all)
     return Section("orbit", f"Eight kernels, {size.workers} workers", text, rows)
 
 

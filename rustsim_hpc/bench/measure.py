@@ -85,7 +85,6 @@ class Row:
         times: how many times as long as the section's baseline, median over the rounds.
         rate, unit: the figure in other words: "GB/s", "agent-steps/s".
         share: of the memory bandwidth, if it is bounded by that.
-        goal: what it should be at most (or, with ``rate`` alone, at least), where the project has set one.
         note: why it was not measured, or what to know.
     """
 

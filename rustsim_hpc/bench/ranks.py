@@ -22,9 +22,18 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.bench.engine import Engine, Setup
+from rustsim_hpc.bench.loops import hand_cases, rows_beside_hand
 from rustsim_hpc.bench.measure import Case, Row, Section, Timing, interleave
 from rustsim_hpc.bench.models import integrate
-from rustsim_hpc.bench.setting import MODELS, Bandwidth, Size, columns_of, flights_module, flights_params
+from rustsim_hpc.bench.setting import (
+    BYTES,
+    MODELS,
+    Bandwidth,
+    Size,
+    columns_of,
+    flights_module,
+    flights_params,
+)
 from rustsim_hpc.ranks.team import Team, open_team
 
 _SECONDS = 900
@@ -52,11 +61,7 @@ def _interleave(team: Team, cases: Mapping[str, Case], rounds: int) -> dict[str,
 
 
 def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
-    from rustsim_hpc.kernels import by_hand
-
-    dt, keep = integrate.DT, integrate.KEEP
     mine, beside = (columns_of(integrate.model(), rows // team.size) for _ in range(2))
-    turns = (mine, beside), (beside, mine)
     setup = Setup(MODELS + "integrate", rows)
     setups = {
         "torn": replace(setup, guard="torn"),
@@ -64,15 +69,7 @@ def _integrate(team: Team, rows: int, rounds: int) -> dict[str, Timing]:
         "digest": replace(setup, replay="digest"),
     }
     with ExitStack() as stack:
-        cases = {
-            "hand": Case.steady(lambda: [by_hand.integrate(*mine, dt, keep) for _ in range(2)], 2),
-            "hand.beside": Case.steady(
-                lambda: [by_hand.integrate_beside(*old, *new, dt, keep) for old, new in turns], 2
-            ),
-            "hand.around": Case.steady(
-                lambda: [by_hand.integrate_around(*old, *new, dt, keep) for old, new in turns], 2
-            ),
-        }
+        cases = hand_cases(mine, beside)
         for key, made in setups.items():
             cases[key] = Case.steady(partial(stack.enter_context(Engine(made, team)).step, 2), 2)
         return _interleave(team, cases, rounds)
@@ -156,10 +153,7 @@ def integrate_ranks(size: Size, bandwidth: Bandwidth) -> Section:
     except OSError as error:
         section.rows.append(Row("hand", names["hand"], note=f"not measured: {error}"))
         return section
-    least = size.rows * 32 / bandwidth.all
-    for key, name in names.items():
-        timing = timings[key]
-        section.rows.append(Row.of(key, name, timing, timings["hand"], share=least / timing.median))
+    section.rows = rows_beside_hand(names, timings, size.rows * BYTES["integrate"] / bandwidth.all)
     return section
 
 
