@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rustsim_hpc import random as random
     from rustsim_hpc.control.checkpoint import CheckpointPolicy, EngineCheckpoint, PartitionCheckpoint
     from rustsim_hpc.control.config import ControlPlaneConfig, StepGuard
-    from rustsim_hpc.control.control_plane import ControlledStep, EngineControlPlane, PartitionedStep
+    from rustsim_hpc.control.control_plane import EngineControlPlane
     from rustsim_hpc.control.metrics import ColumnarPhaseBackend, EngineMetrics, EnginePhaseMetric
+    from rustsim_hpc.control.reports import ControlledStep, PartitionedStep
     from rustsim_hpc.control.runtime import ColumnarPhaseTiming, ColumnarRuntime, ColumnarStepTiming
     from rustsim_hpc.errors import (
         ColumnarRuntimeError,
@@ -82,7 +83,7 @@ _HOMES = {
     "control.checkpoint": ("CheckpointPolicy", "EngineCheckpoint", "PartitionCheckpoint"),
     "state.columns": ("DeviceSoaCheckpoint", "DeviceSoaStore"),
     "control.config": ("ControlPlaneConfig", "StepGuard"),
-    "control.control_plane": ("ControlledStep", "EngineControlPlane", "PartitionedStep"),
+    "control.control_plane": ("EngineControlPlane",),
     "errors": (
         "ColumnarRuntimeError",
         "DeviceSoaRestoreError",
@@ -137,6 +138,7 @@ _HOMES = {
     "random": ("philox4x32_10",),
     "proof.replay": ("ReplayMode",),
     "run_folder.reader": ("open_run",),
+    "control.reports": ("ControlledStep", "PartitionedStep"),
     "control.runtime": ("ColumnarPhaseTiming", "ColumnarRuntime", "ColumnarStepTiming"),
     "state.schema": ("Column", "Schema"),
 }

@@ -112,6 +112,3 @@ def validate_plan(plan: PartitionPlan, agent_count: int) -> None:
         plan.validate(agent_count)
     except BarePlanError as error:
         raise PlanError(error) from error
-
-
-__all__ = ["ControlPlaneConfig", "StepGuard", "validate_config", "validate_plan"]

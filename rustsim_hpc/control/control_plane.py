@@ -16,11 +16,9 @@ from rustsim_hpc.control.config import ControlPlaneConfig, validate_config
 from rustsim_hpc.control.failures import StepKind, plane_error
 from rustsim_hpc.control.metrics import EngineMetrics, Meter
 from rustsim_hpc.control.repeating import collected, repeated
-from rustsim_hpc.control.reports import ControlledStep as ControlledStep  # noqa: PLC0414
-from rustsim_hpc.control.reports import PartitionedStep as PartitionedStep  # noqa: PLC0414
-from rustsim_hpc.control.reports import PhaseReports, StepSpent
+from rustsim_hpc.control.reports import ControlledStep, PartitionedStep, PhaseReports, StepSpent
 from rustsim_hpc.control.runtime import ColumnarRuntime, closure_phase
-from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
+from rustsim_hpc.control.stepper import Stepper, StepReport
 from rustsim_hpc.control.stepping import Stepping
 from rustsim_hpc.errors import InvalidConfig
 from rustsim_hpc.executors.base import Executor
@@ -30,6 +28,7 @@ from rustsim_hpc.modeling.model import ColumnPhase, Phase
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay import ReplayRecorder
 from rustsim_hpc.proof.state_proof import StateProof
+from rustsim_hpc.ranks.meeting import StepFailed
 from rustsim_hpc.state.partition import PartitionPlan
 
 _INLINE = InlinePartitionExecutor()

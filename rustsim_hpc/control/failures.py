@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rustsim_hpc.control.metrics import PhaseKind
 from rustsim_hpc.control.runtime import runtime_error
-from rustsim_hpc.control.stepper import StepFailed
 from rustsim_hpc.errors import (
     ExecutorError,
     PartitionExecution,
@@ -14,6 +13,7 @@ from rustsim_hpc.errors import (
     Worker,
 )
 from rustsim_hpc.executors.work import PhaseFailure, PhaseTrace
+from rustsim_hpc.ranks.meeting import StepFailed
 
 StepKind = PhaseKind
 """The way to step: which of the three lists of phases runs."""

@@ -6,9 +6,9 @@ Nothing here reads a clock: times come from the step results and from the job's 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -271,11 +271,6 @@ class RunProfile:
             for rank in self.ranks
         ]
         return [*lines, f"  the slowest rank is busy {self.imbalance:.2f} x as long as the mean"]
-
-    @classmethod
-    def of(cls, ranks: Sequence[RankProfile], steps: int, program: Program) -> Self:
-        """Return the profile of a run of a program's phases."""
-        return cls(tuple(ranks), steps, row_bytes(program))
 
 
 def _digests_in_loops(work: Work) -> bool:

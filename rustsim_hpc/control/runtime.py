@@ -11,24 +11,17 @@ import time
 from dataclasses import dataclass, replace
 
 from rustsim_hpc.control.metrics import ColumnarPhaseBackend
-from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
+from rustsim_hpc.control.stepper import Stepper, StepReport
 from rustsim_hpc.errors import ColumnarRuntimeError, InvalidConfig
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.work import PhaseFailure, PhaseTrace, Task, Work
 from rustsim_hpc.modeling.model import ColumnPhase, Derive, DeviceFunction, Reduction, RowKernel
 from rustsim_hpc.modeling.program import plan_program
+from rustsim_hpc.ranks.meeting import StepFailed
 from rustsim_hpc.ranks.team import SoloTeam, Team
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
 from rustsim_hpc.state.schema import Schema
-
-__all__ = [
-    "ColumnarPhaseBackend",
-    "ColumnarPhaseTiming",
-    "ColumnarRuntime",
-    "ColumnarStepTiming",
-    "closure_phase",
-]
 
 
 @dataclass(frozen=True)

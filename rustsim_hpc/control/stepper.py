@@ -18,7 +18,6 @@ from rustsim_hpc.modeling.program import Segment
 from rustsim_hpc.modeling.reductions import reset_states
 from rustsim_hpc.ranks.agreement import agree as agree_on
 from rustsim_hpc.ranks.meeting import Meeting
-from rustsim_hpc.ranks.meeting import StepFailed as StepFailed  # noqa: PLC0414
 from rustsim_hpc.ranks.team import Team
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ from rustsim_hpc.control.binding import Bindings
 from rustsim_hpc.control.config import ControlPlaneConfig
 from rustsim_hpc.control.failures import StepKind, plane_error
 from rustsim_hpc.control.runtime import ColumnarRuntime
-from rustsim_hpc.control.stepper import StepFailed, Stepper, StepReport
+from rustsim_hpc.control.stepper import Stepper, StepReport
 from rustsim_hpc.errors import (
     CheckFailed,
     ColumnarRuntimeError,
@@ -23,6 +23,7 @@ from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay import ReplayRecorder
 from rustsim_hpc.proof.state_proof import StateProof
 from rustsim_hpc.ranks.agreement import agree
+from rustsim_hpc.ranks.meeting import StepFailed
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionId
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.failures import StepKind, plane_error
-from rustsim_hpc.control.stepper import StepFailed, Stepper
+from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.divergence.row_search import Rows, codes_of, column_sums
 from rustsim_hpc.executors.base import ResidentExecutor, ResidentSession
 from rustsim_hpc.executors.work import Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.model import Derive, Phase, Reduction
 from rustsim_hpc.modeling.program import ColumnCall, Item, KernelStage, Program, ReduceOp, Segment
 from rustsim_hpc.ranks.agreement import on_all
+from rustsim_hpc.ranks.meeting import StepFailed
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.state.partition import PartitionAssignment, PartitionExecutionBackend, PartitionId
 

@@ -70,8 +70,8 @@ class Replica:
         value = digest_value(self.step + 1, model.agents, names, dtypes, values, ids)
         return Known(value, "digest", {IDS: ids, **dict(zip(names, values, strict=True))})
 
-    def advance(self, beat: Beat) -> Known:
-        """Make one step and return what is `known` of the new state. Collective.
+    def advance(self, beat: Beat) -> None:
+        """Make one step, and compare the new state with what is known of it. Collective.
 
         Raises:
             EngineControlPlaneError: a phase failed.
@@ -79,9 +79,7 @@ class Replica:
         beat("step", self.step)
         self.plane.step_partitions_with_executor(self.executor)
         self.plane.forget_recorded()
-        found = self.known()
-        self.side.compare(self.step, found)
-        return found
+        self.side.compare(self.step, self.known())
 
     def rows(self) -> Rows:
         """Return the columns of the current state, views of them."""

@@ -223,8 +223,7 @@ class _Investigation:
         before = step - 1
         for side in self.sides:
             self.bench.at(side, before).check(self.bench.rows(side, before), before)
-        if self.report.equal_at != before:
-            self.report.equal_at = before
+        self.report.equal_at = before
         traces = []
         for side in self.sides:
             trace = self._trace(side, before)

@@ -75,14 +75,13 @@ class RunSide:
     notes: list[str] = field(default_factory=list)
     strayed: tuple[int, tuple[str, ...]] | None = None
 
-    def compare(self, step: int, found: Known) -> bool:
-        """Compare a repetition's state with what is known of a step; return whether they may be equal."""
+    def compare(self, step: int, found: Known) -> None:
+        """Compare a repetition's state with what is known of a step; note in `strayed` if they differ."""
         stated = self.known.get(step)
         if stated is None or not stated.differs(found):
-            return True
+            return
         if self.strayed is None or self.strayed[0] > step:
             self.strayed = step, differing_columns(stated.columns, found.columns)
-        return False
 
 
 def read_log(path: Path) -> ReplayLog:

@@ -11,9 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from rustsim_hpc.errors import nearest as nearest_of
-
-__all__ = ["Origin", "describe", "fields_of", "kind_of", "nearest_of", "toml_value"]
+from rustsim_hpc.errors import nearest
 
 _ARTICLES = {"integer": "an ", "number": "a ", "list": "a "}
 
@@ -90,12 +88,12 @@ def toml_value(value: Any) -> str:
 
 
 def _near(given: Any, schema: Mapping[str, Any]) -> str:
-    return nearest_of(given, schema.get("enum", ())) if isinstance(given, str) else ""
+    return nearest(given, schema.get("enum", ())) if isinstance(given, str) else ""
 
 
 def _unknown(where: str, table: str, key: str, tables: Mapping[str, Any]) -> str:
     if not key:
-        return f"{where.removesuffix(f'[{table}]')}there is no table [{table}]{nearest_of(table, tables)}"
+        return f"{where.removesuffix(f'[{table}]')}there is no table [{table}]{nearest(table, tables)}"
     elsewhere = [name for name, other in tables.items() if key in fields_of(other)]
-    advice = f" (it belongs to [{elsewhere[0]}])" if elsewhere else nearest_of(key, fields_of(tables[table]))
+    advice = f" (it belongs to [{elsewhere[0]}])" if elsewhere else nearest(key, fields_of(tables[table]))
     return f"{where}: there is no such key{advice}"

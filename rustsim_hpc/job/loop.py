@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
-from rustsim_hpc.control.profiling import Profiler, RunProfile
+from rustsim_hpc.control.profiling import Profiler, RunProfile, row_bytes
 from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.errors import CheckpointWriteFailed, ReplayDivergence, RustsimError
 from rustsim_hpc.executors.base import Executor
@@ -206,7 +206,7 @@ class JobRun:
         loop, made = time.perf_counter() - start, plane.runtime.step_index - begun
         profile = None
         if profiler is not None:
-            profile = RunProfile.of(profiler.gather(loop), made, stepper.work.program)
+            profile = RunProfile(profiler.gather(loop), made, row_bytes(stepper.work.program))
         return LoopResult(made, max(0.0, loop - compiled), stopped, profile)
 
     def _vote(self) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rustsim_hpc.errors import JobError, RunFolderError
+from rustsim_hpc.errors import JobError, RunFolderError, nearest
 from rustsim_hpc.files import is_file, is_folder, read_bytes
-from rustsim_hpc.job.key_errors import Origin, describe, nearest_of
+from rustsim_hpc.job.key_errors import Origin, describe
 from rustsim_hpc.job.keys import (
     BACKEND_VARIABLE,
     CommandTable,
@@ -173,7 +173,7 @@ def _resolved_module(model: ModelTable, path: Path, base: Path, sources: Origin)
     if not is_file(file):
         others = (other.name for other in file.parent.glob("*.py")) if is_folder(file.parent) else ()
         where = source or f"{path}: [model] module"
-        raise JobError(f"{where}: there is no file {file}{nearest_of(file.name, others)}")
+        raise JobError(f"{where}: there is no file {file}{nearest(file.name, others)}")
     return model.model_copy(update={"module": str(file)})
 
 

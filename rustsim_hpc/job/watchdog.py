@@ -29,12 +29,12 @@ from types import TracebackType
 from typing import Self
 
 from rustsim_hpc.compile_clock import CLOCK
+from rustsim_hpc.errors import EXIT_FAILED
 from rustsim_hpc.pieces import PIECES
 from rustsim_hpc.ranks.leaving import Leaving
 from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 
-EXIT_CODE = 3
 PATIENCE = 5.0
 """Extra seconds (at most the limit) for a rank that waits for others, so that the stuck one reports first."""
 
@@ -208,8 +208,8 @@ class Watchdog:
                 )
         finally:
             if self._leaving is not None:
-                self._leaving.leave(EXIT_CODE)
-            os._exit(EXIT_CODE)
+                self._leaving.leave(EXIT_FAILED)
+            os._exit(EXIT_FAILED)
 
 
 def watching(limit: float | None, team: Team) -> Watchdog:

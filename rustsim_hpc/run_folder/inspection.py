@@ -281,13 +281,9 @@ def _prove_all(paths: list[Path], problems: list[str], stated: _Stated) -> dict[
         value = header.fingerprint.value
         _compare(stated, header.fingerprint.scheme, header.step_index, path.name, value, problems)
         lines[path.name] = (
-            f"{header.rows:,} rows, {hex64(value)} ({header.fingerprint.scheme}), {_file_size(path)}"
+            f"{header.rows:,} rows, {hex64(value)} ({header.fingerprint.scheme}), {size(path.stat().st_size)}"
         )
     return lines
-
-
-def _file_size(path: Path) -> str:
-    return size(path.stat().st_size)
 
 
 def _final_state(run: Run, problems: list[str], stated: _Stated) -> None:

@@ -17,6 +17,7 @@ from rustsim_hpc.storage.hdf5 import (
     create_dataset,
     datasets,
     describe,
+    rows_of,
     write_root,
 )
 from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
@@ -75,7 +76,7 @@ def write_collective(
     import h5py
     from h5py import h5fd, h5p
 
-    most = max(team.allgather(view.row_stop - view.row_offset))
+    most = max(team.allgather(rows_of(view)))
     transfer = h5p.create(h5p.DATASET_XFER)
     transfer.set_dxpl_mpio(h5fd.MPIO_COLLECTIVE)
     failure = None
@@ -106,8 +107,7 @@ def _write_piece(
 ) -> None:
     from h5py import h5s
 
-    rows = view.row_stop - view.row_offset
-    first, last = (min(row, rows) for row in wanted)
+    first, last = (min(row, rows_of(view)) for row in wanted)
     target = h5s.create_simple((header.rows,))
     if first < last:
         target.select_hyperslab((view.row_offset + first,), (last - first,))

@@ -11,6 +11,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from rustsim_hpc.errors import CheckpointFileError
@@ -243,7 +244,8 @@ def move_aside(path: Path, reason: str) -> Path:
         CheckpointFileError: a file cannot be renamed.
     """
     with file_errors(path, "move aside"):
-        ending = next(end for end in _endings() if not path.with_name(path.name + end).exists())
+        endings = chain([".bad"], (f".bad{number}" for number in count(2)))
+        ending = next(end for end in endings if not path.with_name(path.name + end).exists())
         aside = path.with_name(path.name + ending)
         # The first file last: were it gone before, a kill would leave the others to be swept.
         for other in [proof_path(path), previous_path(path), *_shards(path)]:
@@ -253,14 +255,6 @@ def move_aside(path: Path, reason: str) -> Path:
         aside.with_name(aside.name + ".txt").write_text(reason + "\n", encoding="utf-8")
         fsync_folder(path.parent)
     return aside
-
-
-def _endings() -> Iterable[str]:
-    yield ".bad"
-    number = 2
-    while True:
-        yield f".bad{number}"
-        number += 1
 
 
 def steps_to_drop(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:

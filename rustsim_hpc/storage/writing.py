@@ -36,6 +36,7 @@ from rustsim_hpc.storage.hdf5 import (
     check_file,
     plan_file,
     plan_master,
+    rows_of,
     stream,
     stream_gaps,
     stream_rows,
@@ -106,12 +107,11 @@ class Attempt:
     def _misfit(self) -> CheckpointFileError | None:
         """Return why this cannot be written at all, or None."""
         header, view = self.header, self.view
-        rows = view.row_stop - view.row_offset
         arrays = view.columns if view.ids is None else (*view.columns, view.ids)
         fits = (
             (view.names, view.rows, view.step_index) == (header.schema.names, header.rows, header.step_index)
             and tuple(column.dtype for column in view.columns) == header.schema.dtypes
-            and all(array.shape == (rows,) for array in arrays)
+            and all(array.shape == (rows_of(view),) for array in arrays)
             and (view.ids is None) == header.default_ids
         )
         if not fits:
