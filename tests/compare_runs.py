@@ -50,13 +50,17 @@ def command(*arguments: object) -> tuple[int, str, str]:
             return int(stop.code or 0), out.getvalue(), err.getvalue()
 
 
+def without_launcher() -> dict[str, str]:
+    """Return this process's environment without what a launcher of ranks has set."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "OMPI_"))}
+
+
 def mpirun(ranks: int, *arguments: object) -> tuple[int, str, str]:
     """Run the command line under mpirun; return the launcher's exit code, standard output and error."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "OMPI_"))}
     done = subprocess.run(
         ["mpirun", "-n", str(ranks), sys.executable, "-m", "rustsim_hpc", *map(str, arguments)],
         cwd=ROOT,
-        env={**inherited, "NUMBA_NUM_THREADS": "1"},
+        env={**without_launcher(), "NUMBA_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import rustsim_hpc as rs
+from rustsim_hpc.ranks.team import Team
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/golden.json").read_text("utf-8"))
 TEXTS = {entry["id"]: entry["display"] for entry in GOLDEN["errors"]}
@@ -90,12 +91,13 @@ class Plane:
         parts: int = 3,
         step_index: int = 0,
         executor: Any = None,
+        team: Team | None = None,
         **config: Any,
     ) -> None:
         store = store or small_store()
         config.setdefault("partition_plan", rs.PartitionPlan.row_ranges(store.agent_count, parts))
         config.setdefault("replay_mode", rs.ReplayMode.record())
-        runtime = rs.ColumnarRuntime(store, step_index)
+        runtime = rs.ColumnarRuntime(store, step_index, team=team)
         self.plane = rs.EngineControlPlane(runtime, rs.ControlPlaneConfig(**config))
         self.executor = executor if executor is not None else EXECUTORS.get(kind, lambda: None)()
         self.kind = "executor" if executor is not None else kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_runs import ROOT, command, needs_mpirun
+from compare_runs import ROOT, command, needs_mpirun, without_launcher
 
 import rustsim_hpc as rs
 from rustsim_hpc.errors import CheckpointFileError, ExecutorError, JobError, RunFolderError
@@ -172,11 +171,10 @@ said.write_text(f"{{done.fingerprint:#x}} on {{done.ranks}}")
 """
     script = tmp_path / "script.py"
     script.write_text(code)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "OMPI_"))}
     done = subprocess.run(
         ["mpirun", "-n", "2", sys.executable, str(script)],
         cwd=ROOT,
-        env={**environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1"},
+        env={**without_launcher(), "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

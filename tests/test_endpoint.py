@@ -29,6 +29,16 @@ def external(plan, endpoints):
     return plan.with_workers(labels), made
 
 
+class At(ExecutorSuite):
+    """Partitions with workers at endpoints."""
+
+    def __init__(self, *endpoints):
+        self.endpoints = endpoints
+
+    def plan(self, rows, parts):
+        return external(rs.PartitionPlan.row_ranges(rows, parts), self.endpoints)
+
+
 def tasks_executor():
     return rs.EndpointPartitionExecutor(ZmqPartitionClient(SUITE_MODEL, seed=5))
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from compare_runs import ROOT, needs_mpirun, without_launcher
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs mpi4py and an mpirun on PATH",
-)
+pytestmark = needs_mpirun
 
 
 def run_under_mpirun(ranks: int, arguments: list[str], timeout: float, **environ: str) -> str:
@@ -32,11 +25,10 @@ def run_under_mpirun(ranks: int, arguments: list[str], timeout: float, **environ
         "no:cacheprovider",
     ]
     command += ["-x", "-q", "--timeout=60", "--timeout-method=thread", *arguments]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "OMPI_"))}
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**inherited, "NUMBA_NUM_THREADS": "1", **environ},
+        env={**without_launcher(), "NUMBA_NUM_THREADS": "1", **environ},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

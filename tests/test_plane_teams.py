@@ -5,7 +5,7 @@ import socket
 
 import numpy as np
 import pytest
-from planes import EXECUTORS, KINDS, STREAM, damp, golden_store, move, reference_stream, small_store, stream
+from planes import KINDS, STREAM, Plane, damp, golden_store, move, reference_stream, small_store, stream
 from thread_team import run_ranks
 
 import rustsim_hpc as rs
@@ -14,7 +14,7 @@ from rustsim_hpc import errors
 RANKS = (2, 3)
 
 
-class Rank:
+class Rank(Plane):
     """One rank's plane over its share of a state: whole partitions of a plan of ``parts`` a rank."""
 
     def __init__(
@@ -34,25 +34,9 @@ class Rank:
             row_offset=first,
             total_rows=whole.agent_count,
         )
-        config = {"replay_mode": rs.ReplayMode.record(), "partition_plan": self.plan, **config}
-        self.runtime = rs.ColumnarRuntime(store, step_index, team=team)
-        self.plane = rs.EngineControlPlane(self.runtime, rs.ControlPlaneConfig(**config))
-        self.kind, self.executor = kind, EXECUTORS.get(kind, lambda: None)()
-        self.team = team
-        for name, function in phases:
-            if kind == "runtime":
-                self.runtime.add_cpu_phase(name, function)
-            elif kind == "partition":
-                self.plane.add_partition_cpu_phase(name, function)
-            else:
-                self.plane.add_partition_executor_phase(name, function)
-
-    def run(self, steps):
-        if self.kind == "runtime":
-            return self.plane.run(steps)
-        if self.kind == "partition":
-            return self.plane.run_partitions(steps)
-        return self.plane.run_partitions_with_executor(steps, self.executor)
+        config = {"partition_plan": self.plan, **config}
+        super().__init__(kind, store=store, phases=phases, step_index=step_index, team=team, **config)
+        self.runtime, self.team = self.plane.runtime, team
 
     def caught(self, call=None):
         """Return the error that a step (or a call) ends in."""

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from executor_suite import Driven, ExecutorSuite, held
 from remote_peers import OPENED, FalseWorker, TcpServer, answer_to, wait_for
 from remote_workers import SUITE, WorkerProcess
-from test_endpoint import SUITE_MODEL, external
+from test_endpoint import SUITE_MODEL, At
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -24,14 +24,6 @@ from rustsim_hpc.remote.sockets import ClientSocket
 from rustsim_hpc.remote.tasks_client import ZmqPartitionClient
 
 ROWS = 60
-
-
-class Suite(ExecutorSuite):
-    def __init__(self, *endpoints):
-        self.endpoints = endpoints
-
-    def plan(self, rows, parts):
-        return external(rs.PartitionPlan.row_ranges(rows, parts), self.endpoints)
 
 
 def resident(**patience):
@@ -50,7 +42,7 @@ def plane(tmp_path, worker):
 
     def make(executor, *endpoints, **config):
         config = {"rows": ROWS, "parts": len(endpoints), **config}
-        made.append(Driven(Suite(*endpoints), executor, trip=tmp_path / f"trip{len(made)}", **config))
+        made.append(Driven(At(*endpoints), executor, trip=tmp_path / f"trip{len(made)}", **config))
         return made[-1]
 
     yield make

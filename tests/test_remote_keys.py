@@ -14,7 +14,7 @@ pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]
 
 from executor_suite import Driven, ExecutorSuite
 from remote_workers import ROOT, WorkerProcess
-from test_endpoint import SUITE_MODEL, external
+from test_endpoint import SUITE_MODEL, At, external
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -29,16 +29,8 @@ from rustsim_hpc.remote.tasks_client import ZmqPartitionClient
 QUICK = {"connect_seconds": 2, "answer_seconds": 20}
 
 
-class Suite(ExecutorSuite):
-    def __init__(self, endpoint):
-        self.endpoint = endpoint
-
-    def plan(self, rows, parts):
-        return external(rs.PartitionPlan.row_ranges(rows, parts), [self.endpoint])
-
-
 def driven_at(endpoint, executor, **config):
-    return Driven(Suite(endpoint), executor, **config)
+    return Driven(At(endpoint), executor, **config)
 
 
 @pytest.fixture(scope="module")

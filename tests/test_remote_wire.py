@@ -18,9 +18,8 @@ pytest.importorskip("zmq", reason="needs pyzmq: pip install 'rustsim-hpc[remote]
 from executor_suite import Driven, ExecutorSuite
 from remote_peers import SESSION, RawPeer, header, wait_for
 from remote_workers import WorkerProcess
-from test_endpoint import SUITE_MODEL, external
+from test_endpoint import SUITE_MODEL, At
 
-import rustsim_hpc as rs
 from rustsim_hpc import errors
 from rustsim_hpc.remote.executor import RemotePartitionExecutor
 from rustsim_hpc.remote.messages import (
@@ -206,17 +205,9 @@ def peers():
         peer.close()
 
 
-class Suite(ExecutorSuite):
-    def __init__(self, endpoint):
-        self.endpoint = endpoint
-
-    def plan(self, rows, parts):
-        return external(rs.PartitionPlan.row_ranges(rows, parts), [self.endpoint])
-
-
 def serves(worker):
     """A run at the worker is as it should be."""
-    driven = Driven(Suite(worker.endpoint), RemotePartitionExecutor(), parts=2)
+    driven = Driven(At(worker.endpoint), RemotePartitionExecutor(), parts=2)
     driven.run(2)
     assert driven.stream == ExecutorSuite().expected(2)
     driven.plane.close()
@@ -310,12 +301,12 @@ def test_a_session_that_is_not_there(worker, peers):
 
 def test_too_many_sessions_and_too_much_memory(worker):
     """Sessions are counted, and so are the bytes of those that are open; what is refused leaves nothing."""
-    planes = [Driven(Suite(worker.endpoint), RemotePartitionExecutor()) for _ in range(65)]
+    planes = [Driven(At(worker.endpoint), RemotePartitionExecutor()) for _ in range(65)]
     for driven in planes[:64]:
         driven.run(1)
     with pytest.raises(errors.ExecutorError, match="64 sessions are open here"):
         planes[64].run(1)
-    large = Driven(Suite(worker.endpoint), RemotePartitionExecutor(), rows=30_000_000)
+    large = Driven(At(worker.endpoint), RemotePartitionExecutor(), rows=30_000_000)
     for driven in planes[:2]:
         driven.plane.close()
     with pytest.raises(errors.ExecutorError, match=r"bytes are asked for, [0-9,]+ are left here"):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from compare_runs import ROOT, needs_mpirun
 
-ROOT = Path(__file__).parents[1]
 ROWS = 4_000_000
 STATE = 16 * ROWS  # four float32 columns; default ids take nothing
 PEAK = """
@@ -18,10 +16,6 @@ import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 sys.exit(done.stderr) if done.returncode else print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
-needs_mpirun = pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs mpi4py and an mpirun on PATH",
-)
 
 
 def peak(folder: Path, rows: int, ranks: int, options: str) -> int:

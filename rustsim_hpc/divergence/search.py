@@ -174,7 +174,7 @@ class _Investigation:
         report = self.report
         stop = self.far if differs is None else differs
         start = self.first if equal is None else equal
-        if differs is not None and (stop == start + 1 and equal is not None):
+        if equal is not None and differs == equal + 1:
             return
         if stop - start > 1:
             self.say(f"running both again from step {start:,} to find the first difference up to {stop:,}")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Literal, Self
 
 from rustsim_hpc.terminal import leave_lost_terminal
@@ -95,9 +95,7 @@ class StopRequests:
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             # None: a handler that was not installed from Python, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
