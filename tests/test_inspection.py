@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,3 +174,105 @@ def test_nothing_to_look_at(tmp_path: Path) -> None:
         inspect_path(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     assert inspect_path(tmp_path / "notes.txt").exit_code == 5
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    7,
+    1e308,
+    10**400,
+    float("nan"),
+    "\x1b[31m\n\0",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "deep",
+]
+
+
+def changes(document: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each value of a JSON document."""
+    yield at
+    if isinstance(document, dict | list):
+        children = document.items() if isinstance(document, dict) else enumerate(document)
+        for key, value in children:
+            yield from changes(value, (*at, key))
+
+
+def changed(document: Any, at: tuple[Any, ...], value: Any) -> str:
+    """Return the document's text with another value at a path."""
+    copy = [json.loads(json.dumps(document))]
+    place: Any = copy
+    for key in (*(0, *at)[:-1],):
+        place = place[key]
+    place[(0, *at)[-1]] = value
+    return json.dumps(copy[0]).replace('"deep"', "[" * 100_000 + "]" * 100_000)
+
+
+@pytest.mark.parametrize("name", ["run.json", "outputs.json", "metrics.jsonl", "replay.jsonl"])
+def test_whatever_a_json_file_of_a_run_has_is_told_in_harmless_lines(run: Path, name: str) -> None:
+    shutil.rmtree(run / "checkpoints")
+    path, rng = run / name, random.Random(7)
+    line, *lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+    document = json.loads(line)
+    places = list(changes(document))
+    for at, value in [((), value) for value in HOSTILE] + [
+        (rng.choice(places), rng.choice(HOSTILE)) for _ in range(150)
+    ]:
+        path.write_text("\n".join([changed(document, at, value), *lines, ""]))
+        found = inspect_path(run)
+        text = found.text()
+        assert all(c.isprintable() or c == "\n" for c in text), text
+        internal = [p for p in found.problems if re.search("(Type|Key|Attribute|Index)Error", p)]
+        assert not internal, (at, value)
+        if not at:
+            assert found.exit_code == 5, (value, text)
+
+
+def test_a_job_file_that_cannot_be_run_again_is_told(run: Path) -> None:
+    job = run / "job.toml"
+    text = job.read_text()
+    for damage in (text.replace("agents = 40", "agents = -1"), "[" * 5000, text + "[mod"):
+        job.write_text(damage)
+        assert inspect_path(run).exit_code == 5
+    job.write_text(text)
+    assert inspect_path(run).exit_code == 0
+
+
+def test_a_log_of_another_run_or_without_its_entries_is_told(run: Path) -> None:
+    log = run / "replay.jsonl"
+    head, *lines = log.read_text().splitlines(keepends=True)
+    for damage, said in (
+        ([head.replace('"seed": ', '"seed": 9'), *lines], "is of another run: seed 9"),
+        ([head, *lines[1:]], "lacks step 1"),
+        ([head, *lines[:2], *lines[3:]], "lacks step 3"),
+        ([head, *lines[:-1]], "lacks step 6"),
+        ([head, *lines[:-1], lines[-1][:20]], "lacks step 6"),
+    ):
+        log.write_text("".join(damage))
+        assert any(said in problem for problem in inspect_path(run).problems), said
+    log.write_text("".join([head, *lines[:2], *lines[3:]]))
+    assert inspect_path(log).problems == (f"{log} lacks step 3",)
+
+
+def test_a_series_of_a_finished_run_has_a_row_for_each_due_step(tmp_path: Path) -> None:
+    sets = [
+        Override.parse("run.agents=8"),
+        Override.parse("run.steps=3"),
+        Override.parse("run.executor='inline'"),
+    ]
+    spec, _ = read_job(JOB.with_name("random_walk.toml"), sets, environ={})
+    folder = tmp_path / "run"
+    run_job(spec, RunOptions(out=folder, progress=False), SoloTeam())
+    assert inspect_path(folder).problems == ()
+    lines = (folder / "spread.csv").read_text().splitlines(keepends=True)
+    for rows in (lines[:2] + lines[3:], [*lines, lines[-1]]):
+        (folder / "spread.csv").write_text("".join(rows))
+        [problem] = inspect_path(folder).problems
+        assert problem.endswith(f"has {len(rows) - 1} rows, expected 4")
+    (folder / "spread.csv").unlink()
+    assert inspect_path(folder).exit_code == 5

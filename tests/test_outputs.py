@@ -27,7 +27,7 @@ from rustsim_hpc.run_folder import array_file
 from rustsim_hpc.run_folder.array_file import read_samples
 from rustsim_hpc.run_folder.output_set import OutputSet
 from rustsim_hpc.run_folder.sample_journal import journal_path
-from rustsim_hpc.run_folder.series_file import read_series
+from rustsim_hpc.run_folder.series_file import SeriesFile, read_series
 
 ROOT = Path(__file__).parents[1]
 
@@ -730,3 +730,21 @@ def test_a_result_that_is_not_there_is_told_with_those_that_are() -> None:
     assert results.get("crowd") is None
     with pytest.raises(KeyError, match=r"no result crowd here, only: census, oldest"):
         results["crowd"]
+
+
+@pytest.mark.parametrize("damage", [b"7", b"1,2,3", b"", b"\xff\xfe,1", b'"' + b"x" * 200_000 + b'",1'])
+def test_a_damaged_line_of_a_series_is_told_with_its_number_and_not_gone_on_with(
+    tmp_path: Path, damage: bytes
+) -> None:
+    path = tmp_path / "curve.csv"
+    series = SeriesFile(path, ("day", "x"))
+    series.start()
+    for line in (b"0,0.0\n", damage + b"\n", b"2,0.5\n"):
+        series.append(line)
+    series.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="line 3"):
+        read_series(path)
+    with pytest.raises(ValueError, match="line 3"):
+        SeriesFile(path, ("day", "x")).resume(3)
+    assert path.read_bytes() == before

@@ -466,3 +466,27 @@ def test_the_documents_example_is_a_log(path):
     assert len(log.entries) == 2
     for name in json.loads(log.header.line()):
         assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "missing"), [(0, [3, 4, 5], 1), (0, [], 1), (2, [3, 5], 4), (2, [3], 4)]
+)
+def test_a_log_that_says_where_it_begins_may_not_lack_its_first_entries(path, first, steps, missing):
+    header = dataclasses.replace(DIGEST, first_step=first)
+    with ReplayLogWriter(path, header) as writer:
+        for step in steps:
+            writer.append(entry(step))
+    with pytest.raises(OutputError, match=rf"lacks step {missing}, but the run resumes at step 5"):
+        ReplayLogWriter(path, header, resume_step=5)
+    assert read_replay_log(path).header.first_step == first
+
+
+def test_a_run_may_go_back_before_its_log_began(path):
+    header = dataclasses.replace(DIGEST, first_step=6)
+    with ReplayLogWriter(path, header) as writer:
+        writer.append(entry(7))
+    with ReplayLogWriter(path, dataclasses.replace(DIGEST, first_step=4), resume_step=4) as writer:
+        for step in (5, 6, 7):
+            writer.append(entry(step))
+    assert read_replay_log(path).missing_step(7) is None
+    assert read_replay_log(path).missing_step(8) == 8

@@ -19,7 +19,7 @@ from rustsim_hpc.cli.run import resume, run
 from rustsim_hpc.cli.show import doctor, inspect, plan
 from rustsim_hpc.cli.slurm import collect, slurm
 from rustsim_hpc.cli.worker import worker
-from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, RustsimError, named
+from rustsim_hpc.errors import EXIT_FAILED, EXIT_INTERRUPTED, JobError, RustsimError, named
 from rustsim_hpc.terminal import leave_lost_terminal
 from rustsim_hpc.texts import shown, trace_of
 from rustsim_hpc.version import __version__
@@ -137,4 +137,7 @@ def _tell(error: RustsimError, debug: bool) -> None:
     text = str(error)
     repeated = f"also failed: {text}"
     details = [line for line in error.details().splitlines() if line != repeated]
-    click.echo("\n".join(map(shown, [f"Error: {text}", *details])), err=True)
+    # A job file's mistakes have a line each; any other text is one line, whatever it quotes.
+    lines = text.split("\n") if isinstance(error, JobError) else [text]
+    lines[0] = f"Error: {lines[0]}"
+    click.echo("\n".join(map(shown, [*lines, *details])), err=True)

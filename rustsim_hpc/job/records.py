@@ -239,4 +239,5 @@ def replay_header(spec: JobSpec, model: BoundModel, plane: EngineControlPlane) -
         interval=spec.replay.interval,
         params=model.params.plain(),
         notes=tuple(notes),
+        first_step=plane.runtime.step_index,
     )

@@ -44,7 +44,8 @@ class ReplayHeader:
     scheme: of the fingerprints. job, model: identities, equal for the same job and the same model source.
     agents: rows of the whole state. seed: of the run. interval: steps between entries. params: the model's
     resolved parameters. columns: (name, dtype name) in schema order. notes: reasons why other runs may have
-    another stream, such as a column phase that reads a whole partition.
+    another stream, such as a column phase that reads a whole partition. first_step: the step index at which
+    recording began, so that entries start after it; None in logs of earlier versions.
 
     Raises:
         ReplayLogError: a column is named "ids", which in a log means the rows' ids.
@@ -59,6 +60,7 @@ class ReplayHeader:
     interval: int = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    first_step: int | None = None
 
     def __post_init__(self) -> None:
         if IDS in dict(self.columns):
@@ -86,6 +88,7 @@ class ReplayHeader:
             "params": dict(self.params),
             "columns": [{"name": name, "dtype": dtype} for name, dtype in self.columns],
             "notes": list(self.notes),
+            **({} if self.first_step is None else {"first_step": self.first_step}),
         }
         return json.dumps(facts, ensure_ascii=False).encode() + b"\n"
 
@@ -101,6 +104,17 @@ class ReplayLog:
     def verify_mode(self) -> ReplayMode:
         """Return the replay mode that verifies a run against this log."""
         return ReplayMode.verify(self.entries, self.header.interval)
+
+    def missing_step(self, last: int | None = None) -> int | None:
+        """Return the first step that lacks its entry, up to `last` (None: the last entry's), or None."""
+        steps = [entry.step_index for entry in self.entries]
+        interval, first = self.header.interval, self.header.first_step
+        if last is None:
+            last = steps[-1] if steps else -1
+        begins = steps[:1] if first is None else [(first // interval + 1) * interval, *steps[:1]]
+        known = set(steps)
+        due = range(min(begins, default=last + 1), last + 1, interval)
+        return next((step for step in due if step not in known), None)
 
 
 def read_replay_log(path: Path) -> ReplayLog:
@@ -186,9 +200,12 @@ def _header_from(facts: dict[str, Any]) -> ReplayHeader:
         params=_fact(facts, "params", dict),
         columns=tuple((_fact(c, "name", str), _fact(c, "dtype", str)) for c in columns),
         notes=tuple(str(note) for note in _fact(facts, "notes", list)),
+        first_step=_fact(facts, "first_step", int) if "first_step" in facts else None,
     )
     if not 0 <= header.agents < 1 << 64 or header.interval < 1:
         raise ValueError("agents must be a 64-bit unsigned integer, and interval at least 1")
+    if header.first_step is not None and header.first_step < 0:
+        raise ValueError("first_step is below 0")
     if unknown := [dtype for _, dtype in header.columns if dtype not in DTYPES]:
         raise ValueError(f"dtype {unknown[0]} is not known")
     return header

@@ -11,7 +11,7 @@ from rustsim_hpc.errors import OutputError, ReplayLogError
 from rustsim_hpc.files import AppendFile, keep_lines, write_atomic
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay import columns_of
-from rustsim_hpc.proof.replay_log import ReplayHeader, header_differences, read_replay_log
+from rustsim_hpc.proof.replay_log import ReplayHeader, ReplayLog, header_differences, read_replay_log
 
 _NO_COLUMNS: Mapping[str, int] = {}
 
@@ -40,7 +40,7 @@ class ReplayLogWriter:
         if resume_step is not None and path.exists():
             found = read_replay_log(path)
             self._require_same_run(found.header)
-            self._require_no_gap([entry.step_index for entry in found.entries], resume_step)
+            self._require_no_gap(found, resume_step)
             self.truncate_after(resume_step)
             return
         try:
@@ -126,12 +126,10 @@ class ReplayLogWriter:
         tail = f', "columns": {{{values}}}}}\n' if columns else "}\n"
         return f'{{"step": {step}, "value": "{fingerprint.value:#018x}"{tail}'.encode()
 
-    def _require_no_gap(self, steps: list[int], resume_step: int) -> None:
+    def _require_no_gap(self, found: ReplayLog, resume_step: int) -> None:
         """Raise OutputError if entries up to `resume_step` are missing: no checkpoint is ahead of its log."""
-        kept = [step for step in steps if step <= resume_step]
-        due = range(kept[0], resume_step + 1, self.header.interval) if kept else range(0)
-        if len(kept) < len(due):
-            missing = next(step for step, found in zip(due, [*kept, -1], strict=False) if step != found)
+        missing = found.missing_step(resume_step)
+        if missing is not None:
             raise OutputError(
                 f"replay log {self.path} lacks step {missing}, but the run resumes at step {resume_step}",
                 step=resume_step,

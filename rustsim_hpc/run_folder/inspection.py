@@ -15,11 +15,13 @@ from typing import Any, Final, TypeVar
 from rustsim_hpc.errors import RunFolderError, RustsimError
 from rustsim_hpc.files import exists, is_file, is_folder
 from rustsim_hpc.job.plan import size
+from rustsim_hpc.job.spec import read_folder_job
 from rustsim_hpc.modeling.outputs import MANIFEST
 from rustsim_hpc.proof.fingerprint import hex64
 from rustsim_hpc.proof.replay_log import ReplayLog, read_replay_log
 from rustsim_hpc.ranks.team import SoloTeam
 from rustsim_hpc.run_folder.folder import JOB, REPLAY
+from rustsim_hpc.run_folder.manifest import read_manifest
 from rustsim_hpc.run_folder.reader import Run, open_run
 from rustsim_hpc.run_folder.record import RECORD
 from rustsim_hpc.storage import CheckpointHeader, list_checkpoints, load
@@ -151,6 +153,8 @@ def _header_facts(header: CheckpointHeader) -> dict[str, Any]:
 def _log(path: Path) -> Inspection:
     problems: list[str] = []
     log = _attempt(problems, lambda: read_replay_log(path))
+    if log is not None and (missing := log.missing_step()) is not None:
+        problems.append(f"{path} lacks step {missing}")
     return Inspection(path, "replay log", {} if log is None else _log_facts(log), tuple(problems))
 
 
@@ -189,6 +193,7 @@ def _run(folder: Path) -> Inspection:
     run = None if problems else _attempt(problems, lambda: open_run(folder))
     if run is None:
         return Inspection(folder, "run", {}, tuple(problems))
+    _attempt(problems, lambda: read_folder_job(folder))
     facts: dict[str, Any] = {}
     for name in ("name", "status", "step_index", "steps", "agents", "seed", "params"):
         facts[name] = _attempt(problems, lambda name=name: getattr(run, name))  # type: ignore[misc]
@@ -210,10 +215,24 @@ def _outputs(run: Run, problems: list[str]) -> dict[str, str] | None:
     kinds = _attempt(problems, run.outputs)
     for file, kind in (kinds or {}).items():
         if kind == "series":
-            _attempt(problems, lambda file=file: run.series(file))  # type: ignore[misc]
+            _attempt(problems, lambda file=file: _require_rows(run, file))  # type: ignore[misc]
         elif kind != "picture" and not is_file(run.path / file):
             problems.append(f"{run.path / file}: there is no such file")
     return kinds
+
+
+def _require_rows(run: Run, file: str) -> None:
+    """Read a series, and require a row for each due step of a finished run.
+
+    Raises:
+        RunFolderError: it cannot be read, or has other rows.
+    """
+    rows = max((len(values) for values in run.series(file).values()), default=0)
+    manifest = read_manifest(run.path)
+    every = int(manifest.entries[file]["every"])
+    due = len(range(-(-manifest.first_step // every) * every, run.step_index + 1, every))
+    if run.record.get("status") == "done" and rows != due:
+        raise RunFolderError(f"{run.path / file} has {rows} rows, expected {due}")
 
 
 def _devices(run: Run) -> dict[str, str]:
@@ -267,7 +286,20 @@ def _run_log(run: Run, problems: list[str], stated: _Stated) -> str | None:
         return "damaged"
     for entry in log.entries:
         stated[log.header.scheme, entry.step_index] = (REPLAY, entry.value)
+    problems += _log_problems(run, log)
     return f"{len(log.entries)} entries, {log.header.scheme}"
+
+
+def _log_problems(run: Run, log: ReplayLog) -> list[str]:
+    """Return how a run's log does not fit to the run's record, and whether it lacks entries."""
+    found = [
+        f"{REPLAY} is of another run: {name} {ours} against {theirs} in {RECORD}"
+        for name, ours in (("agents", log.header.agents), ("seed", log.header.seed))
+        if (theirs := run.record.get(name)) is not None and ours != theirs
+    ]
+    recorded_all = run.record.get("status") == "done" and run.job.get("replay", {}).get("mode") == "record"
+    missing = log.missing_step(run.step_index if recorded_all else None)
+    return found if missing is None else [*found, f"{REPLAY} lacks step {missing}"]
 
 
 def _prove_all(paths: list[Path], problems: list[str], stated: _Stated) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except RustsimError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         text = getattr(error, "strerror", None) or str(error)
         raise RunFolderError(f"cannot read {path}: {text}") from error
 

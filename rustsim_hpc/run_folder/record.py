@@ -39,12 +39,14 @@ Status = Literal["running", "done", "stopped", "failed"]
 _KINDS: Final = {
     "run_id": str, "job": str, "seed": int, "agents": int, "steps": int, "step_length": (int, float),
     "time_unit": str, "params": dict, "model": str, "model_hash": str, "executor": str, "workers": int,
-    "partitions": int, "fingerprint_scheme": str, "hosts": list, "status": str, "step_index": int,
-    "fingerprint": str, "lineage": dict, "sessions": list,
+    "partitions": int, "fingerprint_scheme": str, "command": list, "ranks": int, "versions": dict,
+    "hosts": list, "cpu_models": list, "libm": list, "remote_workers": list, "status": str,
+    "step_index": int, "fingerprint": str, "lineage": dict, "started": str, "ended": str, "sessions": list,
+    "resumed_from": int, "exit_code": int, "reason": str,
 }  # fmt: skip
-"""Types that the record's values must have, where they are present."""
+"""Types that values of the record and its sessions must have, where they are present."""
 
-_COUNTS: Final = ("agents", "steps", "step_index")
+_COUNTS: Final = ("agents", "steps", "step_index", "resumed_from")
 _HEX64: Final = re.compile(r"0x[0-9a-f]{16}", re.ASCII)
 
 
@@ -99,16 +101,16 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path / RECORD} is not the record of a run")
     if record.get("version") != VERSION:
         raise RunFolderError(f"{path / RECORD} has version {record.get('version')}, expected {VERSION}")
-    for name in _KINDS:
-        if not _is_right(name, record.get(name)):
-            raise RunFolderError(f"{path / RECORD} is damaged: {name} is {json.dumps(record[name]):.40}")
     sessions = record.setdefault("sessions", [])
-    if sessions is None or not all(isinstance(session, dict) for session in sessions):
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
         raise RunFolderError(f"{path / RECORD} is damaged: sessions are not a list of objects")
     for table in (record, *sessions):
         for name in ("hosts", "remote_workers"):
             if not _are_machines(table.get(name) or []):
                 raise RunFolderError(f"{path / RECORD} is damaged: {name} are not a list of machines")
+        for name in _KINDS:
+            if not _is_right(name, table.get(name)):
+                raise RunFolderError(f"{path / RECORD} is damaged: {name} is {json.dumps(table[name]):.40}")
     return record
 
 
@@ -126,6 +128,8 @@ def _is_right(name: str, value: Any) -> bool:
             return value in get_args(Status)
         case "step_length":
             return math.isfinite(value)
+        case "params":
+            return all(isinstance(one, bool | int | float | str) for one in value.values())
         case "lineage":
             return not value or _is_lineage(value)
     return name not in _COUNTS or value >= 0

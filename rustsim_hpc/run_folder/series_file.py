@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class SeriesFile:
         self.path = path
         self.rows = 0
         self._header = csv_line(columns)
+        self._columns = len(columns)
         self._file: AppendFile | None = None
 
     def start(self) -> None:
@@ -108,7 +109,7 @@ class SeriesFile:
         lines = whole_lines(self.path)
         if next(lines, b"") + b"\n" != self._header:
             raise ValueError("its first line does not name this series' columns")
-        self.rows = min(rows, sum(1 for _ in lines))
+        self.rows = min(rows, sum(1 for _ in _rows(lines, self._columns)))
         keep_lines(self.path, self.rows + 1)
         self._file = AppendFile(self.path)
 
@@ -149,14 +150,33 @@ def read_series(path: Path) -> dict[str, npt.NDArray[Any]]:
         OSError: it cannot be read.
         ValueError: a line has too many or too few fields, or there is no header.
     """
-    rows = list(csv.reader(line.decode() for line in whole_lines(path)))
-    if not rows:
+    lines = whole_lines(path)
+    first = next(lines, None)
+    if first is None:
         raise ValueError("it has no header yet")
-    header, body = rows[0], rows[1:]
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"line {number} has {len(row)} fields, expected {len(header)}")
+    header = _fields(1, first)
+    body = list(_rows(lines, len(header)))
     return {name: _column([row[k] for row in body]) for k, name in enumerate(header)}
+
+
+def _rows(lines: Iterable[bytes], columns: int) -> Iterator[list[str]]:
+    """Yield the fields of the lines after the header.
+
+    Raises:
+        ValueError: a line has too many or too few fields, or is not text.
+    """
+    for number, line in enumerate(lines, start=2):
+        row = _fields(number, line)
+        if len(row) != columns:
+            raise ValueError(f"line {number} has {len(row)} fields, expected {columns}")
+        yield row
+
+
+def _fields(number: int, line: bytes) -> list[str]:
+    try:
+        return next(csv.reader([line.decode()]), [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def _column(texts: list[str]) -> npt.NDArray[Any]:

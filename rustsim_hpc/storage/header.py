@@ -100,12 +100,12 @@ class CheckpointHeader:
             schema=schema_from_json(data["schema"]),
             fingerprint=ReplayFingerprint(step_index, int(fingerprint["value"], 16), fingerprint["scheme"]),
             sequence=_count(data["sequence"]),
-            label=data["label"],
-            seed=data["seed"],
+            label=_of_kind(data["label"], str, None),
+            seed=_of_kind(data["seed"], int, None),
             parameters=dict(data["parameters"]),
             plan=dict(data["plan"]),
             model=dict(data["model"]),
-            default_ids=bool(data["default_ids"]),
+            default_ids=_of_kind(data["default_ids"], bool),
             digests=tuple(int(value, 16) for _, value in data["digests"]),
         )
 
@@ -151,6 +151,13 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_json(entry) for entry in value]
     json.dumps(value)
+    return value
+
+
+def _of_kind(value: Any, kind: type, *others: Any) -> Any:
+    """Return a value of exactly a type, or one of ``others``; raise ValueError if it is neither."""
+    if type(value) is not kind and value not in others:
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
     return value
 
 

@@ -22,7 +22,7 @@ import xxhash
 from rustsim_hpc.errors import CheckpointFileError
 from rustsim_hpc.files import NotAFileError, open_regular, read_bytes
 from rustsim_hpc.pieces import PIECES
-from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, CheckpointHeader
+from rustsim_hpc.storage.header import FORMAT_NAME, FORMAT_VERSION, LAYOUTS, CheckpointHeader
 
 BLOCK_BYTES = 4 << 20
 _HEAD = b'{"xxh3_128": "'
@@ -139,7 +139,9 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
                 hint="read it with the version of rustsim-hpc that wrote it",
             )
         files = tuple(_file_from_json(entry) for entry in body["files"])
-        manifest = Manifest(CheckpointHeader.from_json(body["header"]), str(body["layout"]), files)
+        if body["layout"] not in LAYOUTS:
+            raise ValueError(f"{body['layout']!r} is not a layout")
+        manifest = Manifest(CheckpointHeader.from_json(body["header"]), body["layout"], files)
         _check_cover(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointFileError):
