@@ -22,7 +22,7 @@ from rustsim_hpc.divergence.replica import Beat, Bench
 from rustsim_hpc.divergence.report import DivergenceReport, value_difference
 from rustsim_hpc.divergence.row_search import column_sums
 from rustsim_hpc.divergence.rows import RowsOf, find_rows, rows_from_checkpoints
-from rustsim_hpc.divergence.side import RunSide
+from rustsim_hpc.divergence.side import RunSide, layout_of
 from rustsim_hpc.errors import RunFolderError, RustsimError, TeamError
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.proof.replay import differing_columns
@@ -157,7 +157,7 @@ class _Investigation:
         layouts = []
         for side in self.sides:
             model = self.bench.prepared(side).model
-            layouts.append({column.name: column.dtype for column in model.schema.columns})
+            layouts.append(dict(layout_of(model.schema)))
             side.layout = side.layout or tuple(layouts[-1].items())
             side.params = side.params or model.params.plain()
             self.proven += causes_of_change(side, model.identity())

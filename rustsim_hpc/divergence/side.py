@@ -15,6 +15,7 @@ from rustsim_hpc.proof.replay import differing_columns
 from rustsim_hpc.proof.replay_log import IDS, ReplayLog, read_replay_log
 from rustsim_hpc.run_folder.folder import CHECKPOINTS, JOB, REPLAY
 from rustsim_hpc.run_folder.reader import Run, open_run
+from rustsim_hpc.state.schema import Schema
 from rustsim_hpc.storage.folder import list_checkpoints, step_of
 from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.reading import read_header
@@ -183,9 +184,9 @@ def known_of(header: CheckpointHeader) -> Known:
     return Known(header.fingerprint.value, header.fingerprint.scheme, columns)
 
 
-def layout_of(header: CheckpointHeader) -> Layout:
-    """Return names and dtypes of a checkpoint's columns."""
-    return tuple((column.name, column.dtype) for column in header.schema.columns)
+def layout_of(schema: Schema) -> Layout:
+    """Return the names and dtypes of columns."""
+    return tuple((column.name, column.dtype) for column in schema.columns)
 
 
 def _learn_from_log(side: RunSide, run: Run) -> None:
@@ -209,10 +210,10 @@ def _learn_from_checkpoints(side: RunSide, folder: Path) -> None:
         except CheckpointFileError as error:
             side.notes.append(f"{side.name}: {path.name} is not used: {error}")
             continue
-        side.layout = side.layout or layout_of(header)
+        side.layout = side.layout or layout_of(header.schema)
         found = known_of(header)
         stated = side.known.setdefault(step, found)
-        if layout_of(header) != side.layout or header.rows != side.agents or stated.differs(found):
+        if layout_of(header.schema) != side.layout or header.rows != side.agents or stated.differs(found):
             side.notes.append(f"{side.name}: {path.name} is not used: it is not the state of its log")
             continue
         if not stated.columns:

@@ -20,6 +20,7 @@ from rustsim_hpc.divergence.side import (
     Known,
     RunSide,
     folder_of,
+    layout_of,
     learn,
     read_log,
     repeatable,
@@ -289,7 +290,7 @@ def _repetition(folder: Path, own: RunSide, prepared: Prepared, team: Team) -> R
         agents=spec.run.agents,
         seed=spec.run.seed,
         params=model.params.plain(),
-        layout=tuple((column.name, column.dtype) for column in model.schema.columns),
+        layout=layout_of(model.schema),
         origin=own.origin,
     )
 

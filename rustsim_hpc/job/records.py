@@ -200,9 +200,8 @@ class JobRecords:
             )
             if parts is not None:
                 where = np.concatenate([part[0] for part in parts])
-                order = np.argsort(where, kind="stable")[
-                    np.argsort(np.argsort(rows, kind="stable"), kind="stable")
-                ]
+                by_row = np.argsort(where)
+                order = by_row[np.searchsorted(where, rows, sorter=by_row)]
                 made[output.file] = {
                     name: np.concatenate([part[1][k] for part in parts])[order]
                     for k, name in enumerate(output.columns)

@@ -21,7 +21,7 @@ from rustsim_hpc.files import sweep_temporary, write_atomic
 from rustsim_hpc.modeling.outputs import MANIFEST, Arrays, Output, Picture, Recorded, Sample, Series
 from rustsim_hpc.run_folder.array_file import ArrayFile, checked_array
 from rustsim_hpc.run_folder.manifest import FORMAT, VERSION, read_manifest
-from rustsim_hpc.run_folder.pictures import PictureReport, draw_pictures
+from rustsim_hpc.run_folder.pictures import draw_pictures
 from rustsim_hpc.run_folder.series_file import SeriesFile, csv_line, row_fields
 
 Samples = Mapping[str, Mapping[str, Any]]
@@ -129,7 +129,6 @@ class OutputSet:
         self.folder = folder
         self.agents = agents
         self.first_step = 0
-        self.pictures = PictureReport()
         self._open: list[_Recorder] = []
 
     def open(self, resume_step: int | None = None, first_step: int = 0) -> None:
@@ -207,15 +206,14 @@ class OutputSet:
         if failures:
             raise failures[0].add_facts(others=tuple(failures[1:]))
 
-    def draw_pictures(self, run: Any) -> PictureReport:
-        """Draw the pictures from the run's reader, and keep the report in `pictures`.
+    def draw_pictures(self, run: Any) -> None:
+        """Draw the pictures from the run's reader.
 
         Raises:
             OutputError: a picture failed; without matplotlib they are skipped instead, and reported.
         """
         pictures = [d for d in self.declarations if isinstance(d, Picture)]
-        self.pictures = draw_pictures(pictures, self.folder, run)
-        return self.pictures
+        draw_pictures(pictures, self.folder, run)
 
     def files(self) -> dict[str, Path]:
         """Return the path of every output that exists, by its file's name in the model."""

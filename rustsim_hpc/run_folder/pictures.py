@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,7 @@ from rustsim_hpc.modeling.outputs import Picture
 HINT = "pip install 'rustsim-hpc[plot]'"
 
 
-@dataclass(frozen=True)
-class PictureReport:
-    """The result of drawing a run's pictures: the files drawn, and (file, reason) of those skipped."""
-
-    drawn: tuple[str, ...] = ()
-    skipped: tuple[tuple[str, str], ...] = ()
-
-
-def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> PictureReport:
+def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> None:
     """Draw all pictures of a finished run.
 
     Without matplotlib they are skipped, with one line on standard error: the run's results do not depend on
@@ -35,20 +26,17 @@ def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> Pictur
             further failures are attached.
     """
     if not pictures:
-        return PictureReport()
+        return
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        reason = f"no matplotlib ({error})"
         names = ", ".join(picture.file for picture in pictures)
-        sys.stderr.write(f"pictures skipped: {names}: {reason}; hint: {HINT}\n")
-        return PictureReport(skipped=tuple((picture.file, reason) for picture in pictures))
+        sys.stderr.write(f"pictures skipped: {names}: no matplotlib ({error}); hint: {HINT}\n")
+        return
     failures: list[OutputError] = []
-    drawn: list[str] = []
     for picture in pictures:
         try:
             _draw(picture, folder, run)
-            drawn.append(picture.file)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 (a user's function may raise anything)
@@ -60,7 +48,6 @@ def draw_pictures(pictures: Sequence[Picture], folder: Path, run: Any) -> Pictur
             failures.append(failure)
     if failures:
         raise failures[0].add_facts(others=tuple(failures[1:]))
-    return PictureReport(drawn=tuple(drawn))
 
 
 def _draw(picture: Picture, folder: Path, run: Any) -> None:

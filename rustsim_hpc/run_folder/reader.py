@@ -14,7 +14,7 @@ Nothing is kept: each call reads what is there now.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,9 +170,7 @@ class Run:
         Raises:
             RunFolderError: there is none of that name, or it cannot be read.
         """
-        path = self._output(name, "series")
-        with _reading(path):
-            return read_series(path)
+        return self._read(name, "series", read_series)
 
     def arrays(self, name: str) -> dict[str, Array]:
         """Return arrays by name, first axis = sample, with ``step`` and ``time``.
@@ -180,9 +178,7 @@ class Run:
         Raises:
             RunFolderError: there are none of that name, or they cannot be read.
         """
-        path = self._output(name, "arrays")
-        with _reading(path):
-            return read_samples(path)
+        return self._read(name, "arrays", read_samples)
 
     def samples(self, name: str) -> dict[str, Array]:
         """Return sampled columns by name, (samples, rows), with ``rows`` (global), ``step`` and ``time``.
@@ -190,9 +186,7 @@ class Run:
         Raises:
             RunFolderError: there are none of that name, or they cannot be read.
         """
-        path = self._output(name, "sample")
-        with _reading(path):
-            return read_samples(path)
+        return self._read(name, "sample", read_samples)
 
     def checkpoints(self) -> dict[int, Path]:
         """Return the checkpoints: step to path, oldest first.
@@ -273,6 +267,11 @@ class Run:
             has = f"there are those of {', '.join(map(str, found))}" if found else "there is none yet"
             raise RunFolderError(f"{self.path} has no checkpoint{at}: {has}")
         return found[max(found) if step is None else step]
+
+    def _read(self, name: str, kind: str, read: Callable[[Path], dict[str, Array]]) -> dict[str, Array]:
+        path = self._output(name, kind)
+        with _reading(path):
+            return read(path)
 
     def _output(self, name: str, kind: str) -> Path:
         files = [file for file, found in self.outputs().items() if found == kind]

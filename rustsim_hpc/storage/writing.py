@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -176,23 +176,19 @@ class Attempt:
 
     def _write_rows(self, path: Path, header: CheckpointHeader) -> tuple[int, tuple[str, ...]]:
         """Write the view's rows to a new file; return its size and its blocks' checksums."""
-        with file_errors(path, "write"):
-            # O_EXCL: a file that a killed attempt left may be a link to something else.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                if self.options.compresses:
-                    write_chunked(descriptor, header, self.view, self.options, self.go_on)
-                    os.fsync(descriptor)
-                    check_file(path, header, self.rows, self.rows[0], self.sums)
-                    size = os.fstat(descriptor).st_size
-                    return size, tuple(hash_blocks(path, 0, block_count(size)))
-                hasher = BlockHasher()
-                image = plan_file(header, *self.rows, self.options)
-                stream(descriptor, image, self.view, hasher, self.go_on)
+        # O_EXCL: a file that a killed attempt left may be a link to something else.
+        with _opened(path, os.O_CREAT | os.O_EXCL) as descriptor:
+            if self.options.compresses:
+                write_chunked(descriptor, header, self.view, self.options, self.go_on)
                 os.fsync(descriptor)
-                return image.size, hasher.finish()
-            finally:
-                os.close(descriptor)
+                check_file(path, header, self.rows, self.rows[0], self.sums)
+                size = os.fstat(descriptor).st_size
+                return size, tuple(hash_blocks(path, 0, block_count(size)))
+            hasher = BlockHasher()
+            image = plan_file(header, *self.rows, self.options)
+            stream(descriptor, image, self.view, hasher, self.go_on)
+            os.fsync(descriptor)
+            return image.size, hasher.finish()
 
     def write_part(self) -> Receipt:
         """Write this rank's rows into the file of its group, and sync it."""
@@ -205,15 +201,11 @@ class Attempt:
         header = self.header if self.sharded else replace(self.header, digests=tuple(0 for _ in self.sums))
         first = self.sharded and self.team.rank == group.first
         image = plan_file(header, group.start, group.stop, self.options, whole=first)
-        with file_errors(path, "write"):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                stream_rows(descriptor, image, self.view, self.rows[0] - group.start, self.go_on)
-                if first:
-                    stream_gaps(descriptor, image)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _opened(path, os.O_CREAT) as descriptor:
+            stream_rows(descriptor, image, self.view, self.rows[0] - group.start, self.go_on)
+            if first:
+                stream_gaps(descriptor, image)
+            os.fsync(descriptor)
         return Receipt(*self.rows, self.sums, segments=image.segments)
 
     def write_together(self) -> Receipt:
@@ -223,28 +215,21 @@ class Attempt:
         header = self.header.with_sums([int(value) for value in total])
         with file_errors(self.first, "write"):
             write_collective(self.first, header, self.view, self.team, self.options)
-            descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _opened(self.first) as descriptor:
+            os.fsync(descriptor)
         return Receipt(*self.rows, self.sums)
 
     def finish_shared(self, checked: tuple[CheckpointHeader, list[Receipt]]) -> CheckpointHeader:
         """Write everything but the columns into the file of all ranks; return the finished header."""
         header, receipts = checked
-        with file_errors(self.first, "write"):
-            descriptor = os.open(self.first, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if self.collective:
-                    add_default_ids(descriptor, header)
-                else:
-                    image = plan_file(header, self.group.start, self.group.stop, self.options)
-                    self._check_places(receipts, image.segments)
-                    stream_gaps(descriptor, image)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _opened(self.first) as descriptor:
+            if self.collective:
+                add_default_ids(descriptor, header)
+            else:
+                image = plan_file(header, self.group.start, self.group.stop, self.options)
+                self._check_places(receipts, image.segments)
+                stream_gaps(descriptor, image)
+            os.fsync(descriptor)
         return header
 
     def _check_places(self, receipts: Sequence[Receipt], segments: tuple[Segment, ...]) -> None:
@@ -339,6 +324,17 @@ class Attempt:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             shutil.rmtree(self.shards, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    """Open a file to write and read; errors with it inside the block become errors of the checkpoint."""
+    with file_errors(path, "write"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 def _checksums(data: bytes) -> tuple[str, ...]:
