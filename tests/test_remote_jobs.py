@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_ranks_share_the_endpoints(workers, inline, tmp_path):
     said = json.loads(done.stdout.splitlines()[-1])
     assert (said["ranks"], said["workers"], said["partitions"]) == (2, 1, 2)
     assert entries(tmp_path) == entries(inline)
+
+
+def test_runs_that_share_a_worker_do_not_meet(workers, inline, tmp_path):
+    """Two runs at once, of one seed and of another, whose sessions are on one worker."""
+
+    def run(seed):
+        words = ("run", FLIGHTS, *SMALL, "--steps", 8, "--seed", seed, *remote(workers[0]), "--partitions", 2)
+        return rustsim(*words, "--out", tmp_path / str(seed))
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(run, (1, 2)))
+    assert [one.returncode for one in done] == [0, 0], done
+    assert entries(tmp_path / "1") == entries(inline)[:8]
+    other = ("verify", tmp_path / "2", "--against", tmp_path / "2", "--executor", "inline", "--no-progress")
+    assert rustsim(*other).returncode == 0
 
 
 def test_a_worker_killed_in_a_run(inline, tmp_path):

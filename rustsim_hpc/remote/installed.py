@@ -173,7 +173,7 @@ def _memory(
     need = rows * (program.schema.row_bytes * sides + (8 if wanted["ids"] else 0))
     need += len(tasks) * _board_bytes(program, shapes)
     if need > room:
-        raise NotHere("limits", f"{need:,} bytes are asked for, {room:,} are left here")
+        raise NotHere("limits", f"{need:,} bytes are asked for, {max(0, room):,} are left here")
     try:
         return ColumnMemory(program.schema, rows, "heap", with_ids=wanted["ids"])
     except RustsimError as error:

@@ -36,7 +36,8 @@ Talk = Generator[Message, Message, T]
 _LOOK_SECONDS = 0.05
 _START_IT = (
     "restart the worker there and continue (a job: with `resume`), or resume with another --executor or "
-    "--endpoint. remote.rejoin_seconds is how long a run waits for a worker to be restarted"
+    "--endpoint. remote.rejoin_seconds is how long a run waits for a worker to be restarted. A worker that "
+    "other runs use too may need a larger remote.answer_seconds"
 )
 _MOST_LATE = 100
 
@@ -85,7 +86,7 @@ class Refused(LinkError):
     """A worker refuses a request; ``code`` is one of those in :mod:`rustsim_hpc.remote.messages`."""
 
     def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
+        super().__init__(f"refuses: {text}")
         self.code = code
 
     @property
@@ -200,7 +201,7 @@ class Link:
                 trouble = f"{self._trouble}, and then " if self._trouble else ""
                 raise LinkError(f"{trouble}could not be reached within {seconds:g} s", hint=_START_IT)
         elif now > self._deadline:
-            self._again(sent, f"did not answer within {self._patience.answer:g} s")
+            self._again(sent, f"did not answer within {self._patience.answer:g} s (remote.answer_seconds)")
 
     def _take(self, event: str) -> None:
         if event == "open":
