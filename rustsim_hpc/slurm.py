@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -48,7 +48,7 @@ class Request:
     account: str | None = None
     array: str | None = None
     out: str | None = None
-    sets: tuple[str, ...] = field(default=())
+    sets: tuple[str, ...] = ()
 
 
 def template(kind: Kind) -> str:

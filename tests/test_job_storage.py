@@ -13,7 +13,7 @@ from compare_runs import command, make_run, mpirun, needs_mpirun, write_job
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.errors import JobError
-from rustsim_hpc.job.checkpoints import storage_options
+from rustsim_hpc.job.prepared import storage_options
 from rustsim_hpc.job.signals import StopReason, StopRequests
 from rustsim_hpc.job.spec import Override, read_job
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint

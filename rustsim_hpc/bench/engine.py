@@ -43,7 +43,6 @@ class Engine:
     """A plane on a model of its own state; a context manager that lets go of threads and processes."""
 
     def __init__(self, setup: Setup, team: Team | None = None) -> None:
-        self.setup = setup
         team = team or SoloTeam()
         model, reference = load_model(setup.module)
         bound = BoundModel(model, setup.params, seed=1, agents=setup.rows, reference=reference)

@@ -8,14 +8,12 @@ from collections.abc import Callable
 
 from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.errors import CheckpointFileError, CheckpointWriteFailed
-from rustsim_hpc.job.keys import JobSpec
-from rustsim_hpc.modeling.bound_model import BoundModel
+from rustsim_hpc.job.prepared import Prepared, storage_options
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint, StateView
 from rustsim_hpc.proof.state_proof import view_of
-from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.storage.folder import step_of
-from rustsim_hpc.storage.header import CheckpointHeader, StorageOptions
+from rustsim_hpc.storage.header import CheckpointHeader
 from rustsim_hpc.storage.writer import CheckpointWriter
 from rustsim_hpc.texts import shown
 
@@ -24,11 +22,9 @@ class JobCheckpoints:
     """Writes the checkpoints of one session of a job, beside its steps. All methods are collective.
 
     Args:
-        spec: the resolved job.
-        model: the bound model.
+        prepared: the job.
         plane: the plane whose state is saved.
         folder: the run's folder, held.
-        team: the ranks.
         flush: makes durable on all ranks what a checkpoint must not be ahead of: outputs and log.
         resumed_from: the restored step, or None.
         last_sequence: sequence number of the last checkpoint of earlier sessions.
@@ -39,21 +35,22 @@ class JobCheckpoints:
 
     def __init__(
         self,
-        spec: JobSpec,
-        model: BoundModel,
+        prepared: Prepared,
         plane: EngineControlPlane,
         folder: RunFolder,
-        team: Team,
         flush: Callable[[], None],
         *,
         resumed_from: int | None,
         last_sequence: int,
     ) -> None:
-        options = spec.checkpoint
+        self._spec, self._model, self._team = prepared.spec, prepared.model, prepared.team
+        self._plane = plane
         self.writer = CheckpointWriter(
-            folder.checkpoints, team, storage_options(spec), asynchronous=options.asynchronous
+            folder.checkpoints,
+            self._team,
+            storage_options(self._spec),
+            asynchronous=self._spec.checkpoint.asynchronous,
         )
-        self._spec, self._model, self._plane, self._team = spec, model, plane, team
         self._flush, self._resumed_from, self._sequence = flush, resumed_from, last_sequence
         self._last_step = resumed_from
         self._last_time = time.monotonic()
@@ -188,21 +185,3 @@ class JobCheckpoints:
                 raise CheckpointWriteFailed(str(error), **error.all_facts()) from error
             if self._team.rank == 0:
                 sys.stderr.write(f"warning: {shown(str(error))}\n")
-
-
-def storage_options(spec: JobSpec) -> StorageOptions:
-    """Return how a job's checkpoints are stored."""
-    table = spec.checkpoint
-    compression: dict[str, str] = {}
-    if table.compression != "none":
-        compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
-    return StorageOptions(
-        table.layout,
-        compression,
-        chunk_rows=table.chunk_rows,
-        alignment=table.alignment,
-        keep=table.keep,
-        keep_every=table.keep_every,
-        hints=table.hints,
-        shards=table.shards,
-    )

@@ -239,13 +239,13 @@ def _run(
     forked: bool = False,
 ) -> RunSummary:
     """Build the plane on a store, run the remaining steps, and record how the run ended."""
-    spec, team, folder = prepared.spec, prepared.team, session.folder
+    team, folder = prepared.team, session.folder
     session.step_index = step_index
     session.watchdog.beat("start-up", step_index)
     executor = executor_of(prepared, folder.lock.descriptors)
     session.plane = plane = plane_of(prepared, store, step_index, replay_mode(prepared))
     run = JobRun(
-        spec, prepared.model, plane, executor, folder, team, stop, session.watchdog,
+        prepared, plane, executor, folder, stop, session.watchdog,
         resumed_from=resumed_from, last_sequence=last_sequence, forked=forked,
         progress=options.progress, profile=options.profile,
     )  # fmt: skip

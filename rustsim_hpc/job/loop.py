@@ -17,14 +17,12 @@ from rustsim_hpc.control.stepper import Stepper
 from rustsim_hpc.errors import CheckpointWriteFailed, ReplayDivergence, RustsimError
 from rustsim_hpc.executors.base import Executor
 from rustsim_hpc.job.checkpoints import JobCheckpoints
-from rustsim_hpc.job.keys import JobSpec
+from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.job.progress import Progress
 from rustsim_hpc.job.records import JobRecords
 from rustsim_hpc.job.signals import StopRequests
 from rustsim_hpc.job.watchdog import FIRST_STEP, Watchdog
-from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.ranks.agreement import agree, on_all
-from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.crash import write_crash_bundle
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.texts import shown
@@ -55,12 +53,10 @@ class JobRun:
     """Runs a job's steps on this rank, in concert with the team.
 
     Args:
-        spec: the resolved job.
-        model: the bound model.
+        prepared: the job.
         plane: the plane, its state initialised or restored.
         executor: runs this rank's partitions.
         folder: the run's folder, held.
-        team: the ranks.
         stop: requests to stop, collected since before the run began.
         watchdog: watches this rank, and is already running.
         resumed_from: the restored step, or None.
@@ -72,12 +68,10 @@ class JobRun:
 
     def __init__(
         self,
-        spec: JobSpec,
-        model: BoundModel,
+        prepared: Prepared,
         plane: EngineControlPlane,
         executor: Executor,
         folder: RunFolder,
-        team: Team,
         stop: StopRequests,
         watchdog: Watchdog,
         *,
@@ -87,21 +81,21 @@ class JobRun:
         progress: bool,
         profile: bool = False,
     ) -> None:
-        self.spec, self.model, self.plane, self.executor = spec, model, plane, executor
-        self.folder, self.team, self.resumed_from, self.forked = folder, team, resumed_from, forked
+        self.spec, self.team, self.plane, self.executor = prepared.spec, prepared.team, plane, executor
+        self.folder, self.resumed_from, self.forked = folder, resumed_from, forked
         self._stop, self._watchdog = stop, watchdog
         self._stepper: Stepper | None = None
-        self._first = team.rank == 0
+        self._first = self.team.rank == 0
         self._bar = Progress(
-            spec.run.name,
+            self.spec.run.name,
             done=plane.runtime.step_index,
-            total=spec.run.steps,
-            agents=model.agents,
+            total=self.spec.run.steps,
+            agents=self.spec.run.agents,
             wanted=progress and self._first,
         )
-        self.records = JobRecords(spec, model, plane, folder, team, resumed_from)
+        self.records = JobRecords(prepared, plane, folder, resumed_from)
         self.checkpoints = JobCheckpoints(
-            spec, model, plane, folder, team, lambda: self._on_first(self.records.flush),
+            prepared, plane, folder, lambda: self._on_first(self.records.flush),
             resumed_from=resumed_from, last_sequence=last_sequence,
         )  # fmt: skip
         self._opened = False

@@ -17,7 +17,6 @@ from rustsim_hpc.executors.cuda import CudaPartitionExecutor
 from rustsim_hpc.executors.inline import InlinePartitionExecutor
 from rustsim_hpc.executors.threads import LocalThreadedPartitionExecutor
 from rustsim_hpc.job.backend import Backend, choose_backend
-from rustsim_hpc.job.checkpoints import storage_options
 from rustsim_hpc.job.keys import JobSpec
 from rustsim_hpc.job.plan import RankPart, partition_count, rank_part, worker_count
 from rustsim_hpc.modeling.bound_model import BoundModel
@@ -34,6 +33,7 @@ from rustsim_hpc.state.backing import Kind
 from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionPlan, PartitionWorker
 from rustsim_hpc.storage.collective import check_supported
+from rustsim_hpc.storage.header import StorageOptions
 from rustsim_hpc.texts import shown
 
 if TYPE_CHECKING:
@@ -124,6 +124,24 @@ def prepare(spec: JobSpec, team: Team) -> Prepared:
     partitions = partition_count(spec, team.size, workers)
     part = rank_part(spec.run.agents, partitions, team.size, team.rank)
     return Prepared(spec, model, workers, partitions, part, team, backend)
+
+
+def storage_options(spec: JobSpec) -> StorageOptions:
+    """Return how a job's checkpoints are stored."""
+    table = spec.checkpoint
+    compression: dict[str, str] = {}
+    if table.compression != "none":
+        compression = dict.fromkeys(table.compression_columns or ["*"], table.compression)
+    return StorageOptions(
+        table.layout,
+        compression,
+        chunk_rows=table.chunk_rows,
+        alignment=table.alignment,
+        keep=table.keep,
+        keep_every=table.keep_every,
+        hints=table.hints,
+        shards=table.shards,
+    )
 
 
 def _share_of_cores(team: Team) -> int:

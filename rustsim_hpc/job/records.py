@@ -11,6 +11,7 @@ from rustsim_hpc.control.control_plane import EngineControlPlane
 from rustsim_hpc.control.profiling import RunProfile
 from rustsim_hpc.executors.base import Executor, ResidentSession
 from rustsim_hpc.job.keys import JobSpec
+from rustsim_hpc.job.prepared import Prepared
 from rustsim_hpc.modeling.bound_model import BoundModel
 from rustsim_hpc.modeling.model import ColumnPhase
 from rustsim_hpc.modeling.outputs import Sample
@@ -18,7 +19,6 @@ from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay_log import ReplayHeader
 from rustsim_hpc.proof.replay_writer import ReplayLogWriter
 from rustsim_hpc.ranks.agreement import agree, on_all
-from rustsim_hpc.ranks.team import Team
 from rustsim_hpc.run_folder.environment import by_endpoint, differences, machines_of
 from rustsim_hpc.run_folder.folder import RunFolder
 from rustsim_hpc.run_folder.metrics_log import MetricsLog
@@ -32,11 +32,9 @@ class JobRecords:
     """The records of one session of a job. A failure on rank 0 is raised on all ranks.
 
     Args:
-        spec: the resolved job.
-        model: the bound model.
+        prepared: the job.
         plane: the plane that is stepped.
         folder: the run's folder, held.
-        team: the ranks.
         resumed_from: the restored step, or None.
 
     Attributes:
@@ -48,20 +46,18 @@ class JobRecords:
 
     def __init__(
         self,
-        spec: JobSpec,
-        model: BoundModel,
+        prepared: Prepared,
         plane: EngineControlPlane,
         folder: RunFolder,
-        team: Team,
         resumed_from: int | None,
     ) -> None:
-        self.outputs = OutputSet(model.outputs, folder.path, model.agents)
+        self._spec, self._model, self._team = prepared.spec, prepared.model, prepared.team
+        self.outputs = OutputSet(self._model.outputs, folder.path, self._model.agents)
         self.fingerprints: list[tuple[int, int]] = []
         self.trouble: Exception | None = None
         self.log_ns = 0
-        self._spec, self._model, self._plane, self._folder = spec, model, plane, folder
-        self._team, self._resumed_from = team, resumed_from
-        self._first = team.rank == 0
+        self._plane, self._folder, self._resumed_from = plane, folder, resumed_from
+        self._first = self._team.rank == 0
         self._log: ReplayLogWriter | None = None
         self._metrics: MetricsLog | None = None
         self._last_metrics_time = time.monotonic()
