@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,8 @@ from rustsim_hpc.job.signals import StopReason, StopRequests
 from rustsim_hpc.job.spec import Override, read_job
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay_log import read_replay_log
+from rustsim_hpc.run_folder import record
+from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.storage import CheckpointWriter, StorageOptions, hdf5, list_checkpoints, read_header
 
 
@@ -223,3 +227,27 @@ def test_a_checkpoint_that_fails_behind_a_step_ends_the_run_before_the_next(
     code, _, err = command("run", write_job(tmp_path), *options, "--out", tmp_path / "run")
     assert (code, steps) == (5, [1, 2, 3]), err
     assert "No space left on device" in err
+
+
+def test_clocks_and_times_of_files_that_go_back_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_run(tmp_path / "whole", "--steps=9")
+    year = itertools.count(2090, -1)
+    monkeypatch.setattr(record, "now", lambda: f"{next(year)}-01-01T00:00:00.000+00:00")
+    monkeypatch.setattr(time, "time", lambda: float(next(year)))
+    folder = make_run(tmp_path / "run", "--steps=4", "--checkpoint-every=2", "--time-limit=10m")
+    for age, path in enumerate(sorted((folder / "checkpoints").iterdir())):
+        os.utime(path, (10**9 - age, 10**9 - age))  # the newest checkpoint is the oldest file
+    for path in (folder / "run.json", folder / "replay.jsonl", folder / ".lock"):
+        os.utime(path, (4 * 10**9, 4 * 10**9))
+    code, _, err = command("resume", folder, "--steps=9", "--no-progress")
+    assert code == 0, err
+    run, same = open_run(folder), open_run(whole)
+    assert run.record["sessions"][-1]["resumed_from"] == 4
+    assert (run.status, run.fingerprint) == ("done", same.fingerprint)
+    assert run.record["ended"] < run.record["started"]
+    assert sorted(run.checkpoints()) == [2, 4, 6, 8, 9]
+    assert run.replay().entries == same.replay().entries
+    assert command("inspect", folder)[0] == 0
+    assert command("verify", folder, "--against", whole, "--no-progress")[0] == 0

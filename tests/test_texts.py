@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from compare_runs import command, mpirun, needs_mpirun
+
 from rustsim_hpc.executors.work import PhaseTrace
+from rustsim_hpc.run_folder.reader import open_run
 from rustsim_hpc.texts import (
     LINE_CHARS,
     MESSAGE_CHARS,
@@ -87,3 +93,86 @@ def test_a_traceback_is_bounded_and_harmless() -> None:
     # One that came from another process keeps its end.
     far = "first frame\n" + "frame\n" * TRACE_CHARS + "last frame"
     assert trace_of(PhaseTrace(far[-TRACE_CHARS:])).endswith("frame\nlast frame\n")
+
+
+MODEL = """
+import os, signal, time
+import numpy as np
+import rustsim_hpc as rs
+
+class Odd(ValueError):
+    def __init__(self, text):
+        super().__init__(text)
+        self.cannot = lambda: "be pickled"
+
+def interrupt():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+@rs.column_phase(writes="x", row_local=True)
+def move(context, columns, rows):
+    if context.step_index == 2 and context.partition_id.value == 1:
+        if context.params.what == "interrupt":
+            interrupt()
+        if context.params.what == "exit":
+            raise SystemExit(0)
+        raise Odd("one\\n\\x1b[2Jtwo\\0\\ud800" + "Z" * 5_000_000)
+    columns["x"] += 1
+
+def model():
+    return rs.Model(
+        params={"what": "raise"},
+        columns=[rs.Column("x", "float64")],
+        initialise=lambda rows, params, tables, seed: {"x": np.zeros(len(rows))},
+        phases=[move],
+    )
+"""
+
+
+def job(folder: Path) -> Path:
+    (folder / "odd.py").write_text(MODEL)
+    path = folder / "job.toml"
+    path.write_text('[model]\nmodule = "odd.py"\n[run]\nagents = 8\nsteps = 4\npartitions = 2\nworkers = 2\n')
+    return path
+
+
+@pytest.mark.parametrize("way", ["inline", "threads", "processes", pytest.param("ranks", marks=needs_mpirun)])
+def test_a_hostile_exception_is_one_bounded_line_with_its_place(way: str, tmp_path: Path) -> None:
+    words = ("run", job(tmp_path), "--out", tmp_path / "run", "--no-progress", "--checkpoint-every=1")
+    if way == "ranks":
+        code, out, err = mpirun(2, *words)
+    else:
+        code, out, err = command(*words, f"--executor={way}")
+    assert code == 3
+    [line] = [line for line in err.splitlines() if line.startswith("Error: ")]
+    begins = f"PartitionId(1) phase move failed: one {ODD}[2Jtwo{ODD}{ODD}ZZZ"
+    assert line.startswith(f"Error: partition executor error: partition {begins}")
+    assert line.endswith("more characters)")
+    assert {f"rank: {1 if way == 'ranks' else 0}", "phase: move", "step: 2"} <= set(err.splitlines())
+    assert len(err) < 4 * MESSAGE_CHARS
+    assert all(c.isprintable() or c == "\n" for c in out + err)
+    run = open_run(tmp_path / "run")
+    assert (run.status, run.step_index) == ("failed", 2)
+    for path in (tmp_path / "run" / "crash").iterdir():
+        assert len(path.read_text()) < 10 * TRACE_CHARS
+        assert all(c.isprintable() or c == "\n" for c in path.read_text())
+
+
+def test_what_is_no_exception_is_named_in_the_hint(tmp_path: Path) -> None:
+    words = ("run", job(tmp_path), "--out", tmp_path / "run", "--no-progress", "--set=params.what=exit")
+    code, _, err = command(*words)
+    assert code == 3
+    assert "hint: the phase raised SystemExit: 0" in err
+
+
+def test_a_second_interrupt_within_a_phase_is_an_interrupt(tmp_path: Path) -> None:
+    words = ("run", job(tmp_path), "--out", tmp_path / "run", "--no-progress", "--set=params.what=interrupt")
+    assert command(*words)[0] == 130
+
+
+def test_each_mistake_of_a_job_file_has_its_line(tmp_path: Path) -> None:
+    code, _, err = command("run", job(tmp_path), "--set=run.agents=-1", "--set=run.steps=-1")
+    assert code == 2
+    assert err.count("\n") >= 2
+    assert len([line for line in err.splitlines() if "agents" in line or "steps" in line]) == 2

@@ -48,11 +48,12 @@ def file_identity(path: str) -> str:
         stat = Path(path).stat()
     except OSError:
         return ""
-    return _hash_file(path, stat.st_mtime_ns, stat.st_size)
+    # The time of modification can be set, and a clock can be; the inode and its change time tell more.
+    return _hash_file(path, stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=256)
-def _hash_file(path: str, _mtime_ns: int, _size: int) -> str:
+def _hash_file(path: str, *_version: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
