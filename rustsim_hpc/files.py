@@ -32,7 +32,7 @@ class NotAFileError(OSError):
         return type(self), (Path(self.filename),)
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor; use it for all files that others may have created.
 
     Raises:
@@ -40,7 +40,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int
         OSError: it is a folder, or cannot be opened.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         # ENXIO: a socket, or a pipe without a reader opened for writing.
         if error.errno == errno.ENXIO:

@@ -55,16 +55,10 @@ class Bandwidth:
 def columns_of(model: Model, rows: int) -> list[Array]:
     """Return a model's first state, placed in memory as the engine places its own."""
     memory = ColumnMemory(model.schema(), rows)
-    made = model.initialise(_Rows(0, rows), bind_params(model.parameters(), {}), {}, 1)
+    made = model.initialise(range(rows), bind_params(model.parameters(), {}), {}, 1)
     for index, name in enumerate(model.schema().names):
         memory.current(index)[:] = made[name]
     return [memory.current(index) for index in range(len(model.columns))]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    start: int
-    stop: int
 
 
 @contextmanager
