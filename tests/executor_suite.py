@@ -15,8 +15,10 @@ import gc
 import threading
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import suite_observed
 
 import rustsim_hpc as rs
 from rustsim_hpc import errors
@@ -190,6 +192,45 @@ class ExecutorSuite:
         assert (
             driven.plane.fingerprint() == self.expected(5, rows=9000, model="suite_fused", params=params)[-1]
         )
+
+    def test_only_reductions_that_are_due_are_made(self, drive):
+        """Those of suite_observed.py raise where they are not due; a resumed run goes on in the same way."""
+        if not self.kernels:
+            return
+        given = {"model": "suite_observed", "rows": suite_observed.ROWS}
+        driven = drive(**given)
+        inline = Driven(ExecutorSuite(), rs.InlinePartitionExecutor(), parts=1, **given)
+        kept = None
+        for step in range(1, 13):
+            driven.run(1)
+            inline.run(1)
+            assert driven.plane.values.keys() == suite_observed.made_at(step)
+            for name, value in driven.plane.values.items():
+                assert np.array_equal(value, inline.plane.values[name])
+                assert name == "spread" or value == [suite_observed.ROWS]  # each row once
+            kept = driven.plane.checkpoint() if step == 7 else kept
+        assert driven.stream == inline.stream
+        other = drive(parts=2, **given)
+        other.plane.restore(kept)
+        for step in range(8, 13):
+            other.run(1)
+            assert other.plane.values.keys() == suite_observed.made_at(step)
+        assert other.stream == inline.stream[7:]
+        other.plane.observe(other.executor)
+        assert np.array_equal(other.plane.values["spread"], inline.plane.values["spread"])
+
+    def test_several_steps_at_once_end_where_an_output_is_due(self, drive):
+        if not self.kernels:
+            return
+        given = {"model": "suite_observed", "rows": suite_observed.ROWS}
+        driven = drive(replay_mode=rs.ReplayMode.off(), guard=rs.StepGuard.torn(), **given)
+        ends = []
+        while driven.plane.runtime.step_index < 12:
+            driven.plane.step_fused(driven.executor, 12 - driven.plane.runtime.step_index)
+            ends.append(driven.plane.runtime.step_index)
+            assert driven.plane.values.keys() == suite_observed.made_at(ends[-1])
+        assert ends == [2, 3, 4, 6, 8, 9, 10, 12]
+        assert driven.plane.fingerprint() == self.expected(12, **given)[-1]
 
     def test_explicit_ids(self, drive):
         """Random numbers follow the ids, wherever they come from."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-SUITE = tuple(HERE / f"{name}.py" for name in ("suite_model", "suite_kernels", "suite_fused"))
+SUITE = tuple(
+    HERE / f"{name}.py" for name in ("suite_model", "suite_kernels", "suite_fused", "suite_observed")
+)
 
 
 class WorkerProcess:

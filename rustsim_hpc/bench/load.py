@@ -82,7 +82,7 @@ def _load(engine: Engine, row_seconds: float) -> Load:
     schema = program.schema
     moved = schema.row_bytes + sum(schema.dtypes[column].itemsize for column in program.written)
     collectives = sum(1 + bool(segment.derives) for segment in program.segments)
-    if program.observe is not None:
+    if program.observations:
         collectives += 1
     size = meeting_bytes(program, work.params) / collectives
     return Load(row_seconds, moved, collectives, size)

@@ -195,7 +195,7 @@ class EngineControlPlane:
         return self._stepping.values
 
     def observe(self, executor: Executor) -> None:
-        """Compute the reductions of checks and outputs from the current state, into :attr:`values`.
+        """Compute the reductions of checks and outputs due at the current step, into :attr:`values`.
 
         Raises:
             EngineControlPlaneError: a reduction or a worker failed; the same on every rank.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import ColumnarRuntimeError, message_of
-from rustsim_hpc.executors.base import OBSERVE, ResidentSession
+from rustsim_hpc.executors.base import ResidentSession
 from rustsim_hpc.executors.work import Frame, Work
-from rustsim_hpc.modeling.program import Segment
+from rustsim_hpc.modeling.program import OBSERVE, Segment
 from rustsim_hpc.modeling.reductions import reset_states
 from rustsim_hpc.ranks.agreement import agree as agree_on
 from rustsim_hpc.ranks.meeting import Meeting
@@ -112,11 +112,11 @@ class Stepper:
         return StepReport(frame.values, digests, board.times.copy(), executor_ns, meeting_ns)
 
     def observe(self, step_index: int, values: dict[str, Any], *, committed: bool) -> None:
-        """Compute the reductions of checks and outputs from the new state, into ``values``.
+        """Compute the reductions of checks and outputs due after ``step_index`` steps, into ``values``.
 
-        ``committed``: observe the committed state instead (the first observation of a run).
+        From the new state, or from the committed one (``committed``: the first observation of a run).
         """
-        segment = self.work.program.observe
+        segment = self.work.program.segment(OBSERVE, step_index)
         if segment is None:
             return
         memory = self.work.memory

@@ -151,7 +151,7 @@ def one_by_one(program: Program) -> Program:
         for item in segment.items:
             segments += [_alone(one) for one in _single(item)]
         segments += [Segment((), (), (derive,)) for derive in segment.derives]
-    return replace(program, segments=tuple(segments), observe=None)
+    return replace(program, segments=tuple(segments), observations=())
 
 
 def _single(item: Item) -> list[Item]:

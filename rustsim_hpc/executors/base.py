@@ -29,9 +29,6 @@ from rustsim_hpc.state.schema import Schema
 
 PhaseFunction = Callable[[PartitionExecutionContext, PhaseColumns, int], None]
 
-OBSERVE = -1
-"""Segment index of the reductions of checks and outputs over the new state."""
-
 
 class PartitionExecutablePhase:
     """A phase that can be shipped to an executor: a name and ``fn(context, columns, rows)``.
@@ -193,7 +190,11 @@ class ResidentSession(Protocol):
         ...
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
-        """Run one segment (or :data:`OBSERVE`) on every partition; return failures in partition order."""
+        """Run ``program.segment(segment, frame.step_index)`` on every partition, None as nothing to do.
+
+        Returns:
+            Failures in partition order.
+        """
         ...
 
     def close(self) -> None:

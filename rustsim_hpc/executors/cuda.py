@@ -15,7 +15,7 @@ import numpy as np
 
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import DeviceError, DeviceMemoryError, ExecutorError, RustsimError, Worker
-from rustsim_hpc.executors.base import OBSERVE, PartitionTask, PartitionTaskResult, describe
+from rustsim_hpc.executors.base import PartitionTask, PartitionTaskResult, describe
 from rustsim_hpc.executors.device_columns import CopyAside, Place, needed_bytes
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Task, Work
@@ -102,9 +102,9 @@ class CudaSession:
 
         The segment is queued on all devices before the first wait; partitions of the CPU run meanwhile.
         """
-        program, memory = self.work.program, self.work.memory
-        items = program.observe if segment == OBSERVE else program.segments[segment]
-        if items is None:  # nothing observes
+        memory = self.work.memory
+        items = self.work.program.segment(segment, frame.step_index)
+        if items is None:  # nothing is due
             return []
         if memory.keeper is not self:
             for run in self._on_devices:
@@ -267,8 +267,7 @@ class CudaPartitionExecutor:
         return self._devices[ordinal]
 
     def _require_device_phases(self, work: Work, task: Task) -> None:
-        segments = (*work.program.segments, *([work.program.observe] if work.program.observe else []))
-        for item in (item for segment in segments for item in segment.items):
+        for item in (item for segment in work.program.segments for item in segment.items):
             if isinstance(item, ColumnCall) and item.column_phase.device is None:
                 partition, name = task.assignment.partition_id, item.column_phase.name
                 text = f'phase "{name}" is a column phase for the CPU, and this is {describe(task.backend)}'

@@ -7,7 +7,6 @@ from functools import partial
 
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.executors.base import (
-    OBSERVE,
     PartitionTask,
     PartitionTaskResult,
     collect_results,
@@ -17,7 +16,6 @@ from rustsim_hpc.executors.base import (
 )
 from rustsim_hpc.executors.partition_run import PartitionRun, StageCache
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
-from rustsim_hpc.modeling.program import Segment
 from rustsim_hpc.modeling.reductions import new_board
 
 
@@ -38,18 +36,13 @@ class LocalSession:
         """Seconds that this process has spent on compiling or loading kernels so far."""
         return CLOCK.seconds
 
-    def segment(self, number: int) -> Segment | None:
-        """Return a segment by its number, or None for `OBSERVE` if nothing observes."""
-        program = self.work.program
-        return program.observe if number == OBSERVE else program.segments[number]
-
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition, in order."""
         return self.run_places(segment, frame, self._all)
 
     def run_places(self, segment: int, frame: Frame, places: range) -> list[PhaseFailure]:
         """Run one segment on some of the partitions; return failures in partition order."""
-        items = self.segment(segment)
+        items = self.work.program.segment(segment, frame.step_index)
         if items is None:
             return []
         runs = self.runs  # a phase that adds phases drops this session while it runs

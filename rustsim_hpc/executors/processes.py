@@ -21,7 +21,6 @@ import numpy as np
 from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import ExecutorError, InvalidConfig, Worker, message_of, whole_number
 from rustsim_hpc.executors.base import (
-    OBSERVE,
     PartitionTask,
     PartitionTaskResult,
     collect_results,
@@ -95,8 +94,7 @@ class ProcessSession:
 
         Dead workers are replaced first. A death is a failure of the step that detects it.
         """
-        program = self.work.program
-        items = program.observe if segment == OBSERVE else program.segments[segment]
+        items = self.work.program.segment(segment, frame.step_index)
         if items is None or not items.items:
             return []
         try:

@@ -23,7 +23,7 @@ from rustsim_hpc.executors.base import (
 )
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
-from rustsim_hpc.modeling.program import KernelStage
+from rustsim_hpc.modeling.program import KernelStage, Segment
 
 _HAND_OVER_NS = 50_000
 """Time to wake a thread on an idle core and be woken by it in turn."""
@@ -100,29 +100,27 @@ class ThreadedSession(LocalSession):
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition; return when all threads are done."""
         self._wait()  # for threads of a step interrupted by Ctrl-C: they must not write into this one
+        found = self.work.program.segment(segment, frame.step_index)
+        if found is None:
+            return []
         begun = time.perf_counter_ns()
-        if segment in self._brief:
+        if id(found) in self._brief:
             failures = self.run_places(segment, frame, self._all)
             if time.perf_counter_ns() - begun > 2 * _HAND_OVER_NS:
-                self._brief.discard(segment)
+                self._brief.discard(id(found))
             return failures
         workers = self._workers  # a phase that adds phases closes this session while it runs
         for worker, places in zip(workers, self._shares[1:], strict=True):
             worker.ask(partial(self.run_places, segment, frame, places))
         failures = self.run_places(segment, frame, self._shares[0])
-        if (time.perf_counter_ns() - begun) * len(self._shares) < _HAND_OVER_NS and self._compiled(segment):
-            self._brief.add(segment)
+        if (time.perf_counter_ns() - begun) * len(self._shares) < _HAND_OVER_NS and _is_compiled(found):
+            self._brief.add(id(found))
         self._wait()
         for worker in workers:
             if isinstance(worker.outcome, BaseException):
                 raise worker.outcome
             failures = failures + worker.outcome
         return sorted(failures, key=lambda failure: failure.partition)
-
-    def _compiled(self, segment: int) -> bool:
-        """Return whether a segment runs no Python code of the user, which might depend on its thread."""
-        found = self.segment(segment)
-        return found is None or all(isinstance(item, KernelStage) for item in found.items)
 
     def _wait(self) -> None:
         """Wait until all threads have answered all orders."""
@@ -140,6 +138,11 @@ class ThreadedSession(LocalSession):
                 worker.thread.join()
         self._workers, self._shares = [], self._shares[:1]
         super().close()
+
+
+def _is_compiled(segment: Segment) -> bool:
+    """Return whether a segment runs no Python code of the user, which might depend on its thread."""
+    return all(isinstance(item, KernelStage) for item in segment.items)
 
 
 def _end(workers: list[_Worker]) -> None:

@@ -63,7 +63,8 @@ class ModelContext:
         params: parameter values.
         tables: the model's tables.
         reductions: results of reductions and derived values, by name: those of the phases in the last step
-            (none at the start of a run), and the requested reductions of the new state.
+            (none at the start of a run), and the reductions of the new state that checks and outputs which
+            are due read.
     """
 
     step_index: int
@@ -228,10 +229,6 @@ class BoundModel:
     def looks_at_steps(self) -> bool:
         """Whether there is any check, or any reduction of checks and outputs."""
         return bool(self.checks) or any(owner.reductions for owner in self._observers)
-
-    def observes_at(self, step: int) -> bool:
-        """Return whether checks or outputs that declare reductions are due after ``step`` steps."""
-        return any(owner.reductions and step % owner.every == 0 for owner in self._observers)
 
     def looks_at(self, step: int) -> bool:
         """Return whether a check or an output is due for the state after ``step`` steps."""

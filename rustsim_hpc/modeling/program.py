@@ -11,7 +11,7 @@ side; committing the step swaps them. Under the torn guard everything happens on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,11 @@ from typing import Any
 from rustsim_hpc.errors import ModelError
 from rustsim_hpc.modeling.model import Check, ColumnPhase, Derive, Output, Phase, Reduction, RowKernel
 from rustsim_hpc.modeling.names import Names, Source, made_names
+from rustsim_hpc.modeling.observing import Intervals, is_due, observed_reductions
 from rustsim_hpc.state.schema import Schema
+
+OBSERVE = -1
+"""Number of the segment that observes: reductions of checks and outputs over the new state, where due."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,14 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """The reductions of checks and outputs that are due at the same steps, as a segment of one stage."""
+
+    every: Intervals
+    segment: Segment
+
+
+@dataclass(frozen=True)
 class Program:
     """The plan of one step.
 
@@ -112,7 +124,7 @@ class Program:
         phase_names: names of the phases in order; reductions of checks and outputs follow the model's phases.
         phase_count: number of the model's phases.
         segments: the step, in order.
-        observe: the segment with the reductions of checks and outputs over the new state, or None.
+        observations: the reductions of checks and outputs over the new state, by when they are due.
         reductions: all reductions by slot.
         written: columns that a step writes.
         swapped: columns whose sides are swapped on commit (none under the torn guard).
@@ -124,7 +136,7 @@ class Program:
     phase_names: tuple[str, ...]
     phase_count: int
     segments: tuple[Segment, ...]
-    observe: Segment | None
+    observations: tuple[Observation, ...]
     reductions: tuple[Reduction, ...]
     written: tuple[int, ...]
     swapped: tuple[int, ...]
@@ -136,6 +148,26 @@ class Program:
         """Whether several steps can be made on a tile before the next tile."""
         first = self.segments[0].items
         return len(first) == 1 and isinstance(first[0], KernelStage) and bool(first[0].again)
+
+    def segment(self, number: int, step: int) -> Segment | None:
+        """Return a segment by its number; for `OBSERVE` what is due after ``step`` steps, None if nothing is.
+
+        What is due together is one segment, so that the ranks meet once. Its stages are the same objects in
+        each combination: none is compiled twice.
+        """
+        if number != OBSERVE:
+            return self.segments[number]
+        due = tuple(k for k, each in enumerate(self.observations) if is_due(each.every, step))
+        if due and due not in self._combined:
+            parts = [self.observations[k].segment for k in due]
+            items = tuple(item for part in parts for item in part.items)
+            slots = tuple(slot for part in parts for slot in part.reductions)
+            self._combined.setdefault(due, Segment(items, slots))  # one object, whichever thread asks first
+        return self._combined.get(due)
+
+    @cached_property
+    def _combined(self) -> dict[tuple[int, ...], Segment]:
+        return {}
 
     @cached_property
     def model_phases(self) -> tuple[str, ...]:
@@ -160,7 +192,7 @@ def plan_program(
         two_sided: write to the other side (the rollback guard) or in place (torn).
         params, tables: names that row functions and derived values can bind.
         texts: parameters that are text, which only derived values can bind.
-        checks, outputs: their reductions go to the segment ``observe``.
+        checks, outputs: their reductions become ``observations``.
 
     Raises:
         ModelError: an argument or column does not exist, a name is ambiguous, or a value is read before it
@@ -170,18 +202,7 @@ def plan_program(
     planner = _Planner(schema, two_sided, known)
     for phase in phases:
         planner.add(phase)
-    observers = _observers(checks, outputs)
-    return planner.finish(observers)
-
-
-def _observers(checks: Sequence[Check], outputs: Sequence[Output]) -> tuple[Reduction, ...]:
-    wanted: dict[int, Reduction] = {}
-    for owner in (*checks, *outputs):
-        for reduction in getattr(owner, "reductions", ()):
-            if not isinstance(reduction, Reduction):
-                raise ModelError(f"{owner!r}: {reduction!r} is not a reduction")
-            wanted[id(reduction)] = reduction
-    return tuple(wanted.values())
+    return planner.finish(observed_reductions(checks, outputs))
 
 
 class _Planner:
@@ -260,18 +281,18 @@ class _Planner:
         if not phase.row_local:
             self.partition_bound.append(phase.name)
 
-    def finish(self, observers: tuple[Reduction, ...]) -> Program:
+    def finish(self, observed: Mapping[Reduction, Intervals]) -> Program:
         if self.stage or self.items or self.pending or not self.segments:
             self._close_segment()
         phase_count = len(self.names)
         segments = tuple(self.segments)
-        observe = self._observing_segment(observers)
+        observations = self._observations(observed)
         return Program(
             schema=self.schema,
             phase_names=tuple(self.names),
             phase_count=phase_count,
             segments=_with_repeats(_with_digests(segments, self.written, self.sides), self.sides),
-            observe=observe,
+            observations=observations,
             reductions=tuple(self.reductions),
             written=tuple(sorted(self.written)),
             swapped=tuple(c for c, side in enumerate(self.sides) if side),
@@ -279,11 +300,9 @@ class _Planner:
             partition_bound=tuple(self.partition_bound),
         )
 
-    def _observing_segment(self, observers: tuple[Reduction, ...]) -> Segment | None:
-        if not observers:
-            return None
-        self.segments = []
-        for reduction in observers:
+    def _observations(self, observed: Mapping[Reduction, Intervals]) -> tuple[Observation, ...]:
+        first = len(self.segments)
+        for reduction in observed:
             if reduction.name in self.known.made or reduction.name in self.names:
                 raise ModelError(
                     f'reduction "{reduction.name}" of a check or output has the name of another phase',
@@ -292,10 +311,16 @@ class _Planner:
                 )
             self.known.made[reduction.name] = reduction.name
             self.add(reduction)
-        self._close_segment()
-        if len(self.segments) != 1:
+        if len(self.segments) != first:
             raise ModelError("a reduction of a check or output cannot read another one's result")
-        return self.segments[0]
+        together: dict[Intervals, list[ReduceOp]] = {}
+        for op in self.stage:
+            if isinstance(op, ReduceOp):
+                together.setdefault(observed[op.reduction], []).append(op)
+        return tuple(
+            Observation(every, Segment((KernelStage(tuple(ops)),), tuple(op.slot for op in ops)))
+            for every, ops in together.items()
+        )
 
     # -- closing stages and segments -----------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def _add_function(digest: Any, fn: Any, seen: set[Any]) -> None:
     seen.add(fn)
     _add_code(digest, fn.__code__)
     _put(digest, "file", file_identity(fn.__code__.co_filename))
-    names = _names(fn.__code__)
+    names = names_in(fn.__code__)
     for default in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
         _put(digest, "default", "")
         _add_value(digest, default, names, seen)
@@ -86,11 +86,12 @@ def _add_code(digest: Any, code: CodeType) -> None:
             _add_value(digest, constant, set(), set())
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes in a function's code, that of inner functions included."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names(constant)
+            names |= names_in(constant)
     return names
 
 
@@ -147,7 +148,12 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _is_library(module: str) -> bool:
     path = getattr(sys.modules.get(module), "__file__", None)
-    return path is None or str(Path(path).resolve()).startswith(_LIBRARIES)
+    return path is None or is_installed(path)
+
+
+def is_installed(path: str) -> bool:
+    """Return whether a file belongs to Python or to an installed package."""
+    return str(Path(path).resolve()).startswith(_LIBRARIES)
 
 
 def _add_module(digest: Any, module: ModuleType, names: set[str], seen: set[Any]) -> None:

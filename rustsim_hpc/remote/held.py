@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import KernelError
-from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.executors.inline import LocalSession
 from rustsim_hpc.executors.threads import ThreadedSession
 from rustsim_hpc.executors.wire import value_names
 from rustsim_hpc.executors.work import Frame as StepFrame
 from rustsim_hpc.executors.work import PhaseFailure, Work
-from rustsim_hpc.modeling.program import Segment
+from rustsim_hpc.modeling.program import OBSERVE, Segment
 from rustsim_hpc.modeling.reductions import reset_states
 from rustsim_hpc.proof.fingerprint import digest_column, fnv1a_bytes
 from rustsim_hpc.remote.installed import NotHere
@@ -114,7 +113,7 @@ class HeldPartitions:
         """Run one segment on all partitions; answer with what they report."""
         number, step = fields["segment"], fields["step"]
         program = self.work.program
-        segment = program.observe if number == OBSERVE else dict(enumerate(program.segments)).get(number)
+        segment = program.segment(number, step) if number < len(program.segments) else None
         if segment is None or not segment.items:
             raise NotHere("state", f"there is no segment {number} to be run")
         self._take_side(fields["side"])

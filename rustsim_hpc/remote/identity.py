@@ -25,6 +25,8 @@ def work_identity(work: Work) -> str:
     digest.update(f"sides\0{program.final_sides}\0bins\0{work.bins}\0".encode())
     for name in program.phase_names:
         digest.update(f"phase\0{name}\0".encode())
+    for observation in program.observations:
+        digest.update(f"due\0{observation.every}\0{observation.segment.reductions}\0".encode())
     for function in _functions(work):
         digest.update(function_identity(function).encode())
     for name, table in sorted(work.tables.items()):
@@ -35,7 +37,7 @@ def work_identity(work: Work) -> str:
 
 def _functions(work: Work) -> Iterator[Any]:
     program = work.program
-    for segment in (*program.segments, *([program.observe] if program.observe else [])):
+    for segment in (*program.segments, *(each.segment for each in program.observations)):
         for item in segment.items:
             yield from _item_functions(item)
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rustsim_hpc.errors import ExecutorError, Worker
-from rustsim_hpc.executors.base import OBSERVE
 from rustsim_hpc.executors.work import Frame, PhaseFailure, Work
+from rustsim_hpc.modeling.program import OBSERVE
 from rustsim_hpc.modeling.reductions import new_board
 from rustsim_hpc.proof.fingerprint import fnv1a_bytes
 from rustsim_hpc.remote.contacts import Contacts, Question
@@ -80,8 +80,7 @@ class RemoteSession:
 
     def run(self, segment: int, frame: Frame) -> list[PhaseFailure]:
         """Run one segment on every partition; returns when all workers have answered or are given up."""
-        program = self.work.program
-        items = program.observe if segment == OBSERVE else program.segments[segment]
+        items = self.work.program.segment(segment, frame.step_index)
         if items is None or not items.items:
             return []
         failures = self._prepare(segment, frame)
