@@ -238,7 +238,7 @@ def _require_rows(run: Run, file: str) -> None:
 def _devices(run: Run) -> dict[str, str]:
     """Return the CUDA device that each rank of the newest session has, in words; empty on CPUs."""
     lines = {}
-    for host in run.record.get("hosts", []):
+    for host in run.record.get("hosts") or ():
         for facts in host.get("devices", []):
             lines[f"rank {facts['rank']}"] = (
                 f"{facts['name']} (compute capability {facts['compute_capability']}), "
