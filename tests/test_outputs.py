@@ -745,3 +745,25 @@ def test_a_damaged_line_of_a_series_is_told_with_its_number_and_not_gone_on_with
     with pytest.raises(ValueError, match="line 3"):
         SeriesFile(path, ("day", "x")).resume(3)
     assert path.read_bytes() == before
+
+
+def test_flipped_bits_of_a_samples_file_are_an_error_or_change_nothing(tmp_path: Path) -> None:
+    outputs = opened(tmp_path, [positions()])
+    run_steps(outputs, 0, 9, flush_every=3)
+    outputs.close()
+    [path] = tmp_path.glob("*.h5")
+    data, whole, rng = path.read_bytes(), read_samples(path), random.Random(4)
+    found = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 20))):
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            same = read_samples(path)
+        except (OSError, ValueError):
+            found += 1
+            continue
+        assert same.keys() == whole.keys()
+        assert all(same[name].tobytes() == whole[name].tobytes() for name in whole)
+    assert found > 50

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rustsim_hpc.errors import ModelError, nearest
-from rustsim_hpc.run_folder.array_file import checked_array
+from rustsim_hpc.run_folder.sample_journal import checked_array
 
 if TYPE_CHECKING:
     from rustsim_hpc.modeling.model import Reduction

@@ -10,6 +10,9 @@ recognised by their step. A fold happens when the journal has reached half the s
 flush while the file is small), so that all copying together costs a small multiple of what is written.
 Closing folds the rest and removes the journal.
 
+HDF5's structures have checksums (its file format of 1.10), the arrays too (Fletcher-32): damage is an error,
+where it could be a segmentation fault or other values. Files of earlier versions have none.
+
 The HDF5 file, for any tool::
 
     /                attributes: format "rustsim-hpc samples", version 1, every
@@ -21,6 +24,7 @@ The HDF5 file, for any tool::
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -53,35 +57,19 @@ from rustsim_hpc.run_folder.sample_journal import (
 
 FORMAT = "rustsim-hpc samples"
 VERSION = 1
-RESERVED = ("step", "time", "rows")
-"""Names that an array cannot have."""
-
 SMALL_FILE = 16 << 20
 """Up to this many bytes an HDF5 file is written anew at every flush."""
 
 LARGE_JOURNAL = 32 << 20
 """From this many bytes on a journal may be folded between flushes."""
 
+_CHECKSUMMED = ("v110", "v110")
+"""HDF5's bounds of the file format: from 1.10 on, all its structures have checksums."""
+
 _BATCH = 16 << 20
 _CHUNK = 64 << 10
 _LARGEST_CHUNK = 4 << 20
 _ALWAYS: Layout = (("step", "<i8", ()), ("time", "<f8", ()))
-
-
-def checked_array(name: str, value: object) -> Array:
-    """Return a value as an array that can be sampled: numbers or truth values, little-endian, contiguous.
-
-    Raises:
-        TypeError: it is of another kind.
-        ValueError: the name cannot be a dataset's.
-    """
-    if not name or "/" in name or name in {".", *RESERVED}:
-        raise ValueError(f'an array cannot be named "{name}"')
-    array = np.asarray(value)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f'array "{name}" has dtype {array.dtype}, expected numbers or truth values')
-    # ascontiguousarray makes a scalar one-dimensional.
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
 
 
 class ArrayFile:
@@ -209,12 +197,13 @@ class ArrayFile:
         import h5py
 
         # In memory: HDF5 cannot recover from a failed write to a disk (see `_reserve`).
-        with h5py.File("empty", "w", driver="core", backing_store=False) as file:
+        with h5py.File("empty", "w", driver="core", backing_store=False, libver=_CHECKSUMMED) as file:
             file.attrs["format"] = FORMAT
             file.attrs["version"] = VERSION
             file.attrs["every"] = self.every
             for name, array in self._fixed.items():
-                file.create_dataset(name, data=array)
+                chunk = {"chunks": (min(len(array), _CHUNK),), "fletcher32": True} if len(array) else {}
+                file.create_dataset(name, data=array, **chunk)
             _create_sampled(file, _ALWAYS)
             file.flush()
             return bytes(file.id.get_file_image())
@@ -237,7 +226,7 @@ def _reserve(path: Path, size: int) -> None:
 def _change(temporary: Path, keep: int | None, journal: Path) -> None:
     import h5py
 
-    with h5py.File(temporary, "r+", locking=False) as file:
+    with h5py.File(temporary, "r+", locking=False, libver=_CHECKSUMMED) as file:
         if keep is not None:
             for name in _sampled(file):
                 file[name].resize(keep, axis=0)
@@ -262,7 +251,10 @@ def _chunk(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _create_sampled(file: Any, layout: Layout) -> None:
     for name, dtype, shape in layout:
         limits = (None, *(extent or None for extent in shape))
-        dataset = file.create_dataset(name, (0, *shape), dtype, chunks=_chunk(dtype, shape), maxshape=limits)
+        chunk = _chunk(dtype, shape)
+        dataset = file.create_dataset(
+            name, (0, *shape), dtype, chunks=chunk, maxshape=limits, fletcher32=True
+        )
         dataset.dims[0].label = "sample"
 
 
@@ -319,24 +311,37 @@ def _joined(arrays: dict[str, Array], fresh: list[JournalRecord]) -> dict[str, A
 
 
 def _read_file(path: Path) -> tuple[dict[str, Array], int]:
-    import h5py
-
-    require_regular(path)
-    with h5py.File(path, "r", locking=False) as file:
-        _check_format(file)
+    with _opened(path) as file:
         return {name: np.asarray(file[name][()]) for name in file}, int(file.attrs["every"])
 
 
 def _stored(path: Path) -> tuple[npt.NDArray[np.int64], Layout | None]:
     """Return the steps in an HDF5 file of samples, and the layout of a sample, None without samples."""
-    import h5py
-
-    require_regular(path)
-    with h5py.File(path, "r", locking=False) as file:
-        _check_format(file)
+    with _opened(path) as file:
         names = sorted(set(_sampled(file)) - {"step", "time"})
         layout = tuple((name, file[name].dtype.str, tuple(file[name].shape[1:])) for name in names)
         return np.asarray(file["step"][()], np.int64), layout or None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file of samples for reading.
+
+    Raises:
+        OSError: it cannot be read, by the system or by HDF5.
+        ValueError: it is not a file of samples.
+    """
+    import h5py
+
+    require_regular(path)
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            _check_format(file)
+            yield file
+    except OSError as error:
+        raise _plain(error, path) from error
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # h5py's answers to damage
+        raise ValueError(f"it is damaged: {' '.join(str(error).split())}") from error
 
 
 def _check_format(file: Any) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 from rustsim_hpc.errors import OutputError, message_of, named
 from rustsim_hpc.files import sweep_temporary, write_atomic
 from rustsim_hpc.modeling.outputs import MANIFEST, Arrays, Output, Picture, Recorded, Sample, Series
-from rustsim_hpc.run_folder.array_file import ArrayFile, checked_array
+from rustsim_hpc.run_folder.array_file import ArrayFile
 from rustsim_hpc.run_folder.manifest import FORMAT, VERSION, read_manifest
 from rustsim_hpc.run_folder.pictures import draw_pictures
+from rustsim_hpc.run_folder.sample_journal import checked_array
 from rustsim_hpc.run_folder.series_file import SeriesFile, csv_line, row_fields
 
 Samples = Mapping[str, Mapping[str, Any]]

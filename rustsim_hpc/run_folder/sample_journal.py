@@ -27,6 +27,25 @@ Array = npt.NDArray[Any]
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and shape of each array of a sample, sorted by name."""
 
+RESERVED = ("step", "time", "rows")
+"""Names that an array cannot have."""
+
+
+def checked_array(name: str, value: object) -> Array:
+    """Return a value as an array that can be sampled: numbers or truth values, little-endian, contiguous.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: the name cannot be a dataset's.
+    """
+    if not name or "/" in name or name in {".", *RESERVED}:
+        raise ValueError(f'an array cannot be named "{name}"')
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f'array "{name}" has dtype {array.dtype}, expected numbers or truth values')
+    # ascontiguousarray makes a scalar one-dimensional.
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
+
 
 @dataclass(frozen=True)
 class JournalRecord:
