@@ -781,7 +781,14 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json").unlink()
     run = open_run(tmp_path / "run")
     assert (run.status, run.seed, run.params) == ("killed", 7, {"dt": 0.5})
-    run.crashes()
+
+
+def test_crash_bundles_that_are_none_are_left_out(tmp_path: Path) -> None:
+    create(tmp_path / "run").release()
+    write_crash_bundle(tmp_path / "run", rank=1)
+    for rank, text in enumerate(("[1]", "{}", "null", "[" * 100_000, "\0"), start=2):
+        (tmp_path / "run" / "crash" / f"rank_{rank:05}.json").write_text(text)
+    assert [bundle["rank"] for bundle in open_run(tmp_path / "run").crashes()] == [1]
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

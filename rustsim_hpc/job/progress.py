@@ -9,6 +9,7 @@ from typing import IO, Any, Final, Self
 from tqdm import tqdm
 
 from rustsim_hpc.job.summary import rate
+from rustsim_hpc.texts import shown
 
 _REFRESH_SECONDS: Final = 0.2
 _FORMAT: Final = (
@@ -37,7 +38,7 @@ class Progress:
     ) -> None:
         """Prepare a bar at step `done` of `total`; nothing is shown before the `with`."""
         self._stream = sys.stderr if stream is None else stream
-        self._name, self._done, self._total, self._agents = name, done, total, agents
+        self._name, self._done, self._total, self._agents = shown(name), done, total, agents
         self._shown = wanted and self._stream.isatty()
         self._bar: _Bar | None = None
         self._begun = False

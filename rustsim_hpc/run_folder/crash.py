@@ -96,5 +96,7 @@ def read_crash_bundles(folder: Path) -> list[dict[str, Any]]:
     bundles = []
     for path in sorted((folder / FOLDER).glob("rank_*.json")):
         with suppress(OSError, ValueError):
-            bundles.append(read_json(path))
+            bundle = read_json(path)
+            if isinstance(bundle, dict) and bundle.get("format") == FORMAT:
+                bundles.append(bundle)
     return bundles
