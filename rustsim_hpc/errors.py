@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from rustsim_hpc.facts import NoSuchName as NoSuchName  # noqa: PLC0414
 from rustsim_hpc.facts import PartitionLike
 from rustsim_hpc.facts import RustsimError as RustsimError  # noqa: PLC0414
 from rustsim_hpc.partition_errors import CoverageMismatch as CoverageMismatch  # noqa: PLC0414

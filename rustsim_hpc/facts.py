@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import Field, field
 from inspect import get_annotations
 from typing import Any, ClassVar, Protocol, Self, dataclass_transform
@@ -123,16 +124,29 @@ class RustsimError(_Declared, kw_only=True):
         ]
 
     def details(self) -> str:
-        """Return the known facts, one per line, then the other failures of the same step, then the hint."""
+        """Return the known facts, one per line, then the other failures of the same step, then the hint.
+
+        Failures that differ from this one in the partition alone are only counted.
+        """
         lines = [f"{label}: {text}" for label, text in self.known_facts()]
-        lines += [f"also failed: {other}" for other in self.others[:_OTHERS_SHOWN]]
-        if len(self.others) > _OTHERS_SHOWN:
-            lines.append(f"also failed: {len(self.others) - _OTHERS_SHOWN:,} more")
+        own = str(self)
+        others = [other for other in self.others if str(other) != own]
+        different = [other for other in others if _anywhere(str(other)) != _anywhere(own)]
+        lines += [f"also failed: {other}" for other in different[:_OTHERS_SHOWN]]
+        if len(different) > _OTHERS_SHOWN:
+            lines.append(f"also failed: {len(different) - _OTHERS_SHOWN:,} more")
+        if same := len(others) - len(different):
+            lines.append(f"also failed: {same:,} other partition{'s' * (same > 1)}, in the same way")
         return "\n".join(lines + ([f"hint: {self.hint}"] if self.hint else []))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own __reduce__ would call the class with the finished text as its first field.
         return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _anywhere(text: str) -> str:
+    """Return the text of an error without the number of its partition."""
+    return re.sub(r"PartitionId\(\d+\)", "", text)
 
 
 def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, Any]) -> RustsimError:
@@ -141,3 +155,10 @@ def _rebuild(cls: type[RustsimError], args: tuple[Any, ...], state: dict[str, An
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class NoSuchName(KeyError):
+    """A KeyError whose text is a sentence; `str` of a plain one puts it in quotes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -151,6 +151,9 @@ def test_details_print_the_facts_one_a_line_and_the_hint_last():
         "hint: run with --check",
     ]
     assert errors.JobError("no").details() == ""
+    others = tuple(errors.Phase(PartitionId(place), "move", "no") for place in (1, 2, 3))
+    alike = errors.Phase(ONE, "move", "no", others=others)
+    assert alike.details().splitlines()[-1] == "also failed: 2 other partitions, in the same way"
     divergence = EngineControlPlaneError.ReplayDivergence(3, 1, 2, columns=("x", "vx"), rank=0)
     assert divergence.details().splitlines() == ["rank: 0", "columns: x, vx"]
 

@@ -52,6 +52,13 @@ def test_the_jobs_keys_are_the_storages(tmp_path: Path) -> None:
     assert storage_options(plain) == StorageOptions(keep=3)
 
 
+def test_a_time_alone_makes_checkpoints(tmp_path: Path) -> None:
+    often = make_run(tmp_path / "often", "--set=checkpoint.min_seconds=1e-9")
+    assert [step for step, _, _ in told(often)] == list(range(1, 11))
+    never = make_run(tmp_path / "never", "--set=checkpoint.min_seconds=1e9")
+    assert [step for step, _, _ in told(never)] == [10]
+
+
 def test_columns_are_compressed_and_aligned_as_the_job_says(tmp_path: Path) -> None:
     options = ("--agents=20000", "--set=checkpoint.alignment=65536", "--set=checkpoint.compression=gzip")
     folder = make_run(tmp_path / "run", *options, '--set=checkpoint.compression_columns=["x"]')

@@ -89,6 +89,58 @@ def by_a_float(x):
     return x
 
 
+def plain_helper(x):
+    return x * 2
+
+
+@kernel("x")
+def calls_what_is_not_decorated(x):
+    return plain_helper(x)
+
+
+@kernel("x")
+def reads_the_next_row(x, row):
+    return x[row + 1]
+
+
+@kernel("y")
+def draws_without_a_number(y, rng):
+    return y + rs.random.normal(rng)
+
+
+@kernel("y")
+def draws_from_rng(y, rng):
+    return y + rng.normal(0)
+
+
+@kernel("y")
+def draws_what_is_not_there(y, rng):
+    return y + rs.random.gauss(rng, 0)
+
+
+@kernel("y")
+def catches(y):
+    try:
+        return 1 / y
+    except ZeroDivisionError:
+        return 0.0
+
+
+@kernel("y")
+def works_on_arrays(y):
+    return np.clip(y, 0.0, 5.0)
+
+
+HINTS = [
+    (calls_what_is_not_decorated, "helper", "decorate plain_helper with @rs.function"),
+    (reads_the_next_row, r"there is no getitem\(int32, int64\)", "x is a number, this row's value"),
+    (draws_without_a_number, r"rng: there is no normal\(rng\)", "rs.random.normal(rng, 0)"),
+    (draws_from_rng, "'normal' of type rng", "rs.random.normal(rng, 0)"),
+    (draws_what_is_not_there, "gauss", "rs.random has uniform, uniform32, normal, exponential, integers"),
+    (catches, "exception_match", "test for it with if"),
+    (works_on_arrays, r"there is no clip\(float64, float64, float64\)", "numbers, not arrays"),
+]
+
 MISTAKES = [
     (
         misspelt,
@@ -113,6 +165,27 @@ MISTAKES = [
     ("phase", "source", "text"), MISTAKES, ids=[phase.__name__ for phase, _, _ in MISTAKES]
 )
 def test_a_mistake_is_told_where_it_is(phase, source, text):
+    error = raised_by(phase, text)
+    said = str(error)
+    assert "\n" not in said
+    assert error.phase == "turn"
+    line = int(re.search(r"test_kernel_mistakes\.py:(\d+)", said)[1])
+    if source:
+        lines = Path(__file__).read_text("utf-8").splitlines()
+        assert lines[line - 1].strip().startswith(source)
+        assert source in said
+    else:
+        first = phase.fn.__code__.co_firstlineno
+        assert first <= line <= first + 8
+
+
+@pytest.mark.parametrize(("phase", "text", "hint"), HINTS, ids=[phase.__name__ for phase, _, _ in HINTS])
+def test_a_mistake_comes_with_what_to_do(phase, text, hint):
+    assert hint in (raised_by(phase, text).hint or "")
+
+
+def raised_by(phase, text):
+    """Return the error of a model of one phase."""
     model = rs.Model(
         params={"reach": 1.0},
         columns=[rs.Column("x", "int32"), rs.Column("y", "float64")],
@@ -128,14 +201,4 @@ def test_a_mistake_is_told_where_it_is(phase, source, text):
         with pytest.raises(KernelError, match=text) as caught:
             plane.step_partitions_with_executor(rs.InlinePartitionExecutor())
         assert plane.runtime.step_index == 0
-    said = str(caught.value)
-    assert "\n" not in said
-    assert caught.value.phase == "turn"
-    line = int(re.search(r"test_kernel_mistakes\.py:(\d+)", said)[1])
-    if source:
-        lines = Path(__file__).read_text("utf-8").splitlines()
-        assert lines[line - 1].strip().startswith(source)
-        assert source in said
-    else:
-        first = phase.fn.__code__.co_firstlineno
-        assert first <= line <= first + 8
+    return caught.value

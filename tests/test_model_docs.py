@@ -11,7 +11,8 @@ import pytest
 from compare_runs import command, mpirun, needs_mpirun
 
 import rustsim_hpc as rs
-from rustsim_hpc.modeling.model import _KINDS, RESERVED
+from rustsim_hpc.modeling.model import _KINDS
+from rustsim_hpc.modeling.names import AGENTS, RESERVED
 from rustsim_hpc.state.schema import DTYPES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -107,7 +108,7 @@ def test_the_job_that_is_run_from_python(project: Path) -> None:
 
 def test_the_tables_list_what_there_is() -> None:
     assert set(re.findall(r'"(\w+)"', " ".join(first_cells(MODELS, "| reduction |")))) == set(_KINDS)
-    assert {name for name in first_cells(MODELS, "| name of |") if name != "derive"} == set(RESERVED)
+    assert {name for name in first_cells(MODELS, "| name of |") if name != "derive"} == {*RESERVED, AGENTS}
     outputs = {name.removeprefix("rs.").partition("(")[0] for name in first_cells(MODELS, "| output |")}
     assert outputs == {"Series", "Arrays", "Sample", "Picture"}
     [listed] = re.findall(r"the dtypes are ([\w\s,]+)\.", MODELS)
@@ -117,6 +118,26 @@ def test_the_tables_list_what_there_is() -> None:
         hasattr(rs, name.partition("(")[0])
         for name in re.findall(r"`(\w+PartitionExecutor(?:\(\w+\))?)`", PYTHON)
     )
+
+
+def test_the_page_reads_initial_values_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, shedding = np.arange(9, dtype=np.uint8) % 3, np.linspace(0, 1, 9, dtype=np.float32)
+    (tmp_path / "people.csv").write_text("state,age\n" + "".join(f"{state},40\n" for state in states))
+    np.save(tmp_path / "shedding.npy", shedding)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    names = {"np": np, "__file__": str(tmp_path / "people.py")}
+    exec(compile(blocks(MODELS, "python")[1], "files", "exec"), names)  # noqa: S102 (the page's own text)
+    model = rs.Model(
+        columns=[rs.Column("state", "uint8"), rs.Column("shedding", "float32")],
+        phases=[],
+        tables=names["tables"],  # type: ignore[arg-type]
+        initialise=names["initialise"],  # type: ignore[arg-type]
+    )
+    store = rs.BoundModel(model, {}, seed=1, agents=9).new_store(2, 7)
+    assert np.array_equal(store.column("state"), states[2:7])
+    assert np.array_equal(store.column("shedding"), shedding[2:7])
 
 
 def test_random_starts_of_the_page_do_not_depend_on_the_cut() -> None:

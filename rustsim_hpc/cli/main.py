@@ -134,10 +134,7 @@ def _tell(error: RustsimError, debug: bool) -> None:
     leave_lost_terminal()
     if debug:
         click.echo(trace_of(error), err=True, nl=False)
-    text = str(error)
-    repeated = f"also failed: {text}"
-    details = [line for line in error.details().splitlines() if line != repeated]
     # A job file's mistakes have a line each; any other text is one line, whatever it quotes.
-    lines = text.split("\n") if isinstance(error, JobError) else [text]
+    lines = str(error).split("\n") if isinstance(error, JobError) else [str(error)]
     lines[0] = f"Error: {lines[0]}"
-    click.echo("\n".join(map(shown, [*lines, *details])), err=True)
+    click.echo("\n".join(map(shown, [*lines, *error.details().splitlines()])), err=True)

@@ -32,6 +32,7 @@ from rustsim_hpc.ranks.meeting import StepFailed
 from rustsim_hpc.state.partition import PartitionPlan
 
 _INLINE = InlinePartitionExecutor()
+_NO_PHASES = "add phases for this kind of step; docs/python.md has a table of the kinds"
 
 
 class EngineControlPlane:
@@ -233,7 +234,7 @@ class EngineControlPlane:
             EngineControlPlaneError: as :meth:`step`; also when there are no partition phases.
         """
         if not self._partition_phases:
-            raise InvalidConfig("at least one partition phase must be registered")
+            raise InvalidConfig("at least one partition phase must be registered", hint=_NO_PHASES)
         return self._step_partitioned(StepKind.PARTITION, self._partition_phases, _INLINE)
 
     def step_partitions_with_executor(self, executor: Executor) -> PartitionedStep:
@@ -246,7 +247,7 @@ class EngineControlPlane:
             EngineControlPlaneError: as :meth:`step`; also when there are no executor phases.
         """
         if not self._executor_phases:
-            raise InvalidConfig("at least one executor partition phase must be registered")
+            raise InvalidConfig("at least one executor partition phase must be registered", hint=_NO_PHASES)
         return self._step_partitioned(StepKind.EXECUTOR, self._executor_phases, executor)
 
     def step_fused(self, executor: Executor, steps: int) -> PartitionedStep:
@@ -261,7 +262,7 @@ class EngineControlPlane:
             EngineControlPlaneError: as :meth:`step`.
         """
         if not self._executor_phases:
-            raise InvalidConfig("at least one executor partition phase must be registered")
+            raise InvalidConfig("at least one executor partition phase must be registered", hint=_NO_PHASES)
         repeatable = self.stepper(executor).work.program.repeatable
         count = self._stepping.steps_between(steps) if repeatable else 1
         policy, before = self._config.checkpoint_policy, self._runtime.step_index

@@ -16,6 +16,7 @@ from rustsim_hpc.executors.base import ResidentSession
 from rustsim_hpc.executors.work import Frame, Work
 from rustsim_hpc.modeling.program import OBSERVE, Segment
 from rustsim_hpc.modeling.reductions import reset_states
+from rustsim_hpc.modeling.signatures import raised_at
 from rustsim_hpc.ranks.agreement import agree as agree_on
 from rustsim_hpc.ranks.meeting import Meeting
 from rustsim_hpc.ranks.team import Team
@@ -144,7 +145,7 @@ class Stepper:
 
     def _derive_one(self, index: int, derive: Any, frame: Frame) -> None:
         work = self.work
-        known = {**work.params, **work.tables, **frame.values, "step": frame.step_index}
+        known = {**work.scalars, **work.tables, **frame.values, "step": frame.step_index}
         try:
             made = derive.fn(*(known[name] for name in derive.arguments))
             results = made if derive.is_mapping else {derive.name: made}
@@ -155,7 +156,8 @@ class Stepper:
             raise
         except BaseException as error:
             message = message_of(error)
-            raise ColumnarRuntimeError(index, derive.name, message, step=frame.step_index) from error
+            at = raised_at(error, derive.fn)
+            raise ColumnarRuntimeError(index, derive.name, message, step=frame.step_index, hint=at) from error
 
 
 def _as_value(name: str, value: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rustsim_hpc.control.binding import Bindings
 from rustsim_hpc.control.config import ControlPlaneConfig
 from rustsim_hpc.control.failures import StepKind, plane_error
@@ -19,6 +21,7 @@ from rustsim_hpc.errors import (
     TornState,
     message_of,
 )
+from rustsim_hpc.modeling.signatures import raised_at
 from rustsim_hpc.proof.fingerprint import ReplayFingerprint
 from rustsim_hpc.proof.replay import ReplayRecorder
 from rustsim_hpc.proof.state_proof import StateProof
@@ -28,7 +31,8 @@ from rustsim_hpc.state.columns import DeviceSoaStore
 from rustsim_hpc.state.partition import PartitionId
 
 if TYPE_CHECKING:
-    from rustsim_hpc.modeling.bound_model import BoundModel
+    from rustsim_hpc.modeling.bound_model import BoundModel, ModelContext
+    from rustsim_hpc.modeling.model import Check
 
 
 class Stepping:
@@ -155,13 +159,14 @@ class Stepping:
         context = model.context(step, report.values)
         for check in due:
             try:
-                holds, why = bool(check.fn(context)), "it is false"
+                holds, why, at = bool(check.fn(context)), "it is false", None
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # noqa: BLE001 (a check is user code)
-                holds, why = False, message_of(error)
+                holds, why, at = False, message_of(error), raised_at(error, check.fn)
             if not holds:
-                failure = CheckFailed(check.name, f"{why} after step {step - 1}", step=step - 1)
+                hint = at or _values_of(check, context)
+                failure = CheckFailed(check.name, f"{why} after step {step - 1}", step=step - 1, hint=hint)
                 break
         agree(self.runtime.team, failure)
 
@@ -188,3 +193,12 @@ class Stepping:
             if isinstance(failure, RustsimError) and isinstance(failure.partition, PartitionId):
                 failure.add_facts(worker=workers.get(failure.partition))
         return error
+
+
+def _values_of(check: Check, context: ModelContext) -> str | None:
+    """Return the reductions that a check declares, with their values, as a line of text."""
+    values = {
+        reduction.name: np.asarray(context.reductions[reduction.name]) for reduction in check.reductions
+    }
+    shown = (f"{name} = {np.array2string(value, threshold=12)}" for name, value in values.items())
+    return "; ".join(shown).replace("\n", "") or None

@@ -228,7 +228,7 @@ class DeviceStage:
                 dtype = work.memory.schema.dtypes[key[0]]
                 return DeviceArray(own.columns.of(*key).address, (own.rows,), dtype)
             case "param":
-                return work.params[key]
+                return work.scalars[key]
             case "table":
                 table = np.asarray(work.tables[key])
                 return own.kept(("table", key), table) if table.ndim else table[()]

@@ -21,6 +21,7 @@ from rustsim_hpc.compile_clock import CLOCK
 from rustsim_hpc.errors import KernelError, message_of, named
 from rustsim_hpc.executors.work import PANICKED, Board, Frame, PhaseFailure, Task, Work
 from rustsim_hpc.modeling.program import ColumnCall, KernelStage, Segment
+from rustsim_hpc.modeling.signatures import raised_at
 from rustsim_hpc.proof.fingerprint import BLOCK, digest_column, digest_keys
 from rustsim_hpc.random import MAX_STEP, RowRandom
 from rustsim_hpc.state.backing import staggered_empty
@@ -275,7 +276,7 @@ class PartitionRun:
                 column, side = key
                 return work.memory.other(column) if side else work.memory.current(column)
             case "param":
-                return work.params[key]
+                return work.scalars[key]
             case "table":
                 return work.tables[key]
             case "key":
@@ -321,8 +322,19 @@ class PartitionRun:
             host=socket.gethostname(),
             pid=os.getpid(),
             error=error if isinstance(error, KernelError) else None,
-            hint=None if isinstance(error, Exception) else f"the phase raised {named(error)}",
+            hint=self._hint(error),
         )
+
+    def _hint(self, error: BaseException) -> str | None:
+        """Return where a column phase raised an error, and what to do about an undeclared write."""
+        if not isinstance(error, Exception):
+            return f"the phase raised {named(error)}"
+        items = (item for segment in self.work.program.segments for item in segment.items)
+        calls = [item for item in items if isinstance(item, ColumnCall) and item.phase == self._phase]
+        at = raised_at(error, calls[0].column_phase.fn) if calls else None
+        if at is None or "read-only" not in message_of(error):
+            return at
+        return f"name every column that the phase changes in its writes=; {at}"
 
 
 def _row_local(call: ColumnCall) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rustsim_hpc.errors import InvalidConfig, RustsimError
+from rustsim_hpc.modeling.names import AGENTS
 from rustsim_hpc.modeling.params import Params
 from rustsim_hpc.modeling.program import Program
 from rustsim_hpc.random import key_of
@@ -89,6 +90,11 @@ class Work:
     def bins(self) -> tuple[int, ...]:
         """Number of bins of each reduction slot; 0 for a single value."""
         return tuple(reduction.bin_count(self.params) for reduction in self.program.reductions)
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """What single values bind to: the parameters, and ``agents`` unless a parameter has that name."""
+        return {AGENTS: np.int64(self.total_rows), **self.params}
 
     def streams(self, task: Task) -> bool:
         """Return whether a partition is large enough for its stages to write around the cache."""

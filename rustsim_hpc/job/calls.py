@@ -184,7 +184,9 @@ def _overrides(
     made = [Override("command", "no_progress", not progress, "progress")]
     for name, value in options.items():
         if name not in names:
-            raise JobError(f'{call} has no option "{name}"{nearest(name, names)}')
+            near = nearest(name, names)
+            hint = None if near else 'changes={"TABLE.KEY": value} sets any key of the job file'
+            raise JobError(f'{call} has no option "{name}"{near}', hint=hint)
         if value is not None:
             table, key = OPTION_KEYS[f"--{name.replace('_', '-')}"]
             made.append(Override(table, key, _value_of(name, value), name))
@@ -203,7 +205,8 @@ def _override(path: str, value: Any) -> Override:
     table, dot, key = str(path).partition(".")
     if not (table and dot and key):
         raise JobError(
-            f'changes: "{path}" must be TABLE.KEY', hint='for example changes={"params.beta": 0.3}'
+            f'changes: "{path}" must be TABLE.KEY',
+            hint=f'a parameter of the model is "params.NAME": changes={{"params.{path or "beta"}": 0.3}}',
         )
     return Override(table, key, _plain(value), f'changes["{path}"]')
 

@@ -60,8 +60,13 @@ class JobCheckpoints:
         """Whether ``min_seconds`` have passed since the last checkpoint, by this rank's clock."""
         return time.monotonic() - self._last_time >= self._spec.checkpoint.min_seconds
 
+    @property
+    def _by_time(self) -> bool:
+        """Whether checkpoints are made by ``min_seconds`` alone, after whatever step is the first."""
+        return not self._spec.checkpoint.every and self._spec.checkpoint.min_seconds > 0
+
     def steps_to_due(self) -> int | None:
-        """Return the number of steps to the next periodic checkpoint; None if there are none."""
+        """Return the number of steps to the next step that may be saved by ``every``; None without it."""
         every = self._spec.checkpoint.every
         return every - self._plane.runtime.step_index % every if every else None
 
@@ -71,7 +76,7 @@ class JobCheckpoints:
         Raises:
             CheckpointWriteFailed: there is not enough memory, and ``on_error`` is not "continue".
         """
-        first = self.steps_to_due()
+        first = 1 if self._by_time else self.steps_to_due()
         if first is not None and self._plane.runtime.step_index + first <= last_step:
             self._run(lambda: self.writer.reserve(self._view()))
 
@@ -87,7 +92,7 @@ class JobCheckpoints:
         if self.writer.busy:
             self._run(lambda: self.writer.poll(everybody_done, somebody_failed=somebody_failed))
         step, every = self._plane.runtime.step_index, self._spec.checkpoint.every
-        if every and step % every == 0 and time_is_up:
+        if time_is_up and (step % every == 0 if every else self._by_time):
             self.begin()
 
     def begin(self, label: str | None = None) -> None:

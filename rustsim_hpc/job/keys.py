@@ -173,7 +173,10 @@ class CheckpointTable(_Table):
     """When checkpoints are written, how, and which are kept."""
 
     every: Count = _key("steps between checkpoints; 0: only at the end, and when the run is stopped", 0)
-    min_seconds: Seconds = _key("minimum wall-clock time between checkpoints, in seconds", 0.0)
+    min_seconds: Seconds = _key(
+        "minimum wall-clock time between checkpoints, in seconds; without `every`, one is made this often",
+        0.0,
+    )
     keep: Positive = _key("number of newest checkpoints to keep", 3)
     keep_every: Count = _key("also keep every checkpoint whose step is divisible by this; 0: none", 0)
     on_error: Literal["stop", "continue"] = _key(

@@ -64,7 +64,9 @@ class Override:
         path, equals, value = text.partition("=")
         table, dot, key = path.strip().partition(".")
         if not (equals and dot and table and key):
-            raise JobError(f"--set {text}: must be TABLE.KEY=VALUE", hint="for example --set params.beta=0.3")
+            name = path.strip() if equals and not dot and path.strip() else "beta"
+            hint = f"a parameter of the model is params.NAME: --set params.{name}=0.3"
+            raise JobError(f"--set {text}: must be TABLE.KEY=VALUE", hint=hint)
         try:
             typed = tomllib.loads(f"value = {value.strip()}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
@@ -90,7 +92,9 @@ def read_job(
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except OSError as error:
-        raise JobError(f"{path}: {error.strerror or error}", hint=_job_files_beside(path)) from error
+        hint = f"continue a run: rustsim-hpc resume {path}" if is_file(path / "job.toml") else None
+        hint = hint or _job_files_beside(path)
+        raise JobError(f"{path}: {error.strerror or error}", hint=hint) from error
     except UnicodeDecodeError as error:
         raise JobError(f"{path}: not a TOML file: {error}") from error
     try:

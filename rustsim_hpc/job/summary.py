@@ -85,8 +85,11 @@ class RunSummary:
         steps = f"{_count(self.steps, 'step')}{start} to step {self.step_index:,}"
         speed = f"{self.seconds:.2f} s, {rate(self.agent_steps_per_second)} agent-steps/s"
         cut = f"{_count(self.ranks, 'rank')}, {_count(self.partitions, 'partition')}"
+        ended = f"{steps}, {_count(self.agents, 'agent')}, {speed}"
+        if not self.steps and self.step_index:
+            ended = f"it had already reached step {self.step_index:,}; resume --steps N goes on to step N"
         lines = [
-            f"{self.job}: {steps}, {_count(self.agents, 'agent')}, {speed}",
+            f"{self.job}: {ended}",
             f"executor {self.executor}: {cut}, {_count(self.workers, 'worker')} per rank",
             f"fingerprint {self.fingerprint:#018x} ({self.fingerprint_scheme})",
             f"folder {self.folder}" + "".join(f"\n  {name}" for name in self.outputs),

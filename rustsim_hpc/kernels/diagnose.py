@@ -14,6 +14,7 @@ from numba import types
 
 from rustsim_hpc.errors import KernelError, nearest
 from rustsim_hpc.kernels.draws import ready_draws
+from rustsim_hpc.kernels.hints import hint_for, plain_types, shortened
 from rustsim_hpc.modeling.model import Reduction, RowKernel
 from rustsim_hpc.modeling.program import Binding, KernelOp, KernelStage, ReduceOp
 from rustsim_hpc.modeling.signatures import where
@@ -109,8 +110,8 @@ def _check_kernel(op: KernelOp, result: Any) -> None:
     for name, part in zip(kernel.writes, parts, strict=True):
         if not isinstance(part, types.Integer | types.Float | types.Boolean):
             raise KernelError(
-                f'row kernel {kernel.name} ({where(kernel.fn)}) returns {part} for column "{name}", '
-                "not a number",
+                f"row kernel {kernel.name} ({where(kernel.fn)}) returns {_said(part)} for column "
+                f'"{name}", not a number',
                 phase=kernel.name,
                 hint="return a number on every path",
             )
@@ -141,9 +142,18 @@ def _check_key(op: ReduceOp, types_by_name: Mapping[str, Any], functions: Mappin
         raise _returns(op.reduction, "has a key that is", result, "an integer")
 
 
+def _said(kind: Any) -> str:
+    """Return what a function returns, for its author."""
+    if isinstance(kind, types.NoneType):
+        return "nothing"
+    if isinstance(kind, types.Optional):
+        return "nothing on some path"
+    return plain_types(str(kind))
+
+
 def _returns(reduction: Reduction, verb: str, result: Any, what: str) -> KernelError:
     return KernelError(
-        f"reduction {reduction.name} ({where(reduction.fn)}) {verb} {result}, but a {reduction.kind} "
+        f"reduction {reduction.name} ({where(reduction.fn)}) {verb} {_said(result)}, but a {reduction.kind} "
         f"needs {what}",
         phase=reduction.name,
     )
@@ -165,7 +175,7 @@ def _kernel_error(
     path, line = (matching or locations or [(own, plain.__code__.co_firstlineno)])[-1]
     source = linecache.getline(own if matching else path, line).strip()
     used = [
-        f"{read.argument} ({kind})"
+        read.argument if read.source == "rng" else f"{read.argument} ({kind})"
         for read, kind in zip(reads, signature, strict=True)
         if re.search(rf"\b{re.escape(read.argument)}\b", source)
     ]
@@ -174,6 +184,7 @@ def _kernel_error(
         f"{phase} does not compile at {own if matching else path}:{line}: {source}{arguments}: "
         f"{reason(text)}{near}",
         phase=phase,
+        hint=None if near else hint_for(text, source, [r.argument for r in reads if r.source == "column"]),
     )
 
 
@@ -189,8 +200,8 @@ def reason(text: str) -> str:
     telling = (
         "No implementation", "Unknown attribute", "NameError", "Cannot unify", "Untyped global", "Use of",
     )  # fmt: skip
-    for line in lines:
+    for place, line in enumerate(lines):
         if any(word in line for word in telling):
-            return line
+            return shortened(line, lines[place + 1 :])
     skip = ("Failed in", "File ", "During:", "def ", "This error")
     return next((line for line in lines if line and not line.startswith(skip)), "it cannot be compiled")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rustsim_hpc.errors import ModelError, message_of, nearest
+from rustsim_hpc.errors import ModelError, NoSuchName, message_of, nearest
 from rustsim_hpc.executors.work import Work
 from rustsim_hpc.modeling.device_kernel import DeviceKernel
 from rustsim_hpc.modeling.global_random import refuse_global_random
@@ -46,7 +46,7 @@ class Results(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         has = ", ".join(self) or "none"
-        raise KeyError(
+        raise NoSuchName(
             f"there is no result {name} here, only: {has}; results of phases exist after the first step, "
             "others where reductions=[...] names them"
         )
@@ -112,7 +112,7 @@ class BoundModel:
         self.checks: tuple[Check, ...] = tuple(model.checks)
         self.outputs: tuple[Output, ...] = tuple(model.outputs)
         _require(agents >= 0, f"a population cannot have {agents} agents")
-        _require(model.step_length > 0, f"step_length must be positive, got {model.step_length}")
+        self.step_length = _step_length(model, self.params)
         for name, given in (("initialise", model.initialise), ("tables", model.tables or model.initialise)):
             _require(callable(given), f"{name} of a model must be a function, got {given!r}")
         for check in self.checks:
@@ -158,9 +158,13 @@ class BoundModel:
         arrays = self._by_column(made, fn)
         for column, array in zip(self.schema.columns, arrays, strict=True):
             if array.shape != (stop - start,):
+                vector = array.ndim > 1 and len(array) == stop - start
                 raise ModelError(
                     f'initialise ({where(fn)}): column "{column.name}" has shape {array.shape} for rows '
-                    f"{start}..{stop}, expected ({stop - start},)"
+                    f"{start}..{stop}, expected ({stop - start},)",
+                    hint="a column has one number a row: make a vector several columns, such as x, y, z"
+                    if vector
+                    else "return the values of these rows alone, one for each",
                 )
             if array.dtype != np.dtype(column.dtype):
                 raise ModelError(
@@ -249,7 +253,7 @@ class BoundModel:
 
     def context(self, step: int, values: Mapping[str, Any]) -> ModelContext:
         """Return what checks and outputs see after ``step`` steps."""
-        time = step * self.model.step_length
+        time = step * self.step_length
         return ModelContext(step, time, self.agents, self.params, self.tables, Results(values))
 
     def identity(self) -> str:
@@ -278,6 +282,26 @@ class BoundModel:
             digest.update(f"{name}\0{table.dtype}\0{table.shape}\0".encode())
             digest.update(np.ascontiguousarray(table).tobytes())
         return digest.hexdigest()
+
+
+def _step_length(model: Model, params: Params) -> float:
+    """Return the time that a step stands for.
+
+    Raises:
+        ModelError: it is not a positive number, or its function failed.
+    """
+    length: Any = model.step_length
+    if callable(length):
+        try:
+            length = length(params)
+        except Exception as error:
+            raise ModelError(f"step_length failed: {message_of(error)}") from error
+    number = isinstance(length, int | float | np.number)
+    _require(
+        number, f"step_length of a model must be a number, or a function that returns one, got {length!r}"
+    )
+    _require(length > 0, f"step_length must be positive, got {length}")
+    return float(str(length)) if isinstance(length, np.floating) else float(length)
 
 
 def _tables(model: Model, params: Params) -> dict[str, Array]:
@@ -324,7 +348,7 @@ def _require_kinds(model: Model) -> None:
     """Raise ModelError if a field of a model does not have its declared type."""
     sequences = ("columns", "phases", "checks", "outputs")
     wanted: list[tuple[str, Any, str]] = [(name, Sequence, "a list") for name in sequences]
-    wanted += [("params", Mapping, "a dict"), ("step_length", int | float | np.number, "a number")]
+    wanted += [("params", Mapping, "a dict")]
     for name, kind, what in wanted:
         value = getattr(model, name)
         _require(isinstance(value, kind), f"{name} of a model must be {what}, got {value!r}")

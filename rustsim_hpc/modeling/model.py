@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 
 from rustsim_hpc.errors import ModelError, message_of, nearest
 from rustsim_hpc.modeling.device_kernel import DeviceKernel, as_device_kernel
-from rustsim_hpc.modeling.outputs import Arrays, Picture, Sample, Series
+from rustsim_hpc.modeling.outputs import Arrays, Picture, Sample, Series, as_reductions
 from rustsim_hpc.modeling.params import Param, Params, as_param
 from rustsim_hpc.modeling.signatures import Function, argument_names, returned_keys, where
 from rustsim_hpc.state.schema import Column, Schema
@@ -44,9 +44,6 @@ __all__ = [
 
 Output = Series | Arrays | Sample | Picture
 ReductionKind = Literal["sum", "count", "min", "max", "histogram"]
-
-RESERVED = ("step", "row", "id", "rng")
-"""Names bound in every row function: step index before the step, global row, id, random stream."""
 
 _KINDS = ("sum", "count", "min", "max", "histogram")
 
@@ -170,7 +167,8 @@ def row_kernel(
         name: name of the phase; the function's by default.
 
     The arguments bind by name: columns, parameters, tables, results of earlier reductions and derived
-    values as they are at this row, and ``step``, ``row``, ``id`` and ``rng``. Literals are float64 and int64.
+    values as they are at this row, ``step``, ``row``, ``id``, ``rng`` and ``agents``. Literals are float64
+    and int64.
     """
     targets = _targets("row_kernel", writes)
     if not targets:
@@ -184,6 +182,8 @@ def row_kernel(
 
 
 def _targets(what: str, writes: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(writes, str | Sequence):
+        raise ModelError(f"{what}: writes must name columns, got {writes!r}")
     targets = (writes,) if isinstance(writes, str) else tuple(writes)
     if not all(_is_a(name, str) for name in targets) or len(set(targets)) != len(targets):
         raise ModelError(f"{what}: writes must name different columns, got {writes!r}")
@@ -266,7 +266,8 @@ def reduction(
         name: the name that later phases read it by; the function's by default.
     """
     if kind not in _KINDS:
-        raise ModelError(f'reduction: unknown kind "{kind}"{nearest(str(kind), _KINDS)}')
+        known = f'write @rs.reduction("KIND") with one of {", ".join(_KINDS)}'
+        raise ModelError(f'reduction: unknown kind "{kind}"{nearest(str(kind), _KINDS)}', hint=known)
     if key is not None and kind not in ("sum", "count"):
         raise ModelError(f'reduction: key= goes with "sum" and "count", not with "{kind}"')
     if (bins is not None) != (kind == "histogram" or key is not None):
@@ -293,7 +294,7 @@ def derive(
 def derive(
     fn: Function | None = None, *, names: Sequence[str] | None = None, name: str | None = None
 ) -> Derive | Callable[[Function], Derive]:
-    """Declare a small global computation of reduction results, parameters, tables and ``step``.
+    """Declare a small global computation of reduction results, parameters, tables, ``step`` and ``agents``.
 
     The function runs identically on every rank. Later phases take its result, an array or a scalar, by
     the function's name; if it returns a dict, by the dict's keys, which are read from its
@@ -325,7 +326,7 @@ def check(
         raise ModelError(f"check: every must be an integer of at least 1, got {every!r}")
 
     def wrap(inner: Function) -> Check:
-        return Check(inner, inner.__name__, every, tuple(reductions))
+        return Check(inner, inner.__name__, every, as_reductions("check", reductions))
 
     return wrap if fn is None else wrap(fn)
 
@@ -345,7 +346,7 @@ class Model:
         checks: conditions that the state must meet.
         outputs: what a run leaves behind (:class:`Series`, :class:`Arrays`, :class:`Sample`,
             :class:`Picture`).
-        step_length: time that one step stands for, in ``time_unit``.
+        step_length: time that one step stands for, in ``time_unit``, or a function of the parameters.
         time_unit: unit of ``step_length``.
     """
 
@@ -356,7 +357,7 @@ class Model:
     tables: Callable[[Params], Mapping[str, Any]] | None = None
     checks: Sequence[Check] = ()
     outputs: Sequence[Output] = ()
-    step_length: float = 1.0
+    step_length: float | Callable[[Params], float] = 1.0
     time_unit: str = "step"
 
     def schema(self) -> Schema:

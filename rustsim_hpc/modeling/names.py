@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rustsim_hpc.errors import ModelError, nearest
-from rustsim_hpc.modeling.model import RESERVED, ColumnPhase, Derive, Phase, RowKernel
+from rustsim_hpc.modeling.model import ColumnPhase, Derive, Phase, RowKernel
 from rustsim_hpc.modeling.signatures import where
+
+RESERVED = ("step", "row", "id", "rng")
+"""Names bound in every row function: step index before the step, global row, id, random stream."""
+
+AGENTS = "agents"
+"""Bound to the number of agents (int64), unless the model has something else of that name."""
 
 Source = Literal["column", "param", "table", "value", "step", "row", "id", "rng"]
 
@@ -74,8 +80,10 @@ class Names:
                 "row functions take numbers",
                 phase=phase.name,
             )
+        if name == AGENTS and name not in self.made:
+            return "param"
         raise self._unknown(
-            phase, name, fn, (*self.params, *self.tables, *self.columns, *RESERVED), "a column, "
+            phase, name, fn, (*self.columns, *self.params, *self.tables, *RESERVED, AGENTS), "a column, "
         )
 
     def check_derivable(self, phase: Derive, pending: set[str]) -> None:
@@ -86,8 +94,10 @@ class Names:
         """
         known = (*self.params, *self.texts, *self.tables, "step")
         for name in phase.arguments:
-            if name not in known and name not in self.ready and name not in pending:
-                raise self._unknown(phase, name, phase.fn, known, "")
+            if name in known or name in self.ready or name in pending:
+                continue
+            if name != AGENTS or name in self.made:
+                raise self._unknown(phase, name, phase.fn, (*known, AGENTS), "")
 
     def column(self, phase: Phase, name: str) -> int:
         """Return the index of a column that a phase writes.
@@ -112,10 +122,18 @@ class Names:
                 phase=phase.name,
                 hint=f"move phase {self.made[name]} before {phase.name}",
             )
+        if name in self.columns:
+            return ModelError(
+                f'{phase.name} ({where(fn)}) takes the column "{name}": a derived value has no rows',
+                phase=phase.name,
+                hint="reduce the column to a number first (@rs.reduction), and take that by its name",
+            )
+        near = nearest(name, (*known, *self.made))
         return ModelError(
             f'{phase.name} ({where(fn)}) takes an argument "{name}" that is not {also}a parameter, a table '
-            f"or an earlier result{nearest(name, (*known, *self.made))}",
+            f"or an earlier result{near}",
             phase=phase.name,
+            hint=None if near else f"it may take {', '.join(dict.fromkeys((*known, *sorted(self.ready))))}",
         )
 
 

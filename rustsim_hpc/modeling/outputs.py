@@ -60,6 +60,21 @@ def _check_array_name(kind: str, file: str, name: object) -> None:
         raise ModelError(f'{kind} "{file}": {error}') from None
 
 
+def as_reductions(owner: str, given: Any) -> tuple[Reduction, ...]:
+    """Return the ``reductions`` of a check or output as a tuple.
+
+    Raises:
+        ModelError: it is not a list of reductions.
+    """
+    # By their attribute: the class is declared above this module.
+    if isinstance(given, list | tuple) and all(hasattr(reduction, "kind") for reduction in given):
+        return tuple(given)
+    raise ModelError(
+        f"{owner}: reductions must be a list of reductions, got {given!r}",
+        hint="list the decorated functions themselves, as in reductions=[census]",
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Series:
     """A CSV file with one row for the first state and one after each due step.
@@ -88,7 +103,7 @@ class Series:
         if not callable(self.row):
             raise ModelError(f'Series "{self.file}": row must be a function of the context, got {self.row!r}')
         object.__setattr__(self, "columns", _check_names("Series", self.file, "columns", self.columns))
-        object.__setattr__(self, "reductions", tuple(self.reductions))
+        object.__setattr__(self, "reductions", as_reductions(f'Series "{self.file}"', self.reductions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +134,7 @@ class Arrays:
             raise ModelError(f'Arrays "{self.file}": arrays must be functions of the context')
         for name in self.arrays if isinstance(self.arrays, Mapping) else ():
             _check_array_name("Arrays", self.file, name)
-        object.__setattr__(self, "reductions", tuple(self.reductions))
+        object.__setattr__(self, "reductions", as_reductions(f'Arrays "{self.file}"', self.reductions))
 
 
 @dataclass(frozen=True, eq=False)

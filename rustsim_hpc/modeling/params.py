@@ -117,7 +117,12 @@ def as_param(name: str, declared: Param | Any) -> Param:
         if param.kind() in ("str", "bool") or not _is_number(bound) or math.isnan(bound):
             raise ModelError(f"parameter {name} ({param.kind()}) cannot have the bound {bound!r}")
     if param.default is None:
-        raise ModelError(f"parameter {name} has no default")
+        raise ModelError(f"parameter {name} has no default", hint="give it one: rs.Param(default=...)")
+    if not isinstance(param.default, bool | int | float | str | np.bool_ | np.integer | np.floating):
+        raise ModelError(
+            f"parameter {name} must be a number, true or false, or text, got {param.default!r}",
+            hint="return arrays from the function tables(params)",
+        )
     param.typed(name, param.default)
     return param
 

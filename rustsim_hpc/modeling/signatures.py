@@ -47,6 +47,16 @@ def argument_names(fn: Function, what: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def raised_at(error: BaseException, fn: Function) -> str | None:
+    """Return where in the file of a user's function an exception was raised, or None."""
+    import traceback
+
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__) if code else ()
+    found = [frame for frame in frames if code and frame.filename == code.co_filename]
+    return f"raised at {found[-1].filename}:{found[-1].lineno}: {found[-1].line}" if found else None
+
+
 def returned_keys(fn: Function) -> tuple[str, ...]:
     """Return the keys of the dict literal that a function returns, or () for anything else."""
     try:

@@ -24,7 +24,7 @@ from rustsim_hpc.run_folder.folder import JOB, REPLAY
 from rustsim_hpc.run_folder.manifest import read_manifest
 from rustsim_hpc.run_folder.reader import Run, open_run
 from rustsim_hpc.run_folder.record import RECORD
-from rustsim_hpc.storage import CheckpointHeader, list_checkpoints, load
+from rustsim_hpc.storage import CheckpointHeader, list_checkpoints, load, manifest_of
 from rustsim_hpc.texts import shown
 
 T = TypeVar("T")
@@ -306,16 +306,20 @@ def _prove_all(paths: list[Path], problems: list[str], stated: _Stated) -> dict[
     """Verify checkpoints, and compare their fingerprints with those stated so far; return a line on each."""
     lines = {}
     for path in paths:
-        header = _attempt(problems, lambda path=path: _proved(path))  # type: ignore[misc]
-        if header is None:
+        found = _attempt(problems, lambda path=path: (_proved(path), _bytes_of(path)))  # type: ignore[misc]
+        if found is None:
             lines[path.name] = "damaged"
             continue
+        header, stored = found
         value = header.fingerprint.value
         _compare(stated, header.fingerprint.scheme, header.step_index, path.name, value, problems)
-        lines[path.name] = (
-            f"{header.rows:,} rows, {hex64(value)} ({header.fingerprint.scheme}), {size(path.stat().st_size)}"
-        )
+        lines[path.name] = f"{header.rows:,} rows, {hex64(value)} ({header.fingerprint.scheme}), {stored}"
     return lines
+
+
+def _bytes_of(path: Path) -> str:
+    """Return the size of a checkpoint's files, shards included."""
+    return size(sum(file.size for file in manifest_of(path).files))
 
 
 def _final_state(run: Run, problems: list[str], stated: _Stated) -> None:

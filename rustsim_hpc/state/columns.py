@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rustsim_hpc.errors import DeviceSoaRestoreError, InvalidConfig, PartitionCheckpointError
+from rustsim_hpc.errors import (
+    DeviceSoaRestoreError,
+    InvalidConfig,
+    NoSuchName,
+    PartitionCheckpointError,
+    nearest,
+)
 from rustsim_hpc.state.backing import Kind
 from rustsim_hpc.state.given_arrays import as_array, as_ids, misfit
 from rustsim_hpc.state.memory import ColumnMemory
@@ -307,9 +313,20 @@ class DeviceSoaStore:
         """Bytes of the stored ids and columns, second buffers not counted."""
         return self.memory.rows * (self.schema.row_bytes + (8 if self.memory.with_ids else 0))
 
-    def column(self, index: int) -> Array:
-        """Return one current column by position."""
-        return self.memory.current(range(self.num_columns)[index])
+    def column(self, index: int | str) -> Array:
+        """Return one current column by position or name.
+
+        Raises:
+            IndexError, KeyError: there is no such column.
+        """
+        names = self.column_names
+        if isinstance(index, str):
+            if index not in names:
+                raise NoSuchName(f'no column "{index}"{nearest(index, names)}: there are {", ".join(names)}')
+            index = names.index(index)
+        if not -len(names) <= index < len(names):
+            raise IndexError(f"no column {index}: the columns are {', '.join(names) or 'none'}")
+        return self.memory.current(range(len(names))[index])
 
     def checkpoint(self, start: int = 0, stop: int | None = None) -> DeviceSoaCheckpoint:
         """Return an independent copy of this rank's local rows [start, stop), all by default."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ def as_ids(ids: Any) -> Array:
     Raises:
         ValueError: not a 1-D sequence of integers in [0, 2**64).
     """
+    if isinstance(ids, Mapping):
+        raise ValueError("the ids come first, then the columns by name; ids of None are the row numbers")
     if not isinstance(ids, np.ndarray):
         ids = list(ids)
         strange = next(

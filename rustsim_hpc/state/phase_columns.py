@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from rustsim_hpc.errors import nearest
+from rustsim_hpc.errors import NoSuchName, nearest
 from rustsim_hpc.state.schema import Schema
 
 Array = np.ndarray[Any, Any]
@@ -57,18 +57,24 @@ class PhaseColumns(Sequence[Array]):
         name = self._schema.names[position]
         array = np.asarray(value)
         if array.dtype != view.dtype:
-            raise TypeError(f'column "{name}" is {view.dtype}, cannot be replaced by {array.dtype}')
+            raise TypeError(
+                f'column "{name}" is {view.dtype}, cannot be replaced by {array.dtype}: '
+                + (f"convert it with .astype(np.{view.dtype})" if array.ndim else _one_value(name))
+            )
         if array.shape != view.shape:
             rows = len(view)
-            raise ValueError(f'column "{name}" has {rows} rows, cannot be replaced by shape {array.shape}')
+            raise ValueError(
+                f'column "{name}" has {rows} rows, cannot be replaced by shape {array.shape}'
+                + ("" if array.ndim else f": {_one_value(name)}")
+            )
         if not self._writable[position]:
-            raise ValueError(f'column "{name}" is not among the columns that this phase writes')
+            raise ValueError(f'column "{name}" is not among the columns that this phase declares in writes=')
         np.copyto(view, array)
 
     def _position(self, key: int | str) -> int:
         if isinstance(key, str):
             if key not in self._schema.names:
-                raise KeyError(f'no column "{key}"{nearest(key, self._schema.names)}')
+                raise NoSuchName(f'no column "{key}"{nearest(key, self._schema.names)}')
             return self._schema.index(key)
         return range(len(self._views))[key]
 
@@ -85,6 +91,10 @@ class PhaseColumns(Sequence[Array]):
         """Make the views read-only, so that a phase cannot write through one that it kept."""
         for view in self._views:
             view.flags.writeable = False
+
+
+def _one_value(name: str) -> str:
+    return f'columns["{name}"][:] = ... sets all rows to one value'
 
 
 def _read_only(array: Array) -> Array:
