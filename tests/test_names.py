@@ -136,3 +136,24 @@ def test_what_cannot_be_bound_is_told_with_what_can() -> None:
     with pytest.raises(ModelError, match='takes the column "x"') as caught:
         bound([of_rows])
     assert "@rs.reduction" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("line", ["rs.Model(colums=[])", 'rs.Column("x", "float16")', 'rs.reduction("mean")'])
+def test_a_mistake_in_a_declaration_has_its_line(tmp_path: Path, line: str) -> None:
+    job = write(tmp_path)
+    in_model, at_import = f"\ndef model():\n    {line}\n", f"\n\n{line}\n"
+    for text, place in ((in_model, "counted.py:4"), (at_import, "counted.py, line 4")):
+        (tmp_path / "counted.py").write_text(f"import rustsim_hpc as rs\n{text}")
+        with pytest.raises(ModelError) as caught:
+            rs.run_job(job, out=tmp_path / "run")
+        assert place in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_bare_decorator_is_told_to_take_arguments(tmp_path: Path) -> None:
+    job = write(tmp_path)
+    (tmp_path / "counted.py").write_text(
+        "import rustsim_hpc as rs\n\n@rs.row_kernel\ndef walk(x):\n    return x\n"
+    )
+    with pytest.raises(ModelError, match=r"counted\.py, line 3: TypeError") as caught:
+        rs.run_job(job, out=tmp_path / "run")
+    assert caught.value.hint == 'a decorator of rs takes arguments: @rs.row_kernel(writes="x")'

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rustsim_hpc.cli.common import Session, debug_option, overrides, set_option
+from rustsim_hpc.cli.common import Session, debug_option, job_options, overrides, set_option
 from rustsim_hpc.errors import JobError
 from rustsim_hpc.job.prediction import ASSUMPTIONS, Network, Prediction, curve, table
 
@@ -45,13 +45,14 @@ def inspect(session: Session, path: Path, as_json: bool) -> int:
 
 @click.command(
     epilog="\b\nExamples:\n  rustsim-hpc plan jobs/us_flights.toml --ranks 64\n  rustsim-hpc plan "
-    "jobs/us_flights.toml --ranks 4096 --set run.agents=1_000_000_000\n  rustsim-hpc plan "
+    "jobs/us_flights.toml --ranks 4096 --agents 1000000000\n  rustsim-hpc plan "
     "jobs/us_flights.toml --ranks 512 --predict --latency 1.5 --bandwidth 25\n"
 )
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.toml")
 @click.option(
     "--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="R", help="Number of ranks."
 )
+@job_options("--agents")
 @set_option
 @click.option(
     "--predict",
@@ -89,6 +90,7 @@ def plan(
     job: Path,
     ranks: int,
     sets: tuple[str, ...],
+    agents: int | None,
     predict: bool,
     latency: float,
     bandwidth: float,
@@ -102,7 +104,7 @@ def plan(
     from rustsim_hpc.job.launch import plan_job
     from rustsim_hpc.job.spec import read_job
 
-    spec, _ = read_job(job, overrides({}, sets), debug=session.debug)
+    spec, _ = read_job(job, overrides({"agents": agents}, sets), debug=session.debug)
     made = plan_job(spec, ranks)
     facts, text = made.to_dict(), made.text()
     if predict:

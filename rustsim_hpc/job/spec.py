@@ -64,8 +64,8 @@ class Override:
         path, equals, value = text.partition("=")
         table, dot, key = path.strip().partition(".")
         if not (equals and dot and table and key):
-            name = path.strip() if equals and not dot and path.strip() else "beta"
-            hint = f"a parameter of the model is params.NAME: --set params.{name}=0.3"
+            plain = text.strip() if equals and not dot and path.strip() else "beta=0.3"
+            hint = f"a parameter of the model is params.NAME: --set params.{plain}"
             raise JobError(f"--set {text}: must be TABLE.KEY=VALUE", hint=hint)
         try:
             typed = tomllib.loads(f"value = {value.strip()}")["value"]

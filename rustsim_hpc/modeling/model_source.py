@@ -12,9 +12,10 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from rustsim_hpc.errors import ModelError, named, nearest
+from rustsim_hpc.errors import ModelError, message_of, named, nearest
 from rustsim_hpc.files import read_bytes
 from rustsim_hpc.modeling.model import Model
+from rustsim_hpc.modeling.signatures import raised_at
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,13 @@ def load_model(module: str, expected_sha256: str | None = None) -> tuple[Model, 
         raise ModelError(f"model {module} has no function model(){nearest('model', vars(found))}")
     try:
         model = function()
-    except (ModelError, KeyboardInterrupt):
+    except ModelError as error:
+        raise _located(error, raised_at(error, function)) from error.__cause__
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise ModelError(f"model {module}: model() failed: {named(error)}") from error
+        failed = f"model {module}: model() failed: {named(error)}"
+        raise ModelError(failed, hint=raised_at(error, function)) from error
     if not isinstance(model, Model):
         raise ModelError(f"model {module}: model() returned {type(model).__name__}, not a rustsim_hpc.Model")
     return model, reference
@@ -120,8 +124,6 @@ def _import_name(name: str) -> ModuleType:
 
 
 def _failed(module: str, error: BaseException) -> ModelError:
-    if isinstance(error, ModelError):
-        return error
     line = ""
     trace = error.__traceback__
     while trace is not None:
@@ -130,7 +132,18 @@ def _failed(module: str, error: BaseException) -> ModelError:
         trace = trace.tb_next
     if isinstance(error, SyntaxError) and error.lineno:
         line = f", line {error.lineno}"
-    return ModelError(f"model {module}{line}: {named(error)}")
+    if isinstance(error, ModelError):
+        return _located(error, f"raised at {module}{line}")
+    bare = "takes 0 positional arguments but 1 was given" in message_of(error)
+    hint = 'a decorator of rs takes arguments: @rs.row_kernel(writes="x")' if bare else None
+    return ModelError(f"model {module}{line}: {named(error)}", hint=hint)
+
+
+def _located(error: ModelError, at: str | None) -> ModelError:
+    """Return an error of a model's declaration, its hint completed by where it was raised."""
+    if at is not None:
+        error.hint = f"{error.hint}; {at}" if error.hint else at
+    return error
 
 
 def _source_hash(module: ModuleType) -> str:
