@@ -763,6 +763,8 @@ def test_columns_come_from_proven_checkpoints(tmp_path: Path) -> None:
         run.columns("x", step=7)
     with pytest.raises(CheckpointFileError, match="no column y"):
         run.columns("y")
+    with pytest.raises(TypeError, match="names one by one"):
+        run.columns(["x", "alive"])
     path = run.checkpoints()[5]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -660,7 +660,7 @@ def test_one_step_may_be_asked_for(tmp_path: Path) -> None:
     assert found.header.step_index == 10
     with pytest.raises(CheckpointFileError, match="no checkpoint of step 15") as caught:
         load_newest(tmp_path, SoloTeam(), whole, at=15)
-    assert caught.value.hint == "there are steps 10, 20"
+    assert caught.value.hint == "there are steps 10, 20; checkpoint.keep says how many are kept"
     checkpoint_path(tmp_path, 10).write_bytes(b"")
     with pytest.raises(CheckpointFileError, match="it has 0 bytes"):
         load_newest(tmp_path, SoloTeam(), whole, at=10)

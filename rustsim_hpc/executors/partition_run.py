@@ -326,11 +326,13 @@ class PartitionRun:
         )
 
     def _hint(self, error: BaseException) -> str | None:
-        """Return where a column phase raised an error, and what to do about an undeclared write."""
+        """Return where a column phase raised an error, and what is known about some mistakes."""
         if not isinstance(error, Exception):
             return f"the phase raised {named(error)}"
         items = (item for segment in self.work.program.segments for item in segment.items)
         calls = [item for item in items if isinstance(item, ColumnCall) and item.phase == self._phase]
+        if not calls and isinstance(error, IndexError):
+            return "the phase indexes a table or a result outside its bounds, in some row"
         at = raised_at(error, calls[0].column_phase.fn) if calls else None
         if at is None or "read-only" not in message_of(error):
             return at

@@ -209,9 +209,13 @@ class Run:
         Raises:
             RunFolderError: there is no such checkpoint.
             CheckpointFileError: it does not hold, or has no such column.
+            TypeError: a name is not a text.
         """
         from rustsim_hpc.storage import read_rows
 
+        given: tuple[object, ...] = names
+        if strange := [name for name in given if not isinstance(name, str)]:
+            raise TypeError(f'columns takes names one by one, as in columns("x", "y"), not {strange[0]!r}')
         view = read_rows(self._checkpoint(step), columns=names or None)
         found = dict(zip(view.names, view.columns, strict=True))
         return found[names[0]] if len(names) == 1 else found

@@ -80,10 +80,11 @@ def find_checkpoint(folder: Path, step: int) -> Path:
     """
     found = {step_of(path): path for path in list_checkpoints(folder)}
     if step not in found:
+        steps = ", ".join(map(str, sorted(found)))
         raise CheckpointFileError(
             message=f"{folder}: there is no checkpoint of step {step}",
             damaged=False,
-            hint=f"there are steps {', '.join(map(str, sorted(found)))}" if found else None,
+            hint=f"there are steps {steps}; checkpoint.keep says how many are kept" if steps else None,
         )
     return found[step]
 
