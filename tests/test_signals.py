@@ -332,8 +332,9 @@ def test_a_start_that_never_ends_is_ended(how: str) -> None:
     process = start(ENDLESS, how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3
-    # What computes has three times the limit, and the message says the time that has really passed.
-    longer = ", 3 times that while it computes or waits" if how == "compute" else ""
+    # What computes has three times the limit, and the message says the time that has really passed. On a busy
+    # machine, the moment before a sleep may count as computing.
+    longer = "(, 3 times that while it computes or waits)" + ("" if how == "compute" else "?")
     said = re.search(rf"has not moved for ([0-9.]+) s \(limit 1 s{longer}\): phase start-up, step 0", err)
     assert said is not None, err
     assert float(said[1]) >= (3 if how == "compute" else 1)
