@@ -4,12 +4,15 @@ import signal
 
 
 def pytest_configure():
-    """Have the tests' processes hear Ctrl-C also if a shell has started this one in the background.
+    """Have the tests' processes hear signals also if this one was started to ignore them.
 
-    A shell without job control has such a process, and what it starts in turn, ignore SIGINT.
+    A shell without job control has processes in the background ignore SIGINT, and nohup has them ignore
+    SIGHUP; what they start inherits that. It does not inherit a handler.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def pytest_sessionfinish(session):
