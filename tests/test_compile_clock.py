@@ -50,12 +50,21 @@ def test_what_fails_is_counted_and_ends():
 
 def test_numba_tells_the_clock_what_it_compiles():
     from numba import njit
+    from numba.extending import overload
 
     import rustsim_hpc.kernels.cached  # noqa: F401 (registers the listener)
 
+    def slow():
+        raise NotImplementedError
+
+    @overload(slow)
+    def compiled():
+        time.sleep(0.2)
+        return lambda: 1
+
     before, start = CLOCK.seconds, time.perf_counter()
-    assert njit(lambda x: x + 1)(1) == 2
-    assert 0 < CLOCK.seconds - before <= time.perf_counter() - start
+    assert njit(lambda: slow() + 1)() == 2
+    assert 0.2 <= CLOCK.seconds - before <= time.perf_counter() - start
 
 
 _PROOF = """
